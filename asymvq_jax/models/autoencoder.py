@@ -1,0 +1,67 @@
+"""The whole autoencoder: frozen encoder, 1x1 convolutions around the latent, asymmetric decoder."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from asymvq_jax.config import ModelConfig
+from asymvq_jax.models.blocks import Conv
+from asymvq_jax.models.decoder import Decoder
+from asymvq_jax.models.encoder import Encoder
+from asymvq_jax.models.posterior import Posterior
+
+
+class Autoencoder(nnx.Module):
+    """Encoder and decoder of unequal size around one latent space (paper, figure 2)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        dtype, latent = jnp.dtype(config.dtype), config.latent_channels
+        self.encoder = Encoder(config, rngs=rngs)
+        self.quant_conv = Conv(2 * latent, 2 * latent, 1, dtype=dtype, rngs=rngs) if config.quant_conv else None
+        self.post_quant_conv = Conv(latent, latent, 1, dtype=dtype, rngs=rngs) if config.quant_conv else None
+        self.decoder = Decoder(config, rngs=rngs)
+
+    def encode(self, image: jax.Array) -> Posterior:
+        """(b, h, w, 3) in [-1, 1] -> the posterior over (b, h/8, w/8, latent_channels), before any scaling.
+
+        Raises:
+            ValueError: h or w is not a multiple of the model's downsampling (asymvq_jax.inference pads for you).
+        """
+        self._check(image, "image", self.config.image_channels, multiple=self.config.downsampling)
+        moments = self.encoder(image)
+        return Posterior.from_moments(moments if self.quant_conv is None else self.quant_conv(moments))
+
+    def decode(self, z: jax.Array, image: jax.Array | None = None, mask: jax.Array | None = None) -> jax.Array:
+        """Latent to image, float32, about [-1, 1] (not clipped).
+
+        Args:
+            z: (b, h, w, latent_channels), as `encode` gives it (not scaled for the diffusion model).
+            image: (b, 8h, 8w, 3) in [-1, 1]; with `mask`, the picture whose unmasked pixels are to be kept.
+            mask: (b, 8h, 8w, 1), 1 = generate, 0 = preserve.
+
+        Raises:
+            ValueError: only one of image and mask, or shapes that do not agree.
+        """
+        return self.decoder.to_image(self.decode_features(z, image, mask))
+
+    def decode_features(self, z: jax.Array, image: jax.Array | None, mask: jax.Array | None) -> jax.Array:
+        """The features under the decoder's last convolution; arguments as in `decode`."""
+        self._check(z, "z", self.config.latent_channels)
+        if (image is None) != (mask is None):
+            raise ValueError("decode takes image and mask together, or neither (text-to-image)")
+        if image is not None and mask is not None:
+            full = (z.shape[0], z.shape[1] * self.config.downsampling, z.shape[2] * self.config.downsampling)
+            for name, value, channels in (("image", image, self.config.image_channels), ("mask", mask, 1)):
+                if value.shape != (*full, channels):
+                    raise ValueError(
+                        f"{name} has shape {value.shape}: expected {(*full, channels)} for a latent of shape {z.shape}"
+                    )
+        return self.decoder.features(z if self.post_quant_conv is None else self.post_quant_conv(z), image, mask)
+
+    def _check(self, x: jax.Array, name: str, channels: int, multiple: int = 1) -> None:
+        if x.ndim != 4 or x.shape[-1] != channels or x.shape[1] % multiple or x.shape[2] % multiple:
+            sides = f"height and width multiples of {multiple}" if multiple > 1 else "height, width"
+            raise ValueError(f"{name} has shape {x.shape}: expected (batch, {sides}, {channels} channels last)")

@@ -1,0 +1,139 @@
+"""Layers that the encoder and the decoder share: convolution, group normalisation, residual block, attention."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from asymvq_jax.sharding import constrain_activation, gather_kernel
+
+# The reference's initialisation: uniform in ±1/sqrt(fan_in).
+_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class Conv(nnx.Module):
+    """2-D convolution on NHWC, zero padding; float32 kernel and bias, computed in `dtype`."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        *,
+        stride: int = 1,
+        padding: tuple[int, int] | None = None,
+        bias: bool = True,
+        kernel_init: nnx.Initializer = _uniform,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (size, size, inputs, outputs), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32)) if bias else None
+        self.stride = stride
+        self.padding = padding or (size // 2, size // 2)
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(b, h, w, inputs) -> (b, h', w', outputs)."""
+        return self.apply(x, self.kernel[...])
+
+    def apply(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The convolution with another kernel in place of the layer's own, for gradients with respect to it."""
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            gather_kernel(kernel.astype(self.dtype)),
+            window_strides=(self.stride, self.stride),
+            padding=(self.padding, self.padding),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.dtype)[None, None, None]
+        return y
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation (eps 1e-6) with an optional SiLU; statistics and the affine map in float32."""
+
+    def __init__(self, channels: int, groups: int, *, silu: bool = True, dtype: DTypeLike) -> None:
+        self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
+        self.groups = groups
+        self.silu = silu
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(b, h, w, c) -> (b, h, w, c)."""
+        b, _, _, c = x.shape
+        x = x.astype(jnp.float32)
+        # One pass over x: sums per channel, then the small (b, groups) rest, so that x is never reshaped.
+        moments = jnp.stack([jnp.mean(x, (1, 2)), jnp.mean(jnp.square(x), (1, 2))])
+        mean, square = moments.reshape(2, b, self.groups, c // self.groups).mean(-1)
+        inverse = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + 1e-6)
+        mean, inverse = (jnp.repeat(s, c // self.groups, axis=-1) for s in (mean, inverse))
+        scale = inverse * self.scale[...][None]
+        shift = self.bias[...][None] - mean * scale
+        y = x * scale[:, None, None] + shift[:, None, None]
+        return (jax.nn.silu(y) if self.silu else y).astype(self.dtype)
+
+
+class ResBlock(nnx.Module):
+    """norm, SiLU, conv, norm, SiLU, conv, plus the input (through a 1x1 convolution where the width changes)."""
+
+    def __init__(self, inputs: int, outputs: int, groups: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.norm1 = GroupNorm(inputs, groups, dtype=dtype)
+        self.conv1 = Conv(inputs, outputs, 3, dtype=dtype, rngs=rngs)
+        self.norm2 = GroupNorm(outputs, groups, dtype=dtype)
+        self.conv2 = Conv(outputs, outputs, 3, dtype=dtype, rngs=rngs)
+        self.shortcut = Conv(inputs, outputs, 1, dtype=dtype, rngs=rngs) if inputs != outputs else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(b, h, w, inputs) -> (b, h, w, outputs)."""
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h))
+        x = x if self.shortcut is None else self.shortcut(x)
+        return constrain_activation(x + h)
+
+
+class Attention(nnx.Module):
+    """Single-head self-attention over all pixels, with a residual; softmax in float32."""
+
+    def __init__(self, channels: int, groups: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.norm = GroupNorm(channels, groups, silu=False, dtype=dtype)
+        self.query, self.key, self.value, self.out = (
+            Conv(channels, channels, 1, dtype=dtype, rngs=rngs) for _ in range(4)
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(b, h, w, c) -> (b, h, w, c)."""
+        b, h, w, c = x.shape
+        normed = self.norm(x)
+        query, key, value = (f(normed).reshape(b, h * w, c) for f in (self.query, self.key, self.value))
+        scores = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores * c**-0.5).astype(value.dtype)
+        mixed = jnp.einsum("bqk,bkc->bqc", weights, value)
+        return constrain_activation(x + self.out(mixed.reshape(b, h, w, c)))
+
+
+class MidBlock(nnx.Module):
+    """Residual block, attention, residual block, at the latent's resolution."""
+
+    def __init__(self, channels: int, groups: int, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs) -> None:
+        self.block1 = ResBlock(channels, channels, groups, dtype=dtype, rngs=rngs)
+        self.attention = Attention(channels, groups, dtype=dtype, rngs=rngs)
+        self.block2 = ResBlock(channels, channels, groups, dtype=dtype, rngs=rngs)
+        self.remat = remat
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(b, h, w, c) -> (b, h, w, c)."""
+        for layer in (self.block1, self.attention, self.block2):
+            x = run_block(layer, x, remat=self.remat)
+        return x
+
+
+def run_block(block: nnx.Module, x: jax.Array, *, remat: bool) -> jax.Array:
+    """Applies `block`; with `remat`, its activations are recomputed in the backward pass."""
+    if not remat:
+        return block(x)
+    return nnx.remat(lambda module, value: module(value))(block, x)

@@ -1,0 +1,128 @@
+"""The asymmetric decoder: wider and deeper than the encoder, with a branch that hands it the unmasked pixels."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from asymvq_jax.config import ModelConfig
+from asymvq_jax.models.blocks import Conv, GroupNorm, MidBlock, ResBlock, run_block
+
+
+class ConditionBranch(nnx.Module):
+    """A light convolutional encoder of the masked picture (paper, section 3.2).
+
+    Two 3x3 convolutions at full resolution, then one 4x4 stride-2 convolution per level; ReLU between them.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        channels, dtype = config.decoder_channels, jnp.dtype(config.dtype)
+        widths = (config.image_channels, *channels, channels[-1])
+        self.layers = nnx.List(
+            [
+                Conv(widths[i], widths[i + 1], 3, dtype=dtype, rngs=rngs)
+                if i < 2
+                else Conv(widths[i], widths[i + 1], 4, stride=2, padding=(1, 1), dtype=dtype, rngs=rngs)
+                for i in range(len(widths) - 1)
+            ]
+        )
+
+    def __call__(self, masked_image: jax.Array) -> list[jax.Array]:
+        """Features before each ReLU, outermost first: (h, w), (h, w), (h/2, w/2), ... the latent's resolution."""
+        features = []
+        x = masked_image
+        for layer in self.layers:
+            x = layer(x)
+            features.append(x)
+            x = jax.nn.relu(x)
+        return features
+
+
+class UpLevel(nnx.Module):
+    """Residual blocks at one resolution and, but for the last level, nearest upsampling and a convolution."""
+
+    def __init__(
+        self, inputs: int, outputs: int, config: ModelConfig, *, upsample: bool, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        self.blocks = nnx.List(
+            [
+                ResBlock(inputs if i == 0 else outputs, outputs, config.norm_groups, dtype=dtype, rngs=rngs)
+                for i in range(config.decoder_blocks + 1)
+            ]
+        )
+        self.upsample = Conv(outputs, outputs, 3, dtype=dtype, rngs=rngs) if upsample else None
+        self.remat = config.remat
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(b, h, w, inputs) -> (b, 2h, 2w, outputs), or (b, h, w, outputs) at the last level."""
+        for block in self.blocks:
+            x = run_block(block, x, remat=self.remat)
+        if self.upsample is None:
+            return x
+        b, h, w, c = x.shape
+        x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+        return self.upsample(x)
+
+
+class Decoder(nnx.Module):
+    """Latent to image, blended at every resolution with the condition branch's features by the mask."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        channels, groups, dtype = config.decoder_channels, config.norm_groups, jnp.dtype(config.dtype)
+        inward = channels[::-1]
+        self.conv_in = Conv(config.latent_channels, inward[0], 3, dtype=dtype, rngs=rngs)
+        self.mid = MidBlock(inward[0], groups, dtype=dtype, remat=config.remat, rngs=rngs)
+        self.levels = nnx.List(
+            [
+                UpLevel(inward[max(i - 1, 0)], outputs, config, upsample=i < len(channels) - 1, dtype=dtype, rngs=rngs)
+                for i, outputs in enumerate(inward)
+            ]
+        )
+        self.norm_out = GroupNorm(channels[0], groups, dtype=dtype)
+        self.conv_out = Conv(channels[0], config.image_channels, 3, dtype=dtype, rngs=rngs)
+        self.condition = ConditionBranch(config, rngs=rngs) if config.condition else None
+
+    def __call__(self, z: jax.Array, image: jax.Array | None = None, mask: jax.Array | None = None) -> jax.Array:
+        """(b, h, w, latent_channels) -> (b, 8h, 8w, 3) float32; see `features` for the condition."""
+        return self.to_image(self.features(z, image, mask))
+
+    def to_image(self, features: jax.Array, kernel: jax.Array | None = None) -> jax.Array:
+        """The last convolution, in float32 at its output; `kernel` stands in for its own where given."""
+        return self.conv_out.apply(features, self.conv_out.kernel[...] if kernel is None else kernel).astype(
+            jnp.float32
+        )
+
+    def features(self, z: jax.Array, image: jax.Array | None = None, mask: jax.Array | None = None) -> jax.Array:
+        """All but the last convolution.
+
+        Args:
+            z: (b, h, w, latent_channels).
+            image: (b, 8h, 8w, 3) in [-1, 1], the picture whose unmasked pixels condition the decoder.
+            mask: (b, 8h, 8w, 1), 1 = generate, 0 = preserve; values between blend.
+
+        Returns:
+            (b, 8h, 8w, decoder_channels[0]), which `to_image` turns into the picture.
+        """
+        h = self.mid(self.conv_in(z))
+        features: list[jax.Array] = []
+        if image is not None and mask is not None:
+            if self.condition is None:
+                raise ValueError("this decoder has no condition branch (model.condition=False); decode without a mask")
+            mask = mask.astype(h.dtype)
+            features = self.condition((1 - mask) * image.astype(h.dtype))
+        for i, level in enumerate(self.levels):
+            if features:
+                h = _blend(h, features[-1 - i], mask)
+            h = level(h)
+        if features:
+            h = _blend(h, features[0], mask)
+        return self.norm_out(h)
+
+
+def _blend(h: jax.Array, feature: jax.Array, mask: jax.Array) -> jax.Array:
+    """h where the mask is 1, the condition's feature where it is 0; the mask resized nearest to their resolution."""
+    stride = mask.shape[1] // h.shape[1]
+    mask = mask[:, ::stride, ::stride]
+    return h * mask + feature * (1 - mask)
