@@ -52,7 +52,9 @@ TABLE: list[Row] = [
     *_half("encoder"),
     *_block("encoder.levels.{i}.blocks.{j}", "encoder.down_blocks.{i}.resnets.{j}", "encoder.down.{i}.block.{j}"),
     Row(
-        "encoder.levels.{i}.downsample", "encoder.down_blocks.{i}.downsamplers.0.conv", "encoder.down.{i}.downsample.conv"
+        "encoder.levels.{i}.downsample",
+        "encoder.down_blocks.{i}.downsamplers.0.conv",
+        "encoder.down.{i}.downsample.conv",
     ),
     Row("quant_conv", "quant_conv", "quant_conv"),
     Row("post_quant_conv", "post_quant_conv", "post_quant_conv"),
@@ -60,7 +62,7 @@ TABLE: list[Row] = [
     *_block("decoder.levels.{i}.blocks.{j}", "decoder.up_blocks.{i}.resnets.{j}", "decoder.up.{u}.block.{j}"),
     Row("decoder.levels.{i}.upsample", "decoder.up_blocks.{i}.upsamplers.0.conv", "decoder.up.{u}.upsample.conv"),
     Row("decoder.condition.layers.{i}", "decoder.condition_encoder.layers.{i}", "decoder.encoder.layers.{i}"),
-]  # fmt: skip
+]
 
 # Names that diffusers wrote before 0.18 (Stable Diffusion's published VAE folders have them), read only.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
