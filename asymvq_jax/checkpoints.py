@@ -8,24 +8,35 @@ needs. Writing is atomic: a directory that is there is complete.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from flax import nnx
 from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import checkpoint_managers as cm
 
 from asymvq_jax import config as configs
-from asymvq_jax.config import ModelConfig
-from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.config import Config, ModelConfig, UserError
+from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.parameters import Params, merge, split
+
+if TYPE_CHECKING:
+    from asymvq_jax.training.state import TrainState
+
+log = logging.getLogger(__name__)
 
 STEPS = "checkpoints"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is missing, unfinished or of another model; the message names the path and the remedy."""
+
+
+def _path(path: str | Path) -> epath.Path:
+    return epath.Path(path) if "://" in str(path) else epath.Path(path).absolute()
 
 
 def save_model(path: str | Path, model: Autoencoder) -> None:
@@ -34,7 +45,7 @@ def save_model(path: str | Path, model: Autoencoder) -> None:
     Raises:
         CheckpointError: `path` exists already; nothing is overwritten.
     """
-    path = epath.Path(path).absolute() if "://" not in str(path) else epath.Path(path)
+    path = _path(path)
     if path.exists():
         raise CheckpointError(f"{path} exists already; choose another target or remove it first")
     items = ocp.args.Composite(
@@ -58,8 +69,7 @@ def load_model(path: str | Path, **changes: object) -> Autoencoder:
         CheckpointError: no model checkpoint at `path`.
     """
     config, params = load_parameters(path)
-    model = nnx.eval_shape(lambda: Autoencoder(dataclasses.replace(config, **changes), rngs=nnx.Rngs(0)))
-    return merge(nnx.split(model)[0], params)
+    return merge(structure(dataclasses.replace(config, **changes))[0], params)
 
 
 def load_parameters(path: str | Path) -> tuple[ModelConfig, Params]:
@@ -69,7 +79,7 @@ def load_parameters(path: str | Path) -> tuple[ModelConfig, Params]:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         stored = checkpointer.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
         config = configs.from_dict(ModelConfig, stored["model"], "model.")
-        shapes = split(nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0))))[1]
+        _, shapes = structure(config)
         abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=device) for k, v in shapes.items()}
         items = {"model": ocp.args.StandardRestore(abstract)}
         if (step / "ema").exists():
@@ -81,7 +91,7 @@ def load_parameters(path: str | Path) -> tuple[ModelConfig, Params]:
 
 def find_step(path: str | Path) -> epath.Path:
     """The directory that holds the items `config` and `model`: `path` itself, or its last step if it is a run."""
-    root = epath.Path(path).absolute() if "://" not in str(path) else epath.Path(path)
+    root = _path(path)
     if not root.is_dir():
         raise CheckpointError(
             f"no checkpoint at {path}: expected a run's directory, one of its steps, or what asymvq_jax.convert wrote"
@@ -100,3 +110,117 @@ def find_step(path: str | Path) -> epath.Path:
         f"{path} holds no model checkpoint (no finished step, and no items 'model' and 'config'); expected a run's "
         "directory, one of its steps, or what asymvq_jax.convert wrote"
     )
+
+
+class RunCheckpoints:
+    """The checkpoints of one training run: written in the background, complete or absent, the last ones and the best.
+
+    Each step holds the items `config`, `model`, `ema` (where kept), `training` (optimizers, discriminator, batch
+    statistics, key, step) and `progress` (the data iterator's position and the elapsed time).
+    """
+
+    def __init__(self, config: Config) -> None:
+        root = _path(config.run.directory) / STEPS
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            probe = root / ".writable"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise CheckpointError(f"run.directory={config.run.directory!r} is not writable: {error}") from None
+        keep = cm.AnyPreservationPolicy(
+            [
+                cm.LatestN(config.run.keep),
+                cm.BestN(
+                    get_metric_fn=lambda metrics: metrics["nll"],
+                    reverse=True,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        self._config = config
+        self._manager = ocp.CheckpointManager(
+            root, options=ocp.CheckpointManagerOptions(preservation_policy=keep, cleanup_tmp_directories=True)
+        )
+
+    def latest_step(self) -> int | None:
+        """The last complete step; None in a new run."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, progress: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
+        """Begins to write `state`; the arrays are copied before this returns, so that the step may reuse them.
+
+        Args:
+            state: the training state.
+            progress: "iterator" and "seconds", serialisable as JSON.
+            metrics: held-out metrics, of which "nll" decides which step is the best.
+        """
+        step = int(jax.device_get(state.step))
+        if step in self._manager.all_steps():
+            return
+        items = {
+            "config": ocp.args.JsonSave(dataclasses.asdict(self._config)),
+            "model": ocp.args.StandardSave({**state.params, **state.frozen}),
+            "training": ocp.args.StandardSave(_training_items(state)),
+            "progress": ocp.args.JsonSave(progress),
+        }
+        if state.ema:
+            items["ema"] = ocp.args.StandardSave(state.ema)
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Reads one step onto the shardings of `abstract`, whatever mesh wrote it.
+
+        Raises:
+            CheckpointError: the step was written with a configuration that this one cannot continue.
+        """
+        stored = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+        _check_resumable(configs.from_dict(Config, stored), self._config)
+        items = {
+            "model": ocp.args.StandardRestore({**abstract.params, **abstract.frozen}),
+            "training": ocp.args.StandardRestore(_training_items(abstract)),
+            "progress": ocp.args.JsonRestore(),
+        }
+        if abstract.ema:
+            items["ema"] = ocp.args.StandardRestore(abstract.ema)
+        read = self._manager.restore(step, args=ocp.args.Composite(**items))
+        state = abstract._replace(
+            **read["training"],
+            params={name: read["model"][name] for name in abstract.params},
+            frozen={name: read["model"][name] for name in abstract.frozen},
+            ema=read["ema"] if abstract.ema else {},
+        )
+        return state, read["progress"]
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _training_items(state: TrainState) -> dict[str, Any]:
+    return {k: v for k, v in state._asdict().items() if k not in ("params", "frozen", "ema")}
+
+
+# What may differ between the two halves of a resumed run, by the beginning of its name.
+_CHANGEABLE = (
+    "run.", "mesh.", "model.dtype", "model.remat", "data.workers", "data.prefetch", "data.max_corrupt_share",
+    "data.data_dir", "data.path", "data.eval_path", "data.eval_split", "optimizer.base_learning_rate",
+    "optimizer.min_learning_rate", "optimizer.warmup_steps", "optimizer.betas", "optimizer.pretrained_scale",
+    "loss.perceptual_weight", "loss.kl_weight", "loss.gan_start", "loss.gan_weight",
+)  # fmt: skip
+_FIXED = ("run.seed", "run.train_encoder")
+
+
+def _check_resumable(stored: Config, current: Config) -> None:
+    old, new = configs.flatten(stored), configs.flatten(current)
+    changed = {n: f"{n}={new[n]!r} (there {old[n]!r})" for n in new if old[n] != new[n]}
+    broken = [text for n, text in changed.items() if n in _FIXED or not n.startswith(_CHANGEABLE)]
+    if broken:
+        raise CheckpointError(
+            f"{current.run.directory} holds a run of another configuration: {', '.join(broken)}; "
+            "restore these values, or choose another run.directory"
+        )
+    if changed:
+        log.info("resuming with changed fields: %s", ", ".join(changed.values()))

@@ -16,7 +16,11 @@ from typing import Any
 DTYPES = ("float32", "bfloat16")
 
 
-class ConfigError(ValueError):
+class UserError(ValueError):
+    """Bad input; the message is for the user, and command lines print it without a traceback."""
+
+
+class ConfigError(UserError):
     """A configuration that cannot work; the message names the field, what was expected and how to fix it."""
 
 
@@ -400,6 +404,16 @@ def _parse(text: str, kind: Any, name: str) -> Any:
 def _replace(config: Any, tree: dict[str, Any]) -> Any:
     changes = {k: _replace(getattr(config, k), v) if isinstance(v, dict) else v for k, v in tree.items()}
     return dataclasses.replace(config, **changes) if changes else config
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """All fields by their dotted names."""
+    result: dict[str, Any] = {}
+    for field_ in dataclasses.fields(config):
+        value = getattr(config, field_.name)
+        name = prefix + field_.name
+        result |= flatten(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}
+    return result
 
 
 def to_json(config: Any) -> str:

@@ -11,8 +11,10 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
+from asymvq_jax.config import UserError
 
-class ImageError(ValueError):
+
+class ImageError(UserError):
     """A file that is no picture, or a picture that does not fit; the message names the file."""
 
 

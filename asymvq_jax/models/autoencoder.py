@@ -10,6 +10,7 @@ from asymvq_jax.config import ModelConfig
 from asymvq_jax.models.blocks import Conv
 from asymvq_jax.models.decoder import Decoder
 from asymvq_jax.models.encoder import Encoder
+from asymvq_jax.models.parameters import Params, split
 from asymvq_jax.models.posterior import Posterior
 
 
@@ -65,3 +66,8 @@ class Autoencoder(nnx.Module):
         if x.ndim != 4 or x.shape[-1] != channels or x.shape[1] % multiple or x.shape[2] % multiple:
             sides = f"height and width multiples of {multiple}" if multiple > 1 else "height, width"
             raise ValueError(f"{name} has shape {x.shape}: expected (batch, {sides}, {channels} channels last)")
+
+
+def structure(config: ModelConfig) -> tuple[nnx.GraphDef[Autoencoder], Params]:
+    """The graph definition and the parameters' shapes (by name) of a model; allocates nothing."""
+    return split(nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0))))

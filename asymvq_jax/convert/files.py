@@ -1,0 +1,103 @@
+"""Tensors in files: safetensors without torch, pickled checkpoints with it, and never any code from a file."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.flax import load_file
+from safetensors.numpy import save_file
+
+from asymvq_jax.config import UserError
+
+
+class TensorFileError(UserError):
+    """A weights file that is missing, broken, dangerous, or of another model; the message names it and the remedy."""
+
+
+PICKLES = (".ckpt", ".pth", ".pt", ".bin")
+
+
+def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
+    """Reads all tensors of a .safetensors file, or of a pickled .ckpt, .pth, .pt or .bin file, as float32.
+
+    Raises:
+        TensorFileError: the file is missing, of another kind, broken, or a pickle that holds more than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise TensorFileError(f"no weights file at {path}")
+    if path.suffix == ".safetensors":
+        try:
+            tensors = {name: np.asarray(value) for name, value in load_file(path).items()}
+        except SafetensorError as error:
+            raise TensorFileError(f"{path} is no safetensors file, or a truncated one: {error}") from None
+    elif path.suffix in PICKLES:
+        tensors = _read_pickle(path)
+    else:
+        raise TensorFileError(f"{path}: expected a name that ends in .safetensors, {', '.join(PICKLES)}")
+    return {name: _float32(value) for name, value in tensors.items()}
+
+
+def _float32(value: np.ndarray) -> np.ndarray:
+    # Half precision widens exactly. Integers (step counters) are left alone.
+    return value.astype(np.float32) if value.dtype.name in ("float16", "bfloat16", "float64") else value
+
+
+def _read_pickle(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError:
+        raise TensorFileError(
+            f"{path} is a PyTorch pickle, which only torch reads: pip install torch, or convert it to .safetensors"
+        ) from None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise TensorFileError(
+            f"{path} holds more than tensors, such as code that would run on loading, and is refused "
+            f"({str(error).splitlines()[0]}); get it as .safetensors, or from another source"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise TensorFileError(f"{path} is no PyTorch checkpoint, or a truncated one: {error}") from None
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise TensorFileError(f"{path} holds a {type(content).__name__}; expected a dictionary of tensors")
+    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise TensorFileError(f"{path} holds no tensors")
+    return {name: value.to(torch.float32).numpy() if value.is_floating_point() else value.numpy()
+            for name, value in tensors.items()}  # fmt: skip
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a .safetensors file, or a .ckpt as torch.save({"state_dict": ...}), which needs torch."""
+    if path.suffix == ".safetensors":
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+        return
+    try:
+        import torch
+    except ImportError:
+        raise TensorFileError(f"{path}: writing a pickle needs torch; name a .safetensors file instead") from None
+    torch.save({"state_dict": {name: torch.from_numpy(value.copy()) for name, value in tensors.items()}}, path)
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Reads a JSON object.
+
+    Raises:
+        TensorFileError: the file is missing or no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise TensorFileError(f"{path} is not readable as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise TensorFileError(f"{path}: expected a JSON object")
+    return content

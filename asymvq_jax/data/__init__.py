@@ -1,0 +1,1 @@
+"""Pictures and masks: sources, LaMa's random masks, and the Grain pipeline that makes batches of both."""

@@ -1,0 +1,80 @@
+"""What a run tells: a progress bar with ETA, metrics in TensorBoard and metrics.jsonl, picture grids."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+import numpy as np
+from etils import epath
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from asymvq_jax import images
+
+log = logging.getLogger(__name__)
+
+
+class RunLog:
+    """Writes on one process only; on all others every method does nothing."""
+
+    def __init__(self, directory: epath.Path, *, step: int, steps: int, active: bool) -> None:
+        self.active = active
+        if not active:
+            return
+        self._directory = directory
+        self._file = directory / "metrics.jsonl"
+        # A run that was killed has logged steps beyond its last checkpoint, which are about to be done again.
+        lines = self._file.read_text().splitlines() if self._file.exists() else []
+        self._lines = [line for line in lines if _step(line) <= step]
+        self.flush()
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+
+    def progress(self, step: int) -> None:
+        """Moves the bar."""
+        if self.active:
+            self._bar.update(step - self._bar.n)
+
+    def metrics(self, step: int, values: dict[str, float], note: str) -> None:
+        """Records scalars and prints them as one line after `note`."""
+        if not self.active:
+            return
+        self._lines.append(json.dumps({"step": step, **values}))
+        if "://" not in str(self._file):
+            with self._file.open("a") as file:
+                file.write(self._lines[-1] + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        with tqdm.external_write_mode():
+            log.info("%s", note)
+
+    def picture(self, step: int, grid: np.ndarray) -> None:
+        """Writes a picture grid, (h, w, 3) uint8."""
+        if self.active:
+            images.write(self._directory / "pictures" / f"{step:08d}.png", grid)
+            self._board.add_image("pictures", grid, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Brings metrics.jsonl up to date; object stores cannot append, so there it is written whole."""
+        if self.active:
+            new = self._file.with_name("metrics.jsonl.new")
+            self._directory.mkdir(parents=True, exist_ok=True)
+            new.write_text("".join(line + "\n" for line in self._lines))
+            new.replace(self._file)
+
+    def close(self) -> None:
+        """Ends the bar and the files."""
+        if self.active:
+            self.flush()
+            self._bar.close()
+            self._board.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        # The last line of a killed run may be cut off.
+        return float("inf")

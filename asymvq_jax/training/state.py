@@ -1,0 +1,160 @@
+"""The training state: what the step reads and writes, how it begins, and where each part of it lies."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from asymvq_jax import sharding
+from asymvq_jax.config import Config, ConfigError, ModelConfig
+from asymvq_jax.losses.lpips import LPIPS
+from asymvq_jax.models.autoencoder import Autoencoder, structure
+from asymvq_jax.models.discriminator import BatchStat, Discriminator
+from asymvq_jax.models.parameters import Params, split
+from asymvq_jax.training.optimizer import autoencoder_optimizer, discriminator_optimizer
+
+log = logging.getLogger(__name__)
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes, and the frozen parameters beside it; all dictionaries are by dotted name."""
+
+    # Steps done, and the run's key, into which the step is folded.
+    step: jax.Array
+    key: jax.Array
+    params: Params
+    frozen: Params
+    optimizer: optax.OptState
+    # Moving average of `params`; empty where the run keeps none.
+    ema: Params
+    discriminator: Params
+    batch_stats: Params
+    discriminator_optimizer: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The static side of a run: module structures and optimizers; hashable, so that jit caches by it."""
+
+    config: Config
+    autoencoder: nnx.GraphDef[Autoencoder]
+    discriminator: nnx.GraphDef[Discriminator]
+    lpips: nnx.GraphDef[LPIPS] | None
+    optimizer: optax.GradientTransformation
+    discriminator_optimizer: optax.GradientTransformation
+
+
+def is_trained(config: Config, name: str) -> bool:
+    """Whether a parameter of the autoencoder is trained: the decoder's always, the others in a first stage."""
+    return config.run.train_encoder or name.startswith("decoder.")
+
+
+def build_networks(config: Config) -> Networks:
+    """The networks' structure; allocates nothing."""
+    autoencoder, params = structure(config.model)
+    discriminator, _ = split(nnx.eval_shape(lambda: Discriminator(config.loss, config.model, rngs=nnx.Rngs(0))))
+    lpips = None
+    if config.loss.perceptual_weight:
+        dtype = jnp.dtype(config.model.dtype)
+        lpips, _ = split(nnx.eval_shape(lambda: LPIPS("vgg16", dtype=dtype, rngs=nnx.Rngs(0))))
+    trained = {name: value for name, value in params.items() if is_trained(config, name)}
+    return Networks(
+        config,
+        autoencoder,
+        discriminator,
+        lpips,
+        autoencoder_optimizer(config, trained),
+        discriminator_optimizer(config),
+    )
+
+
+def init_state(networks: Networks) -> TrainState:
+    """The state before the first step, from the config's seed alone."""
+    config = networks.config
+    key = jax.random.key(config.run.seed)
+    _, params = split(Autoencoder(config.model, rngs=nnx.Rngs(jax.random.fold_in(key, 0))))
+    rngs = nnx.Rngs(jax.random.fold_in(key, 1))
+    _, discriminator, stats = split(Discriminator(config.loss, config.model, rngs=rngs), nnx.Param, BatchStat)
+    trained = {name: value for name, value in params.items() if is_trained(config, name)}
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        key=jax.random.key_data(jax.random.fold_in(key, 2)),
+        params=trained,
+        frozen={name: value for name, value in params.items() if name not in trained},
+        optimizer=networks.optimizer.init(trained),
+        ema=jax.tree.map(jnp.copy, trained) if config.optimizer.ema_decay else {},
+        discriminator=discriminator,
+        batch_stats=stats,
+        discriminator_optimizer=networks.discriminator_optimizer.init(discriminator),
+    )
+
+
+def create_state(networks: Networks, mesh: Mesh, initial: Params | None = None) -> TrainState:
+    """Initialises the state under its shardings, so that nothing is ever whole on one device.
+
+    Args:
+        networks: from `build_networks`.
+        mesh: the device mesh.
+        initial: parameters that replace the random ones (see `starting_parameters`).
+    """
+    shardings = sharding.state_sharding(jax.eval_shape(lambda: init_state(networks)), mesh)
+    with jax.set_mesh(mesh):
+        state = jax.jit(lambda: init_state(networks), out_shardings=shardings)()
+    if not initial:
+        return state
+
+    def replaced(params: Params, places: Params) -> Params:
+        return {n: jax.device_put(initial[n], places[n]) if n in initial else v for n, v in params.items()}
+
+    state = state._replace(
+        params=replaced(state.params, shardings.params),
+        frozen=replaced(state.frozen, shardings.frozen),
+        ema=replaced(state.ema, shardings.ema),
+    )
+    # Without a copy, the average would share its buffers with the parameters, which the step donates.
+    return state._replace(ema=jax.tree.map(jnp.copy, state.ema))
+
+
+def starting_parameters(config: Config, source: ModelConfig, params: Params) -> Params:
+    """What a run takes over from the model checkpoint named by run.init_from.
+
+    The encoder and the 1x1 convolutions always; the decoder where its widths and depth agree (its condition branch
+    too, if both have one). The rest starts at random.
+
+    Raises:
+        ConfigError: the checkpoint's encoder or latent is not the one that the config describes.
+    """
+    same: dict[str, Any] = {
+        name: getattr(source, name)
+        for name in ("image_channels", "latent_channels", "encoder_channels", "encoder_blocks", "quant_conv",
+                     "norm_groups", "scaling_factor", "shift_factor")
+    }  # fmt: skip
+    differing = [f"model.{n}={getattr(config.model, n)!r} (there {v!r})" for n, v in same.items()
+                 if getattr(config.model, n) != v]  # fmt: skip
+    if differing:
+        raise ConfigError(
+            f"run.init_from={config.run.init_from!r} holds another encoder: {', '.join(differing)}; "
+            "set these fields to the checkpoint's values"
+        )
+    decoder = all(
+        getattr(source, name) == getattr(config.model, name) for name in ("decoder_channels", "decoder_blocks")
+    )
+    taken = {
+        name: value
+        for name, value in params.items()
+        if not name.startswith("decoder.")
+        or (decoder and (config.model.condition or not name.startswith("decoder.condition.")))
+    }
+    log.info(
+        "from %s: encoder%s",
+        config.run.init_from,
+        " and decoder" if decoder else f"; the decoder is new, its sizes differ from {source.decoder_channels}",
+    )
+    return taken

@@ -1,0 +1,224 @@
+"""One training step: a pure function of (state, batch).
+
+The reference runs the networks' forward passes twice a step, once for each optimizer. Here they run once, and both
+updates come from them; the decoder's backward pass runs once as well, from the weighted sum of the two losses'
+cotangents at the image.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from asymvq_jax.images import to_float
+from asymvq_jax.losses.adversarial import adaptive_weight, discriminator_hinge, generator_term
+from asymvq_jax.losses.reconstruction import reconstruction_loss
+from asymvq_jax.models.discriminator import BatchStat
+from asymvq_jax.models.parameters import Params, merge, state_of
+from asymvq_jax.sharding import constrain_activation
+from asymvq_jax.training.state import Networks, TrainState
+
+Metrics = dict[str, jax.Array]
+Batch = dict[str, jax.Array]
+
+LAST_KERNEL = "decoder.conv_out.kernel"
+
+
+class Gradients(NamedTuple):
+    """What one micro-batch yields; the discriminator's are empty before it starts."""
+
+    params: Params
+    discriminator: Params
+
+
+def train_step(
+    state: TrainState, perceptual: Params, batch: Batch, *, networks: Networks, adversarial: bool
+) -> tuple[TrainState, Metrics]:
+    """Updates the decoder (in a first stage the whole autoencoder) and, once it has started, the discriminator.
+
+    Args:
+        state: the training state.
+        perceptual: LPIPS's parameters; empty where loss.perceptual_weight is 0.
+        batch: "image" (b, h, w, 3) and "mask" (b, h, w, 1), uint8 in [0, 255] and {0, 1}.
+        networks: the static side of the run.
+        adversarial: whether the discriminator has started (step >= loss.gan_start).
+
+    Returns:
+        The next state, and scalar float32 metrics.
+    """
+    config = networks.config
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    image, mask = to_float(batch["image"]), batch["mask"].astype(jnp.float32)
+
+    gradients = partial(_gradients, networks, state, perceptual, adversarial=adversarial)
+    count = config.optimizer.accumulate
+    if count == 1:
+        grads, stats, metrics = gradients(state.batch_stats, image, mask, key)
+    else:
+        grads, stats, metrics = _accumulate(gradients, state.batch_stats, image, mask, key, count)
+
+    updates, optimizer = networks.optimizer.update(grads.params, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics |= _norms("", grads.params, updates, params)
+    ema = {n: _lerp(old, params[n], 1 - config.optimizer.ema_decay) for n, old in state.ema.items()}
+    state = state._replace(step=state.step + 1, params=params, optimizer=optimizer, ema=ema, batch_stats=stats)
+    if adversarial:
+        updates, optimizer = networks.discriminator_optimizer.update(
+            grads.discriminator, state.discriminator_optimizer, state.discriminator
+        )
+        params = optax.apply_updates(state.discriminator, updates)
+        metrics |= _norms("discriminator_", grads.discriminator, updates, params)
+        state = state._replace(discriminator=params, discriminator_optimizer=optimizer)
+    return state, metrics
+
+
+def _accumulate(
+    gradients: partial, stats: Params, image: jax.Array, mask: jax.Array, key: jax.Array, count: int
+) -> tuple[Gradients, Params, Metrics]:
+    """Means over `count` micro-batches; each takes every count-th sample, so that no sample changes its device."""
+
+    def micro(x: jax.Array) -> jax.Array:
+        return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+
+    def body(stats: Params, slices: tuple[jax.Array, ...]) -> tuple[Params, tuple[Gradients, Metrics]]:
+        image, mask, index = slices
+        grads, stats, metrics = gradients(
+            stats, constrain_activation(image), constrain_activation(mask), jax.random.fold_in(key, index)
+        )
+        return stats, (grads, metrics)
+
+    def summed(carry: tuple, slices: tuple[jax.Array, ...]) -> tuple[tuple, None]:
+        total, stats = carry
+        stats, result = body(stats, slices)
+        return (jax.tree.map(jnp.add, total, result), stats), None
+
+    slices = (micro(image), micro(mask), jnp.arange(count))
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype),
+        jax.eval_shape(lambda: body(stats, jax.tree.map(lambda x: x[0], slices)))[1],
+    )
+    (total, stats), _ = jax.lax.scan(summed, (zeros, stats), slices)
+    grads, metrics = jax.tree.map(lambda x: x / count, total)
+    return grads, stats, metrics
+
+
+def _gradients(
+    networks: Networks,
+    state: TrainState,
+    perceptual: Params,
+    stats: Params,
+    image: jax.Array,
+    mask: jax.Array,
+    key: jax.Array,
+    *,
+    adversarial: bool,
+) -> tuple[Gradients, Params, Metrics]:
+    """Losses and gradients of one micro-batch: image (b, h, w, 3) in [-1, 1], mask (b, h, w, 1)."""
+    config = networks.config
+
+    def reconstruct(params: Params) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        model = merge(networks.autoencoder, {**state.frozen, **params})
+        posterior = model.encode(image)
+        condition = (image, mask) if config.model.condition else (None, None)
+        features = model.decode_features(posterior.sample(key), *condition)
+        return (model.decoder.to_image(features), jnp.mean(posterior.kl())), features
+
+    (recon, kl), pull_params, features = jax.vjp(reconstruct, state.params, has_aux=True)
+
+    lpips = None if networks.lpips is None else merge(networks.lpips, perceptual)
+    (nll, parts), cotangent = jax.value_and_grad(reconstruction_loss, has_aux=True)(
+        recon, image, lpips, config.loss.perceptual_weight
+    )
+    metrics = {"nll": nll, "kl": kl, "loss": nll + config.loss.kl_weight * kl, **parts}
+    discriminator: Params = {}
+    if adversarial:
+        pull_kernel = _last_layer(networks, state, features)
+        discriminator, stats, gan_cotangent, gan_metrics = _adversarial(networks, state, stats, image, recon)
+        weight = config.loss.gan_weight * adaptive_weight(pull_kernel(cotangent), pull_kernel(gan_cotangent))
+        cotangent = cotangent + weight * gan_cotangent
+        metrics |= gan_metrics
+        metrics |= {"adaptive_weight": weight, "loss": metrics["loss"] + weight * gan_metrics["generator"]}
+
+    (params,) = pull_params((cotangent, jnp.asarray(config.loss.kl_weight, kl.dtype)))
+    return Gradients(params, discriminator), stats, metrics
+
+
+def _last_layer(networks: Networks, state: TrainState, features: jax.Array) -> jax.tree_util.Partial:
+    """The map from a cotangent at the image to the gradient of the last convolution's kernel."""
+
+    def to_image(kernel: jax.Array) -> jax.Array:
+        model = merge(networks.autoencoder, {**state.frozen, **state.params})
+        return model.decoder.to_image(features, kernel)
+
+    _, pull = jax.vjp(to_image, state.params[LAST_KERNEL])
+    return lambda cotangent: pull(cotangent)[0]
+
+
+def _adversarial(
+    networks: Networks, state: TrainState, stats: Params, image: jax.Array, recon: jax.Array
+) -> tuple[Params, Params, jax.Array, Metrics]:
+    """The discriminator's gradients, its batch statistics, and the generator term's cotangent at the image.
+
+    The logits of the reconstruction are computed once and serve both sides.
+    """
+
+    def judge(params: Params, picture: jax.Array, stats: Params) -> tuple[jax.Array, Params]:
+        model = merge(networks.discriminator, {**params, **stats})
+        return model(picture), state_of(model, BatchStat)
+
+    fake, pull_fake, moved = jax.vjp(partial(judge, stats=stats), state.discriminator, recon, has_aux=True)
+    real, pull_real, moved = jax.vjp(partial(judge, picture=image, stats=moved), state.discriminator, has_aux=True)
+    # As in the reference, the running statistics see the reconstruction twice: before and after the real picture.
+    _, moved = judge(state.discriminator, recon, moved)
+
+    generator, at_fake = jax.value_and_grad(generator_term)(fake)
+    hinge, (at_real_d, at_fake_d) = jax.value_and_grad(discriminator_hinge, argnums=(0, 1))(real, fake)
+    _, gan_cotangent = pull_fake(at_fake)
+    grads = jax.tree.map(jnp.add, pull_real(at_real_d)[0], pull_fake(at_fake_d)[0])
+    metrics = {
+        "generator": generator,
+        "discriminator": hinge,
+        "logits_real": jnp.mean(real),
+        "logits_fake": jnp.mean(fake),
+    }
+    return grads, moved, gan_cotangent, metrics
+
+
+def _norms(prefix: str, grads: Params, updates: Params, params: Params) -> Metrics:
+    trees = {"grad_norm": grads, "update_norm": updates, "param_norm": params}
+    return {prefix + name: optax.global_norm(tree) for name, tree in trees.items()}
+
+
+def _lerp(old: jax.Array, new: jax.Array, share: float) -> jax.Array:
+    return old + share * (new - old)
+
+
+def eval_step(
+    params: Params, perceptual: Params, batch: Batch, *, networks: Networks, pictures: int
+) -> tuple[Metrics, jax.Array]:
+    """Held-out losses at the posterior's mode.
+
+    Args:
+        params: all of the autoencoder's parameters.
+        perceptual: LPIPS's parameters.
+        batch: as in `train_step`.
+        networks: the static side of the run.
+        pictures: how many reconstructions to return.
+
+    Returns:
+        Scalars "nll", "l1", "lpips", and "preservation" (mean squared error over the preserved pixels) with its weight
+        "preserved" (their share); and (pictures, h, w, 3) reconstructions.
+    """
+    config = networks.config
+    image, mask = to_float(batch["image"]), batch["mask"].astype(jnp.float32)
+    model = merge(networks.autoencoder, params)
+    recon = model.decode(model.encode(image).mode(), *((image, mask) if config.model.condition else (None, None)))
+    lpips = None if networks.lpips is None else merge(networks.lpips, perceptual)
+    nll, parts = reconstruction_loss(recon, image, lpips, config.loss.perceptual_weight)
+    keep = jnp.broadcast_to(1.0 - mask, image.shape)
+    error = jnp.sum(keep * jnp.square(recon - image)) / jnp.maximum(jnp.sum(keep), 1.0)
+    return {"nll": nll, **parts, "preservation": error}, recon[:pictures]

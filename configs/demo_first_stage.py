@@ -1,0 +1,31 @@
+"""The demo's first stage: a small symmetric autoencoder, whose encoder stands in for Stable Diffusion's.
+
+Command: python train.py --config configs/demo_first_stage.py
+Hardware: 2 CPU cores. Expected time and result: see README.md.
+"""
+
+from asymvq_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig, RunConfig
+
+
+def get_config() -> Config:
+    return Config(
+        run=RunConfig(
+            directory="runs/demo/first_stage",
+            steps=300,
+            train_encoder=True,
+            log_every=20,
+            eval_every=100,
+            eval_pictures=16,
+            keep=1,
+        ),
+        model=ModelConfig(
+            encoder_channels=(32, 32, 64, 64),
+            decoder_channels=(32, 32, 64, 64),
+            encoder_blocks=1,
+            decoder_blocks=1,
+            condition=False,
+        ),
+        loss=LossConfig(gan_start=-1),
+        data=DataConfig(image_size=64, batch_size=8),
+        optimizer=OptimizerConfig(base_learning_rate=1.25e-4, warmup_steps=20),
+    )
