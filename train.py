@@ -15,8 +15,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, epilog="Any field of the config can be set: --group.field=v")
     parser.add_argument("--config", required=True, help="a Python file in configs/")
     arguments, overrides = parser.parse_known_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    for library in ("absl", "jax"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     try:
         config = load_config(arguments.config, overrides)
         _join_cluster()

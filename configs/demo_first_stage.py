@@ -19,8 +19,8 @@ def get_config() -> Config:
             keep=1,
         ),
         model=ModelConfig(
-            encoder_channels=(32, 32, 64, 64),
-            decoder_channels=(32, 32, 64, 64),
+            encoder_channels=(32, 64, 64),
+            decoder_channels=(32, 64, 64),
             encoder_blocks=1,
             decoder_blocks=1,
             condition=False,

@@ -49,7 +49,7 @@ def training_batches(
         .random_map(partial(_example, source, config), seed=seed)[process_index::process_count]
         .batch(config.batch_size // process_count, drop_remainder=True)
     )
-    options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=config.prefetch)
+    options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4 * config.prefetch)
     batches = examples.to_iter_dataset(options)
     if config.workers:
         batches = batches.mp_prefetch(

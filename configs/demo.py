@@ -1,0 +1,30 @@
+"""The demo: an asymmetric decoder, wider than the frozen encoder, on the photographs inside installed packages.
+
+Command: make demo, or python train.py --config configs/demo.py after configs/demo_first_stage.py
+Hardware: 2 CPU cores. Expected time and result: see README.md.
+"""
+
+from asymvq_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig, RunConfig
+
+
+def get_config() -> Config:
+    return Config(
+        run=RunConfig(
+            directory="runs/demo/asymmetric",
+            init_from="runs/demo/first_stage",
+            steps=200,
+            log_every=20,
+            eval_every=100,
+            eval_pictures=16,
+            keep=1,
+        ),
+        model=ModelConfig(
+            encoder_channels=(32, 64, 64),
+            decoder_channels=(32, 64, 96),
+            encoder_blocks=1,
+            decoder_blocks=1,
+        ),
+        loss=LossConfig(gan_start=-1),
+        data=DataConfig(image_size=64, batch_size=8),
+        optimizer=OptimizerConfig(base_learning_rate=1.25e-4, warmup_steps=20),
+    )
