@@ -18,31 +18,31 @@ class ImageError(UserError):
     """A file that is no picture, or a picture that does not fit; the message names the file."""
 
 
-def decode(data: bytes, name: str = "image") -> np.ndarray:
-    """Decodes a picture of any mode and orientation to (h, w, 3) uint8; transparency is composed on white.
+def decode(data: bytes, name: str = "image", background: str = "white") -> np.ndarray:
+    """Decodes a picture of any mode and orientation to (h, w, 3) uint8; transparency is composed on `background`.
 
     Raises:
         ImageError: the bytes are no picture, or a truncated one.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(_rgb(ImageOps.exif_transpose(image)))
+            return np.asarray(_rgb(ImageOps.exif_transpose(image), background))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageError(f"{name} is not a readable picture: {error}") from None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, background: str) -> Image.Image:
     if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
         wide = np.asarray(image).astype(np.float64)
         return Image.fromarray((wide / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
     return image.convert("RGB")
 
 
-def read(path: str | epath.Path) -> np.ndarray:
-    """Reads a picture file as (h, w, 3) uint8.
+def read(path: str | epath.Path, background: str = "white") -> np.ndarray:
+    """Reads a picture file as (h, w, 3) uint8; see `decode`.
 
     Raises:
         ImageError: the file is missing or no picture.
@@ -50,37 +50,53 @@ def read(path: str | epath.Path) -> np.ndarray:
     file = epath.Path(path)
     if not file.is_file():
         raise ImageError(f"no picture at {path}")
-    return decode(file.read_bytes(), str(path))
+    return decode(file.read_bytes(), str(path), background)
 
 
 def read_mask(path: str | epath.Path) -> np.ndarray:
-    """Reads a mask file (white = generate, black = preserve) as (h, w, 1) float32 in [0, 1], threshold 0.5."""
-    return (read(path).mean(-1, keepdims=True) >= 127.5).astype(np.float32)
+    """Reads a mask file (white = generate, black or transparent = preserve) as (h, w, 1) uint8, 0 or 1; threshold 0.5.
+
+    Raises:
+        ImageError: the file is missing or no picture.
+    """
+    return (read(path, background="black").mean(-1, keepdims=True) >= 127.5).astype(np.uint8)
 
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 def write(path: str | epath.Path, image: np.ndarray) -> None:
-    """Writes (h, w, 3) uint8 as PNG, JPEG or WebP (lossless), by the name's ending.
+    """Writes (h, w, 3) uint8 as PNG, JPEG or WebP (lossless), by the name's ending; replaces a file atomically.
 
     Raises:
-        ImageError: another ending.
+        ImageError: another ending, a picture too large for the format, or a place that cannot be written to.
     """
     check_writable(path)
     file = epath.Path(path)
     kind = FORMATS[file.suffix.lower()]
     buffer = io.BytesIO()
     options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
-    Image.fromarray(image).save(buffer, kind, **options)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(buffer.getvalue())
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        Image.fromarray(image).save(buffer, kind, **options)
+        partial.write_bytes(buffer.getvalue())
+        partial.replace(file)
+    except (OSError, ValueError) as error:
+        partial.unlink(missing_ok=True)
+        raise ImageError(f"{path} cannot be written: {error}") from None
 
 
 def check_writable(path: str | epath.Path) -> None:
-    """Raises ImageError unless the name's ending is one that `write` knows."""
-    if epath.Path(path).suffix.lower() not in FORMATS:
+    """Raises ImageError unless `write` knows the name's ending and the directory is there or can be made."""
+    file = epath.Path(path)
+    if file.suffix.lower() not in FORMATS:
         raise ImageError(f"{path}: expected a name that ends in one of {', '.join(FORMATS)}")
+    if file.is_dir():
+        raise ImageError(f"{path} is a directory; name a file")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ImageError(f"{path} cannot be written: {error}") from None
 
 
 def to_float(image: jax.Array | np.ndarray) -> jax.Array:
@@ -94,13 +110,14 @@ def to_uint8(image: jax.Array | np.ndarray) -> np.ndarray:
 
 
 def grid(columns: Sequence[tuple[str, Sequence[np.ndarray]]], gap: int = 4) -> np.ndarray:
-    """Lays out titled columns of equally sized (h, w, 3) uint8 pictures, one row per picture."""
-    h, w, _ = columns[0][1][0].shape
+    """Lays out titled columns of (h, w, 3) uint8 pictures, one row per picture; all cells have the largest's size."""
+    h, w = (max(p.shape[axis] for _, pictures in columns for p in pictures) for axis in (0, 1))
     rows, header = len(columns[0][1]), 16
     canvas = Image.new("RGB", (len(columns) * (w + gap) - gap, header + rows * (h + gap) - gap), "white")
-    draw = ImageDraw.Draw(canvas)
     for i, (title, pictures) in enumerate(columns):
-        draw.text((i * (w + gap) + 2, 2), title, fill="black")
+        cell = Image.new("RGB", (w, header), "white")
+        ImageDraw.Draw(cell).text((2, 2), title, fill="black")
+        canvas.paste(cell, (i * (w + gap), 0))
         for j, picture in enumerate(pictures):
             canvas.paste(Image.fromarray(picture), (i * (w + gap), header + j * (h + gap)))
     return np.asarray(canvas)

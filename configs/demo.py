@@ -19,8 +19,10 @@ def get_config() -> Config:
             keep=1,
         ),
         model=ModelConfig(
-            encoder_channels=(32, 64, 64),
-            decoder_channels=(32, 64, 96),
+            latent_channels=8,
+            norm_groups=16,
+            encoder_channels=(32, 64, 64, 64),
+            decoder_channels=(48, 96, 96, 96),
             encoder_blocks=1,
             decoder_blocks=1,
         ),

@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-import jax
+import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from asymvq_jax.config import ModelConfig
-from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.autoencoder import Autoencoder, structure
+from asymvq_jax.models.parameters import merge, split
 
 Format = Literal["diffusers", "ldm"]
 
@@ -74,9 +74,9 @@ _PATTERNS = [
 
 
 class Weight(NamedTuple):
-    """One parameter: its path in our model, its shape there, and its name and shape in a PyTorch file."""
+    """One parameter: its name in our model, its shape there, and its name and shape in a PyTorch file."""
 
-    path: tuple[str | int, ...]
+    path: str
     shape: tuple[int, ...]
     name: str
     torch_shape: tuple[int, ...]
@@ -84,18 +84,17 @@ class Weight(NamedTuple):
 
 def weights(config: ModelConfig, form: Format) -> list[Weight]:
     """All parameters of the model that `config` describes, with their names in `form`."""
-    model = nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
+    _, shapes = structure(config)
     levels = len(config.encoder_channels)
     result = []
-    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        *module, kind = path
-        joined = ".".join(map(str, module))
+    for ours, leaf in shapes.items():
+        joined, _, kind = ours.rpartition(".")
         match, row = next((m, row) for pattern, row in _PATTERNS if (m := pattern.fullmatch(joined)))
         indices = {k: int(v) for k, v in match.groupdict().items()}
         name = getattr(row, form).format(**indices, u=levels - 1 - indices.get("i", 0))
         shape = tuple(leaf.shape)
         full_name = f"{name}.{'bias' if kind == 'bias' else 'weight'}"
-        result.append(Weight(path, shape, full_name, _torch_shape(shape, linear=_is_linear(row, form))))
+        result.append(Weight(ours, shape, full_name, _torch_shape(shape, linear=_is_linear(row, form))))
     return result
 
 
@@ -125,16 +124,13 @@ def _torch_shape(shape: tuple[int, ...], *, linear: bool) -> tuple[int, ...]:
     return (o, i) if linear else (o, i, h, w)
 
 
-def load_tensors(model: Autoencoder, tensors: Mapping[str, np.ndarray], form: Format) -> None:
-    """Fills every parameter of `model` from PyTorch tensors, which must be complete and of the right shapes."""
-    state = nnx.state(model, nnx.Param)
-    flat = dict(nnx.to_flat_state(state))
-    for weight in weights(model.config, form):
-        flat[weight.path][...] = jax.numpy.asarray(from_torch(weight, tensors[weight.name]))
-    nnx.update(model, nnx.from_flat_state(list(flat.items())))
+def model_from_tensors(config: ModelConfig, tensors: Mapping[str, np.ndarray], form: Format) -> Autoencoder:
+    """The model that `config` describes, filled from PyTorch tensors, complete and of the right shapes."""
+    params = {w.path: jnp.asarray(from_torch(w, tensors[w.name])) for w in weights(config, form)}
+    return merge(structure(config)[0], params)
 
 
 def dump_tensors(model: Autoencoder, form: Format) -> dict[str, np.ndarray]:
     """All parameters of `model` as PyTorch tensors, by name."""
-    flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    return {w.name: to_torch(w, np.asarray(flat[w.path][...])) for w in weights(model.config, form)}
+    _, params = split(model)
+    return {w.name: to_torch(w, np.asarray(params[w.path])) for w in weights(model.config, form)}

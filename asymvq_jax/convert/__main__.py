@@ -1,0 +1,34 @@
+"""Converts weights: python -m asymvq_jax.convert SOURCE TARGET [--to jax|diffusers|ldm]."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from asymvq_jax.config import UserError
+from asymvq_jax.convert.convert import convert, describe
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after an error message."""
+    parser = argparse.ArgumentParser(prog="python -m asymvq_jax.convert", description=__doc__)
+    parser.add_argument("source", help="JAX checkpoint, diffusers folder, or original .ckpt / .safetensors")
+    parser.add_argument("target", help="what to write; must not exist")
+    parser.add_argument("--to", choices=("jax", "diffusers", "ldm"), default="jax", help="form of the target")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    for library in ("absl", "jax"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    try:
+        model = convert(options.source, options.target, options.to)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.target}: {options.to}, {describe(model)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

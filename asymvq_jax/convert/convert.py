@@ -1,0 +1,308 @@
+"""Recognises what a source holds, reads it into a model, and writes a model in the form that is asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from asymvq_jax.checkpoints import CheckpointError, find_step, load_model, save_model
+from asymvq_jax.config import ModelConfig, UserError
+from asymvq_jax.convert.files import read_json, read_tensors, write_tensors
+from asymvq_jax.convert.mapping import OLD_ATTENTION, Format, dump_tensors, model_from_tensors, weights
+from asymvq_jax.models.autoencoder import Autoencoder
+
+log = logging.getLogger(__name__)
+
+Target = Literal["jax", "diffusers", "ldm"]
+PREFIX = "first_stage_model."
+# In an original checkpoint, but no part of the autoencoder's function: loss networks, unused layers, averages.
+LDM_UNUSED = ("loss.", "decoder.up_layers.", "model_ema.")
+WEIGHTS = "diffusion_pytorch_model"
+
+
+class ConvertError(UserError):
+    """Weights that cannot be converted; the message lists every tensor or field at fault."""
+
+
+def convert(source: str | Path, target: str | Path, to: Target = "jax") -> Autoencoder:
+    """Converts a model; nothing is written unless everything fits.
+
+    Args:
+        source: a JAX checkpoint (a run, a step, or what this function wrote); a diffusers folder of
+            AsymmetricAutoencoderKL or AutoencoderKL, or a pipeline with one in vae/; or an original checkpoint of the
+            asymmetric model or of Stable Diffusion (.ckpt or .safetensors).
+        target: a directory for jax and diffusers; for ldm a .safetensors or .ckpt file. It must not exist.
+        to: the form to write.
+
+    Raises:
+        UserError: the source is unreadable, incomplete or not representable, or the target exists.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists():
+        raise ConvertError(f"{target} exists already; choose another target or remove it first")
+    if to == "ldm" and target.suffix not in (".safetensors", ".ckpt"):
+        raise ConvertError(f"{target}: expected a name that ends in .safetensors or .ckpt for --to ldm")
+    model = read_model(source)
+    if to == "jax":
+        save_model(target, model)
+    elif to == "diffusers":
+        _write_diffusers(model, target)
+    else:
+        _atomically(target, lambda path: write_tensors(path, dump_tensors(model, "ldm")))
+    return model
+
+
+def read_model(source: Path) -> Autoencoder:
+    """Reads a model of any kind that `convert` knows."""
+    if not source.exists():
+        raise ConvertError(f"no source at {source}")
+    if source.is_file():
+        return _read_ldm(source)
+    if (source / "config.json").is_file():
+        return _read_diffusers(source)
+    if (source / "vae" / "config.json").is_file():
+        return _read_diffusers(source / "vae")
+    try:
+        find_step(source)
+    except CheckpointError:
+        raise ConvertError(
+            f"{source} is nothing known: expected a JAX checkpoint, or a diffusers folder with config.json"
+        ) from None
+    log.info("%s: a JAX checkpoint", source)
+    return load_model(source)
+
+
+def _read_diffusers(folder: Path) -> Autoencoder:
+    config = diffusers_to_config(read_json(folder / "config.json"), folder / "config.json")
+    tensors = {_modern(name): value for name, value in _read_folder(folder).items()}
+    # 1x1 convolutions and linear layers hold the same numbers; old files have the former in the attention.
+    tensors = {
+        name: value[:, :, 0, 0] if ".attentions." in name and value.shape[2:] == (1, 1) else value
+        for name, value in tensors.items()
+    }
+    log.info("%s: diffusers %s", folder, "AsymmetricAutoencoderKL" if config.condition else "AutoencoderKL")
+    return _build(config, tensors, "diffusers", folder)
+
+
+def _modern(name: str) -> str:
+    head, dot, rest = name.partition(".attentions.0.")
+    old, _, leaf = rest.partition(".")
+    return f"{head}{dot}{OLD_ATTENTION[old]}.{leaf}" if old in OLD_ATTENTION else name
+
+
+def _read_folder(folder: Path) -> dict[str, np.ndarray]:
+    index = folder / f"{WEIGHTS}.safetensors.index.json"
+    if index.is_file():
+        files = sorted(set(read_json(index).get("weight_map", {}).values()))
+        return {name: value for file in files for name, value in read_tensors(folder / file).items()}
+    for suffix in (".safetensors", ".bin"):
+        if (folder / (WEIGHTS + suffix)).is_file():
+            return read_tensors(folder / (WEIGHTS + suffix))
+    raise ConvertError(f"{folder} has a config.json but no {WEIGHTS}.safetensors")
+
+
+def _expect(config: Mapping[str, Any], path: Path, **expected: Any) -> None:
+    wrong = [f"{n}={config[n]!r} (expected {v!r})" for n, v in expected.items() if n in config and config[n] != v]
+    if wrong:
+        raise ConvertError(f"{path}: this model is of a kind that is not supported: {', '.join(wrong)}")
+
+
+def diffusers_to_config(config: Mapping[str, Any], path: Path) -> ModelConfig:
+    """Translates a diffusers config.json.
+
+    Raises:
+        ConvertError: another class, or a field with a value that our model does not have.
+    """
+    kind = config.get("_class_name")
+    if kind not in ("AsymmetricAutoencoderKL", "AutoencoderKL"):
+        raise ConvertError(f"{path}: _class_name is {kind!r}; expected 'AsymmetricAutoencoderKL' or 'AutoencoderKL'")
+    asymmetric = kind == "AsymmetricAutoencoderKL"
+    names = (
+        ("down_block_out_channels", "up_block_out_channels", "layers_per_down_block", "layers_per_up_block")
+        if asymmetric
+        else ("block_out_channels", "block_out_channels", "layers_per_block", "layers_per_block")
+    )
+    missing = sorted({name for name in (*names, "latent_channels") if name not in config})
+    if missing:
+        raise ConvertError(f"{path}: missing {', '.join(missing)}")
+    down, up, down_blocks, up_blocks = (config[name] for name in names)
+    channels = config.get("in_channels", 3)
+    _expect(
+        config,
+        path,
+        act_fn="silu",
+        out_channels=channels,
+        mid_block_add_attention=True,
+        use_post_quant_conv=config.get("use_quant_conv", True),
+        down_block_types=["DownEncoderBlock2D"] * len(down),
+        up_block_types=["UpDecoderBlock2D"] * len(up),
+    )
+    return ModelConfig(
+        image_channels=channels,
+        latent_channels=config["latent_channels"],
+        scaling_factor=config.get("scaling_factor", 0.18215),
+        shift_factor=config.get("shift_factor") or 0.0,
+        encoder_channels=tuple(down),
+        decoder_channels=tuple(up),
+        encoder_blocks=down_blocks,
+        decoder_blocks=up_blocks,
+        quant_conv=config.get("use_quant_conv", True),
+        condition=asymmetric,
+        norm_groups=config.get("norm_num_groups", 32),
+    )
+
+
+def config_to_diffusers(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a model: AsymmetricAutoencoderKL with a condition branch, AutoencoderKL without.
+
+    Raises:
+        ConvertError: diffusers' class has no room for the model's sizes.
+    """
+    levels = len(config.encoder_channels)
+    shared = {
+        "in_channels": config.image_channels,
+        "out_channels": config.image_channels,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "act_fn": "silu",
+        "latent_channels": config.latent_channels,
+        "norm_num_groups": config.norm_groups,
+        "scaling_factor": config.scaling_factor,
+        "sample_size": 256,
+    }
+    if not config.condition:
+        same = config.encoder_channels == config.decoder_channels and config.encoder_blocks == config.decoder_blocks
+        if not same:
+            raise ConvertError(
+                "diffusers' AutoencoderKL needs a decoder as wide and deep as the encoder, and its "
+                "AsymmetricAutoencoderKL a condition branch; this model has neither"
+            )
+        return shared | {
+            "_class_name": "AutoencoderKL",
+            "block_out_channels": list(config.encoder_channels),
+            "layers_per_block": config.encoder_blocks,
+            "shift_factor": config.shift_factor or None,
+            "use_quant_conv": config.quant_conv,
+            "use_post_quant_conv": config.quant_conv,
+        }
+    first, last = config.decoder_channels[0], config.decoder_channels[-1]
+    doubling = tuple(min(first * 2**i, last) for i in range(4))
+    problems = []
+    if config.decoder_channels != doubling:
+        problems.append(f"model.decoder_channels={config.decoder_channels} (its condition branch needs {doubling})")
+    if not config.quant_conv:
+        problems.append("model.quant_conv=False")
+    if config.shift_factor:
+        problems.append(f"model.shift_factor={config.shift_factor}")
+    if problems:
+        raise ConvertError(f"diffusers' AsymmetricAutoencoderKL cannot hold {' and '.join(problems)}")
+    return shared | {
+        "_class_name": "AsymmetricAutoencoderKL",
+        "down_block_out_channels": list(config.encoder_channels),
+        "layers_per_down_block": config.encoder_blocks,
+        "up_block_out_channels": list(config.decoder_channels),
+        "layers_per_up_block": config.decoder_blocks,
+    }
+
+
+def _write_diffusers(model: Autoencoder, target: Path) -> None:
+    config = config_to_diffusers(model.config)
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_tensors(folder / f"{WEIGHTS}.safetensors", dump_tensors(model, "diffusers"))
+
+    _atomically(target, write)
+
+
+def _atomically(target: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a path beside `target`, then renames it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        write(beside / target.name)
+        (beside / target.name).rename(target)
+    finally:
+        shutil.rmtree(beside)
+
+
+def _read_ldm(path: Path) -> Autoencoder:
+    tensors = read_tensors(path)
+    if any(name.startswith(PREFIX) for name in tensors):
+        outside = [name for name in tensors if not name.startswith(PREFIX)]
+        log.info("%s: %d tensors outside %s* are no part of the autoencoder", path, len(outside), PREFIX)
+        tensors = {name.removeprefix(PREFIX): value for name, value in tensors.items() if name.startswith(PREFIX)}
+    unused = [name for name in tensors if name.startswith(LDM_UNUSED)]
+    if unused:
+        log.info("%s: left out %d tensors of %s", path, len(unused), ", ".join(f"{p}*" for p in LDM_UNUSED))
+    tensors = {name: value for name, value in tensors.items() if name not in unused}
+    config = ldm_to_config(tensors, path)
+    log.info("%s: an original checkpoint%s", path, "" if config.condition else " of a plain autoencoder")
+    return _build(config, tensors, "ldm", path)
+
+
+def ldm_to_config(tensors: Mapping[str, np.ndarray], path: Path) -> ModelConfig:
+    """Reads the sizes off the tensors of an original checkpoint.
+
+    Raises:
+        ConvertError: tensors that every such checkpoint has are missing.
+    """
+
+    def channels(half: str) -> tuple[int, ...]:
+        pattern = re.compile(rf"{half}\.(\d+)\.block\.0\.conv1\.weight")
+        found = {int(m[1]): v.shape[0] for name, v in tensors.items() if (m := pattern.fullmatch(name))}
+        return tuple(found[level] for level in sorted(found))
+
+    def blocks(half: str) -> int:
+        return sum(bool(re.fullmatch(rf"{half}\.0\.block\.\d+\.conv1\.weight", name)) for name in tensors)
+
+    needed = [f"{n}.weight" for n in ("encoder.conv_in", "encoder.down.0.block.0.conv1", "decoder.conv_in",
+                                      "decoder.up.0.block.0.conv1")]  # fmt: skip
+    missing = [name for name in needed if name not in tensors]
+    if missing:
+        raise ConvertError(f"{path} holds no autoencoder under the original names: missing {', '.join(missing)}, ...")
+    return ModelConfig(
+        image_channels=tensors["encoder.conv_in.weight"].shape[1],
+        latent_channels=tensors["decoder.conv_in.weight"].shape[1],
+        encoder_channels=channels("encoder.down"),
+        decoder_channels=channels("decoder.up"),
+        encoder_blocks=blocks("encoder.down"),
+        decoder_blocks=blocks("decoder.up") - 1,
+        quant_conv="quant_conv.weight" in tensors,
+        condition=any(name.startswith("decoder.encoder.") for name in tensors),
+    )
+
+
+def _build(config: ModelConfig, tensors: Mapping[str, np.ndarray], form: Format, source: Path) -> Autoencoder:
+    """A model with all of `tensors` in it; lists every one that is missing, unexpected or misshapen."""
+    expected = {w.name: w.torch_shape for w in weights(config, form)}
+    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in tensors]
+    problems += [f"unexpected: {name} {value.shape}" for name, value in tensors.items() if name not in expected]
+    problems += [
+        f"misshapen: {name} {tensors[name].shape}, expected {shape}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if problems:
+        raise ConvertError(f"{source}: {len(problems)} tensors do not fit the model:\n  " + "\n  ".join(problems))
+    return model_from_tensors(config, tensors, form)
+
+
+def describe(model: Autoencoder) -> str:
+    """One line on a model's sizes."""
+    counts = {half: 0 for half in ("encoder", "decoder", "condition")}
+    for weight in weights(model.config, "diffusers"):
+        half = "condition" if weight.path.startswith("decoder.condition.") else weight.path.split(".")[0]
+        if half in counts:
+            counts[half] += int(np.prod(weight.shape))
+    parts = ", ".join(f"{half} {count / 1e6:.1f} M" for half, count in counts.items() if count)
+    return f"{parts} parameters; decoder {model.config.decoder_channels} x {model.config.decoder_blocks} + 1 blocks"

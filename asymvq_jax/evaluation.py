@@ -1,0 +1,255 @@
+"""Evaluation: our decode beside the plain decode of the same latents, and beside what a sceptic would try first."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import cv2
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+from tqdm import tqdm
+
+from asymvq_jax import images, inference
+from asymvq_jax.config import UserError
+from asymvq_jax.data.sources import SUFFIXES
+from asymvq_jax.losses.lpips import LPIPS
+from asymvq_jax.metrics.image import all_metrics
+from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.parameters import split
+
+log = logging.getLogger(__name__)
+
+PLAIN = "plain"
+PLAIN_OURS = "plain (ours, no condition)"
+GRID_ROWS = 8
+
+
+class EvaluationError(UserError):
+    """Pictures, masks or models that do not belong together; the message names them."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One picture, (h, w, 3) uint8, and its mask, (h, w, 1) float32."""
+
+    name: str
+    image: np.ndarray
+    mask: np.ndarray
+
+
+@dataclass
+class Results:
+    """Means of every metric for every row, how many pictures each covers, and a picture grid."""
+
+    pictures: int
+    rows: dict[str, dict[str, float]]
+    counts: dict[str, dict[str, int]]
+    columns: list[tuple[str, list[np.ndarray]]] = field(repr=False)
+
+    def grid(self) -> np.ndarray:
+        """The first pictures, (h, w, 3) uint8; all are scaled down to the first one's size."""
+        height, width, _ = self.columns[0][1][0].shape
+        fit = [
+            (title, [cv2.resize(p, (width, height), interpolation=cv2.INTER_AREA) for p in pictures])
+            for title, pictures in self.columns
+        ]
+        return images.grid(fit)
+
+
+def list_pairs(folder: str) -> list[tuple[epath.Path, epath.Path]]:
+    """The files `name.png` and `name_mask.png` (any picture format) of a folder.
+
+    Raises:
+        EvaluationError: the folder is missing or empty, or a picture or mask lacks its other half.
+    """
+    root = epath.Path(folder)
+    if not root.is_dir():
+        raise EvaluationError(f"--pairs {folder} is not a directory")
+    files = {p.stem: p for p in sorted(root.iterdir()) if p.suffix.lower() in SUFFIXES}
+    names = [stem for stem in files if not stem.endswith("_mask")]
+    missing = [f"{n}_mask (for {files[n].name})" for n in names if f"{n}_mask" not in files]
+    missing += [
+        f"{stem.removesuffix('_mask')} (for {path.name})"
+        for stem, path in files.items()
+        if stem.endswith("_mask") and stem.removesuffix("_mask") not in files
+    ]
+    if missing:
+        raise EvaluationError(f"--pairs {folder}: missing {', '.join(missing)}")
+    if not names:
+        raise EvaluationError(f"--pairs {folder} holds no pictures; expected name.png beside name_mask.png")
+    return [(files[n], files[f"{n}_mask"]) for n in names]
+
+
+def read_pairs(paths: Sequence[tuple[epath.Path, epath.Path]]) -> Iterator[Pair]:
+    """Reads what `list_pairs` found, one pair at a time.
+
+    Raises:
+        EvaluationError: a mask is of another size than its picture.
+    """
+    for path, mask_path in paths:
+        image, mask = images.read(path), images.read_mask(mask_path)
+        if image.shape[:2] != mask.shape[:2]:
+            sizes = [f"{p.name} is {x.shape[1]} x {x.shape[0]} px" for p, x in ((path, image), (mask_path, mask))]
+            raise EvaluationError(f"{' and '.join(sizes)}; they must be of one size")
+        yield Pair(path.name, image, mask)
+
+
+def check_same_encoder(model: Autoencoder, plain: Autoencoder) -> None:
+    """Raises EvaluationError unless both models encode alike, so that their decoders get the same latents."""
+    ours, theirs = split(model)[1], split(plain)[1]
+    differing = [
+        name
+        for name in ours
+        if not name.startswith("decoder.")
+        and (name not in theirs or not np.array_equal(np.asarray(ours[name]), np.asarray(theirs[name])))
+    ]
+    if differing:
+        raise EvaluationError(
+            f"the plain autoencoder has another encoder ({len(differing)} parameters differ, such as {differing[0]}), "
+            "so the latents would not be the same; name the one that the decoder was trained with by --plain"
+        )
+
+
+def evaluate(model: Autoencoder, plain: Autoencoder | None, pairs: Iterator[Pair], count: int, lpips: LPIPS) -> Results:
+    """Measures every row on every pair, with the latent of the original itself (the posterior's mode).
+
+    Args:
+        model: the autoencoder with a condition branch.
+        plain: the one whose decoder came with the encoder; None: our decoder without condition stands in, and the row
+            says so.
+        pairs: pictures and masks.
+        count: how many there are, for the progress bar.
+        lpips: the perceptual metric, on whole pictures.
+
+    Raises:
+        InputError, EvaluationError: the models do not fit the task.
+    """
+    inference.check_condition(model.config)
+    if plain is not None:
+        check_same_encoder(model, plain)
+    values: dict[str, dict[str, list[float]]] = {}
+    shown: dict[str, list[np.ndarray]] = {}
+    done = 0
+    for pair in tqdm(pairs, total=count, unit="picture", desc="evaluating"):
+        rows = _rows(model, plain, pair)
+        for row, image in rows.items():
+            measured = all_metrics(image, pair.image, pair.mask)
+            measured["lpips"] = _lpips(lpips, image, pair.image)
+            for name, value in measured.items():
+                values.setdefault(row, {}).setdefault(name, []).append(value)
+        if done < GRID_ROWS:
+            for title, picture in _shown(rows, pair).items():
+                shown.setdefault(title, []).append(picture)
+        done += 1
+    return Results(
+        pictures=done,
+        rows={r: {n: _mean(n, v) for n, v in metrics.items()} for r, metrics in values.items()},
+        counts={r: {n: int(np.sum(~np.isnan(v))) for n, v in metrics.items()} for r, metrics in values.items()},
+        columns=list(shown.items()),
+    )
+
+
+def _mean(name: str, values: list[float]) -> float:
+    """The mean over the pictures that have the metric; a PSNR is infinite only where all of them are."""
+    kept = np.array([v for v in values if not np.isnan(v)])
+    finite = kept[np.isfinite(kept)]
+    if not kept.size:
+        return float("nan")
+    return float(finite.mean()) if finite.size else float(kept[0])
+
+
+def _rows(model: Autoencoder, plain: Autoencoder | None, pair: Pair) -> dict[str, np.ndarray]:
+    pixels, mask = images.to_float(pair.image)[None], pair.mask[None]
+    latent = inference.encode(model, pixels)
+    size = pair.image.shape[:2]
+    plain_image = images.to_uint8(inference.decode(plain or model, latent, size=size)[0])
+    ours = images.to_uint8(inference.decode(model, latent, pixels, mask)[0])
+    return {
+        PLAIN if plain is not None else PLAIN_OURS: plain_image,
+        "paste": hard_paste(plain_image, pair.image, pair.mask),
+        "Poisson": poisson_blend(plain_image, pair.image, pair.mask),
+        "ours": ours,
+        "ours + paste": hard_paste(ours, pair.image, pair.mask),
+    }
+
+
+def _shown(rows: dict[str, np.ndarray], pair: Pair) -> dict[str, np.ndarray]:
+    plain, ours = next(iter(rows.values())), rows["ours"]
+    return {
+        "original": pair.image,
+        "masked": np.where(pair.mask > 0.5, np.uint8(127), pair.image),
+        next(iter(rows)): plain,
+        "ours": ours,
+        "plain, error x 4": images.error_map(plain, pair.image),
+        "ours, error x 4": images.error_map(ours, pair.image),
+    }
+
+
+def hard_paste(image: np.ndarray, original: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The original where the mask is 0, `image` elsewhere."""
+    return np.where(mask > 0.5, image, original)
+
+
+def poisson_blend(image: np.ndarray, original: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """OpenCV's seamlessClone of the masked region of `image` into `original` (Perez et al. 2003).
+
+    A frame of one mirrored pixel is put around both, because the solver needs a border around the region; a full mask
+    has none, and returns `image`.
+    """
+    region = (mask[..., 0] > 0.5).astype(np.uint8) * 255
+    if not region.any():
+        return original.copy()
+    if region.all():
+        return image.copy()
+    frame = 2
+    image, original = (cv2.copyMakeBorder(x, *[frame] * 4, cv2.BORDER_REFLECT) for x in (image, original))
+    region = cv2.copyMakeBorder(region, *[frame] * 4, cv2.BORDER_CONSTANT, value=0)
+    # The region's bounding box is placed with its centre at this point; OpenCV halves its size rounding down.
+    x, y, width, height = cv2.boundingRect(region)
+    blended = cv2.seamlessClone(image, original, region, (x + width // 2, y + height // 2), cv2.NORMAL_CLONE)
+    return np.ascontiguousarray(blended[frame:-frame, frame:-frame])
+
+
+def _lpips(lpips: LPIPS, image: np.ndarray, original: np.ndarray) -> float:
+    # The network halves the picture four times; smaller ones are enlarged to what it can take.
+    if min(image.shape[:2]) < 32:
+        scale = 32 / min(image.shape[:2])
+        size = tuple(max(32, round(s * scale)) for s in image.shape[1::-1])
+        image, original = (cv2.resize(x, size, interpolation=cv2.INTER_LINEAR) for x in (image, original))
+    return float(_distance(lpips, images.to_float(image)[None], images.to_float(original)[None])[0])
+
+
+@nnx.jit
+def _distance(lpips: LPIPS, a: jax.Array, b: jax.Array) -> jax.Array:
+    return lpips(a, b)
+
+
+COLUMNS = {
+    "preservation_error": ("preservation error x 1e-5", 1e5),
+    "psnr_preserved": ("PSNR kept, dB", 1.0),
+    "ssim_preserved": ("SSIM kept", 1.0),
+    "psnr_masked": ("PSNR masked, dB", 1.0),
+    "ssim_masked": ("SSIM masked", 1.0),
+    "lpips": ("LPIPS", 1.0),
+    "boundary_error": ("boundary error x 1e-3", 1e3),
+}
+
+
+def table(results: Results) -> str:
+    """The results as aligned Markdown."""
+    header = ["", *(title for title, _ in COLUMNS.values())]
+    lines = [
+        [row, *(f"{metrics[name] * scale:.4g}" for name, (_, scale) in COLUMNS.items())]
+        for row, metrics in results.rows.items()
+    ]
+    widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
+    cells = [[header[i].ljust(widths[i]) for i in range(len(header))]]
+    cells += [["-" * w for w in widths]]
+    cells += [
+        [line[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(line[1:], widths[1:], strict=True))] for line in lines
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

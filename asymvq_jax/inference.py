@@ -1,0 +1,201 @@
+"""Encode, decode and inpaint pictures of any size; for scripts and notebooks."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from asymvq_jax import images
+from asymvq_jax.config import ModelConfig, UserError
+from asymvq_jax.models.autoencoder import Autoencoder
+
+
+class InputError(UserError):
+    """Arrays that do not fit each other or the model; the message gives both shapes."""
+
+
+class Inpainting(NamedTuple):
+    """A finished picture, (h, w, 3) uint8, and the tone step that pasting covered (None where nothing was pasted)."""
+
+    image: np.ndarray
+    tone_step: float | None
+
+
+def pad(x: jax.Array | np.ndarray, multiple: int) -> jax.Array:
+    """Repeats the last row and column of (b, h, w, c) until height and width are multiples of `multiple`."""
+    _, h, w, _ = x.shape
+    return jnp.pad(jnp.asarray(x), ((0, 0), (0, -h % multiple), (0, -w % multiple), (0, 0)), mode="edge")
+
+
+@nnx.jit
+def _encode(model: Autoencoder, image: jax.Array) -> jax.Array:
+    return model.encode(image).mode()
+
+
+@nnx.jit
+def _decode(model: Autoencoder, z: jax.Array, image: jax.Array | None, mask: jax.Array | None) -> jax.Array:
+    return model.decode(z, image, mask)
+
+
+def encode(model: Autoencoder, image: jax.Array | np.ndarray) -> jax.Array:
+    """The posterior's mode.
+
+    Args:
+        model: the autoencoder.
+        image: (b, h, w, 3) float in [-1, 1], of any size.
+
+    Returns:
+        (b, ceil(h / 8), ceil(w / 8), latent_channels) float32, not scaled for a diffusion model.
+    """
+    return _encode(model, pad(image, model.config.downsampling))
+
+
+def decode(
+    model: Autoencoder,
+    latent: jax.Array,
+    image: jax.Array | np.ndarray | None = None,
+    mask: jax.Array | np.ndarray | None = None,
+    size: tuple[int, int] | None = None,
+) -> jax.Array:
+    """Decodes a latent, conditioned on a picture's unmasked pixels where one is given.
+
+    Args:
+        model: the autoencoder.
+        latent: as `encode` returns it.
+        image: (b, h, w, 3) float in [-1, 1], of any size.
+        mask: (b, h, w, 1) float, 1 = generate, 0 = preserve.
+        size: height and width to crop to; by default the image's, or all that the latent covers.
+
+    Returns:
+        (b, h, w, 3) float32, not clipped.
+    """
+    if image is not None and mask is not None:
+        size = size or image.shape[1:3]
+        multiple = model.config.downsampling
+        image, mask = pad(image, multiple), pad(mask, multiple)
+    result = _decode(model, latent, image, mask)
+    return result if size is None else result[:, : size[0], : size[1]]
+
+
+def read_latent(array: np.ndarray, config: ModelConfig, size: tuple[int, int], *, scaled: bool = True) -> jax.Array:
+    """Brings an edited latent into the form that `decode` takes.
+
+    Args:
+        array: (c, h, w) or (h, w, c), or either with a leading 1, as PyTorch or JAX pipelines return latents.
+        config: the model's.
+        size: height and width of the picture.
+        scaled: whether it is (z - shift_factor) * scaling_factor, as diffusion models have it.
+
+    Returns:
+        (1, h, w, c) float32, not scaled.
+
+    Raises:
+        InputError: the latent is not of the picture's size; the message gives both shapes.
+    """
+    height, width = (-(-side // config.downsampling) for side in size)
+    channels = config.latent_channels
+    latent = array[0] if array.ndim == 4 and array.shape[0] == 1 else array
+    if latent.shape == (channels, height, width) and latent.shape != (height, width, channels):
+        latent = latent.transpose(1, 2, 0)
+    if latent.shape != (height, width, channels):
+        raise InputError(
+            f"the latent has shape {array.shape}: expected ({channels}, {height}, {width}) or "
+            f"({height}, {width}, {channels}), with or without a leading 1, for a picture of {size[1]} x {size[0]} px"
+        )
+    if not np.isfinite(latent).all():
+        raise InputError("the latent holds values that are not finite (NaN or infinity)")
+    latent = latent.astype(np.float32)
+    if scaled:
+        latent = latent / np.float32(config.scaling_factor) + np.float32(config.shift_factor)
+    return jnp.asarray(latent[None])
+
+
+def inpaint(
+    model: Autoencoder,
+    image: np.ndarray,
+    mask: np.ndarray,
+    latent: np.ndarray | None = None,
+    *,
+    keep: Literal["model", "exact"] = "model",
+    band: int = 8,
+    scaled: bool = True,
+) -> Inpainting:
+    """Decodes a latent so that the picture's unmasked pixels stay.
+
+    Args:
+        model: an autoencoder with a condition branch.
+        image: (h, w, 3) uint8, of any size.
+        mask: (h, w) or (h, w, 1); bool, or numbers in [0, 1]: 1 = generate, 0 = preserve.
+        latent: an edited latent (see `read_latent`); None: the picture's own.
+        keep: "model" returns what the decoder made; "exact" also pastes the original's pixels, bit for bit, wherever
+            they are preserved and farther than `band` px from the mask, with a linear transition inside the band.
+        band: its width, px; 0 pastes up to the mask's edge.
+        scaled: see `read_latent`.
+
+    Returns:
+        The picture; and with keep="exact" the tone step that the transition covered: the mean absolute difference
+        between the decoder's and the original's colours over the band's preserved pixels, in levels of 0 to 255.
+
+    Raises:
+        InputError: the shapes do not agree, or the model cannot preserve anything.
+    """
+    check_condition(model.config)
+    mask = check_mask(mask, image)
+    if keep not in ("model", "exact"):
+        raise InputError(f"keep={keep!r}: expected 'model' or 'exact'")
+    if band < 0:
+        raise InputError(f"band={band}: expected zero or more pixels")
+    pixels = images.to_float(image)[None]
+    if latent is None:
+        z = encode(model, pixels)
+    else:
+        z = read_latent(np.asarray(latent), model.config, image.shape[:2], scaled=scaled)
+    result = images.to_uint8(decode(model, z, pixels, mask[None])[0])
+    return paste(result, image, mask, band) if keep == "exact" else Inpainting(result, None)
+
+
+def check_condition(config: ModelConfig) -> None:
+    """Raises InputError unless the model can take a picture and a mask."""
+    if not config.condition:
+        raise InputError(
+            "this model has no condition branch (model.condition=False), so it cannot preserve pixels; "
+            "use a checkpoint of an asymmetric decoder"
+        )
+
+
+def check_mask(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Brings a mask to (h, w, 1) float32.
+
+    Raises:
+        InputError: it is not of the picture's size, or has values outside [0, 1].
+    """
+    mask = np.asarray(mask)
+    mask = mask[..., None] if mask.ndim == 2 else mask
+    if mask.shape != (*image.shape[:2], 1):
+        (h, w), (ih, iw) = mask.shape[:2], image.shape[:2]
+        raise InputError(f"the mask is {w} x {h} px and the picture {iw} x {ih} px; they must be of one size")
+    mask = mask.astype(np.float32)
+    if not ((mask >= 0) & (mask <= 1)).all():
+        raise InputError(
+            f"the mask has values from {mask.min()} to {mask.max()}: expected 0 (preserve) to 1 (generate)"
+        )
+    return mask
+
+
+def paste(result: np.ndarray, original: np.ndarray, mask: np.ndarray, band: int) -> Inpainting:
+    """Pastes the original's preserved pixels over `result`; see `inpaint` (keep="exact")."""
+    preserved = mask[..., 0] == 0
+    if preserved.all():
+        return Inpainting(original.copy(), 0.0)
+    # Distance from the mask, whose pixels are the zeros of the transform: 1 at the first preserved pixel.
+    distance = cv2.distanceTransform(preserved.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    share = np.where(distance > band, 1.0, distance / (band + 1))[..., None].astype(np.float32)
+    mixed = result.astype(np.float32) * (1 - share) + original.astype(np.float32) * share
+    covered = preserved & (distance <= max(band, 1))
+    step = np.abs(result.astype(np.float32) - original.astype(np.float32))[covered]
+    return Inpainting(np.round(mixed).astype(np.uint8), float(step.mean()) if step.size else 0.0)

@@ -1,0 +1,72 @@
+"""Inpaints one picture: python -m asymvq_jax.inpaint --image F --mask F --checkpoint DIR --out F."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from asymvq_jax import images
+from asymvq_jax.checkpoints import load_model
+from asymvq_jax.config import DTYPES, UserError
+from asymvq_jax.inference import InputError, check_condition, check_mask, inpaint, read_latent
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after an error message."""
+    parser = argparse.ArgumentParser(prog="python -m asymvq_jax.inpaint", description=__doc__)
+    parser.add_argument("--image", required=True, help="the original picture (PNG, JPEG, WebP, ...)")
+    parser.add_argument("--mask", required=True, help="a picture of the same size: white = generate, black = preserve")
+    parser.add_argument("--checkpoint", required=True, help="a run, one of its steps, or what asymvq_jax.convert wrote")
+    parser.add_argument("--out", required=True, help="the result: .png, .jpg or .webp")
+    parser.add_argument("--latent", help="an edited latent (.npy) from a diffusion model; default: the picture's own")
+    parser.add_argument("--unscaled-latent", action="store_true", help="the latent is not times the scaling factor")
+    parser.add_argument("--keep", choices=("model", "exact"), default="model", help="exact: paste kept pixels back too")
+    parser.add_argument("--band", type=int, default=8, help="width of the transition around the mask for exact, px")
+    parser.add_argument("--dtype", choices=DTYPES, help="compute type; default: the checkpoint's")
+    options = parser.parse_args(arguments)
+    try:
+        _run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    images.check_writable(options.out)
+    image, mask = images.read(options.image), images.read_mask(options.mask)
+    check_mask(mask, image)
+    latent = None if options.latent is None else _read_npy(options.latent)
+    model = load_model(options.checkpoint, **({"dtype": options.dtype} if options.dtype else {}))
+    check_condition(model.config)
+    if latent is not None:
+        read_latent(latent, model.config, image.shape[:2])
+    begin = time.perf_counter()
+    result = inpaint(
+        model, image, mask, latent, keep=options.keep, band=options.band, scaled=not options.unscaled_latent
+    )
+    images.write(options.out, result.image)
+    step = "" if result.tone_step is None else f"; covered a tone step of {result.tone_step:.2f} levels of 255"
+    height, width, _ = image.shape
+    print(
+        f"{options.out}: {width} x {height} px, {mask.mean():.0%} generated, "
+        f"{time.perf_counter() - begin:.1f} s with compilation{step}"
+    )
+
+
+def _read_npy(path: str) -> np.ndarray:
+    try:
+        latent = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--latent {path} is not a readable .npy file of numbers: {error}") from None
+    if not isinstance(latent, np.ndarray) or latent.dtype.kind not in "fiu":
+        raise InputError(f"--latent {path}: expected one array of real numbers")
+    return latent
+
+
+if __name__ == "__main__":
+    sys.exit(main())

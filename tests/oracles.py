@@ -1,0 +1,168 @@
+"""What the tests compare with: diffusers' classes, and published formulas written in torch."""
+
+import numpy as np
+import torch
+from diffusers import AsymmetricAutoencoderKL
+from torch import nn
+from torch.nn import functional as F
+
+from asymvq_jax.config import ModelConfig
+
+# The paper's three sizes: a quarter of the width, all of the depth.
+SIZES = {
+    "base": ModelConfig(encoder_channels=(32, 64, 128, 128), decoder_channels=(32, 64, 128, 128)),
+    "x1.5": ModelConfig(
+        encoder_channels=(32, 64, 64, 64), decoder_channels=(48, 96, 192, 192), decoder_blocks=3, norm_groups=16
+    ),
+    "x2": ModelConfig(encoder_channels=(32, 64, 64, 64), decoder_channels=(64, 128, 256, 256), decoder_blocks=5),
+}
+TINY = ModelConfig(
+    encoder_channels=(32, 32, 32, 32), decoder_channels=(32, 64, 64, 64), encoder_blocks=1, decoder_blocks=1
+)
+
+
+def asymmetric(config: ModelConfig, seed: int = 0) -> AsymmetricAutoencoderKL:
+    """diffusers' model of the same sizes, with random weights; norms are moved off their initial 1 and 0."""
+    torch.manual_seed(seed)
+    levels = len(config.encoder_channels)
+    model = AsymmetricAutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        down_block_out_channels=config.encoder_channels,
+        layers_per_down_block=config.encoder_blocks,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        up_block_out_channels=config.decoder_channels,
+        layers_per_up_block=config.decoder_blocks,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.norm_groups,
+    )
+    return perturb_norms(model).eval()
+
+
+def perturb_norms(model: nn.Module) -> nn.Module:
+    """Random affine parameters for every group normalisation, so that a mix-up shows."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.uniform_(-0.5, 0.5)
+    return model
+
+
+def numpy_state(model: nn.Module) -> dict[str, np.ndarray]:
+    return {name: value.detach().numpy() for name, value in model.state_dict().items()}
+
+
+def nchw(x) -> torch.Tensor:
+    return torch.from_numpy(np.array(x, np.float32)).permute(0, 3, 1, 2).contiguous()
+
+
+def nhwc(x: torch.Tensor) -> np.ndarray:
+    return x.detach().permute(0, 2, 3, 1).numpy()
+
+
+def relative_error(ours, theirs) -> float:
+    """Greatest absolute difference as a share of the expected values' range."""
+    theirs = np.asarray(theirs)
+    return float(np.abs(np.asarray(ours) - theirs).max() / np.ptp(theirs))
+
+
+class TorchLPIPS(nn.Module):
+    """LPIPS as published (Zhang et al. 2018), on torch tensors of our parameters' values."""
+
+    VGG = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
+    VGG_KEPT = (1, 3, 6, 9, 12)
+
+    def __init__(self, params: dict[str, np.ndarray], net: str = "vgg16") -> None:
+        super().__init__()
+        self.net = net
+        self.kernels, self.biases, self.heads = ([] for _ in range(3))
+        for i in range(13 if net == "vgg16" else 5):
+            self.kernels.append(torch.from_numpy(np.array(params[f"convs.{i}.kernel"])).permute(3, 2, 0, 1))
+            self.biases.append(torch.from_numpy(np.array(params[f"convs.{i}.bias"])))
+        self.heads = [torch.from_numpy(np.array(params[f"heads.{i}"]))[None, :, None, None] for i in range(5)]
+
+    def features(self, x: torch.Tensor) -> list[torch.Tensor]:
+        shift = torch.tensor([-0.030, -0.088, -0.188])[None, :, None, None]
+        scale = torch.tensor([0.458, 0.448, 0.450])[None, :, None, None]
+        x = (x - shift) / scale
+        kept = []
+        if self.net == "vgg16":
+            i = 0
+            for layer in self.VGG:
+                if layer == "M":
+                    x = F.max_pool2d(x, 2, 2)
+                    continue
+                x = F.relu(F.conv2d(x, self.kernels[i], self.biases[i], padding=1))
+                if i in self.VGG_KEPT:
+                    kept.append(x)
+                i += 1
+            return kept
+        for i, (stride, padding, pool) in enumerate(((4, 2, 0), (1, 2, 1), (1, 1, 1), (1, 1, 0), (1, 1, 0))):
+            x = F.max_pool2d(x, 3, 2) if pool else x
+            x = F.relu(F.conv2d(x, self.kernels[i], self.biases[i], stride=stride, padding=padding))
+            kept.append(x)
+        return kept
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(len(a), 1, 1, 1)
+        for x, y, head in zip(self.features(a), self.features(b), self.heads, strict=True):
+            x = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+            y = y / (y.square().sum(1, keepdim=True).sqrt() + 1e-10)
+            total = total + ((x - y).square() * head).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+        return total
+
+
+class TorchPatchGAN(nn.Module):
+    """The pix2pix discriminator with 3 layers, its modules named main.N as in the original checkpoints."""
+
+    def __init__(self, features: int = 64) -> None:
+        super().__init__()
+        layers = [nn.Conv2d(3, features, 4, 2, 1), nn.LeakyReLU(0.2)]
+        width = features
+        for i in range(1, 4):
+            outputs = features * min(2**i, 8)
+            layers += [
+                nn.Conv2d(width, outputs, 4, 2 if i < 3 else 1, 1, bias=False),
+                nn.BatchNorm2d(outputs),
+                nn.LeakyReLU(0.2),
+            ]
+            width = outputs
+        self.main = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.main(x)
+
+    # Ours by theirs: (our name, our leaf, position, their leaf).
+    NAMES = (
+        [("convs.0", "kernel", 0, "weight"), ("convs.0", "bias", 0, "bias")]
+        + [(f"convs.{i}", "kernel", 3 * i - 1, "weight") for i in (1, 2, 3)]
+        + [
+            (f"norms.{i}", ours, 3 * i + 3, theirs)
+            for i in range(3)
+            for ours, theirs in (
+                ("scale", "weight"),
+                ("bias", "bias"),
+                ("mean", "running_mean"),
+                ("variance", "running_var"),
+            )
+        ]
+        + [("conv_out", "kernel", 11, "weight"), ("conv_out", "bias", 11, "bias")]
+    )
+
+    def load(self, params: dict[str, np.ndarray]) -> "TorchPatchGAN":
+        state = self.state_dict()
+        for ours, leaf, position, theirs in self.NAMES:
+            value = np.array(params[f"{ours}.{leaf}"])
+            value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value
+            state[f"main.{position}.{theirs}"] = torch.from_numpy(value.copy())
+        self.load_state_dict(state)
+        return self
+
+    def as_ours(self, values: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        """Tensors under `main.N.leaf` names (parameters, gradients or statistics) in our layout."""
+        result = {}
+        for ours, leaf, position, theirs in self.NAMES:
+            if (name := f"main.{position}.{theirs}") in values:
+                value = values[name].detach().numpy()
+                result[f"{ours}.{leaf}"] = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
+        return result
