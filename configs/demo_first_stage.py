@@ -11,7 +11,7 @@ def get_config() -> Config:
     return Config(
         run=RunConfig(
             directory="runs/demo/first_stage",
-            steps=600,
+            steps=400,
             train_encoder=True,
             log_every=50,
             eval_every=200,
@@ -21,13 +21,13 @@ def get_config() -> Config:
         model=ModelConfig(
             latent_channels=8,
             norm_groups=16,
-            encoder_channels=(32, 64, 64, 64),
-            decoder_channels=(32, 64, 64, 64),
+            encoder_channels=(16, 32, 64, 64),
+            decoder_channels=(16, 32, 64, 64),
             encoder_blocks=1,
             decoder_blocks=1,
             condition=False,
         ),
         loss=LossConfig(gan_start=-1, perceptual_weight=0.0),
-        data=DataConfig(image_size=64, batch_size=8),
+        data=DataConfig(image_size=64, batch_size=8, crop=(0.2, 1.0)),
         optimizer=OptimizerConfig(base_learning_rate=1.25e-4, warmup_steps=20),
     )

@@ -1,0 +1,46 @@
+# Two commands on a bare machine with Python 3.11 or newer: `make demo` and `make test`.
+PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' 2>/dev/null && echo python3.12 || \
+	(command -v python3.11 >/dev/null 2>&1 && python3.11 -c '' 2>/dev/null && echo python3.11) || echo python3)
+BIN := .venv/bin
+DEMO := runs/demo
+
+.PHONY: demo test lint clean-demo
+
+# Runtime packages only. The stamp is newer than the requirements once they are installed.
+.venv/runtime: pyproject.toml requirements.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; name one: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+# torch by itself first: the CPU build is enough, and no other package then pulls another one in.
+.venv/test: .venv/runtime
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 \
+		--extra-index-url https://download.pytorch.org/whl/cpu
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+# Each line is a command that a user would type; training that is already done is not repeated.
+demo: .venv/runtime
+	$(BIN)/python train.py --config configs/demo_first_stage.py
+	$(BIN)/python train.py --config configs/demo.py
+	$(BIN)/python eval.py --config configs/demo.py --checkpoint $(DEMO)/asymmetric \
+		--json $(DEMO)/table.json --picture $(DEMO)/picture.png
+	rm -rf $(DEMO)/diffusers $(DEMO)/from_diffusers
+	$(BIN)/python -m asymvq_jax.convert $(DEMO)/asymmetric $(DEMO)/diffusers --to diffusers
+	$(BIN)/python -m asymvq_jax.convert $(DEMO)/diffusers $(DEMO)/from_diffusers
+	@echo
+	@echo "checkpoint      $(DEMO)/asymmetric/checkpoints"
+	@echo "table           $(DEMO)/table.json"
+	@echo "picture         $(DEMO)/picture.png"
+	@echo "PyTorch folder  $(DEMO)/diffusers (loaded back into $(DEMO)/from_diffusers)"
+
+test: .venv/test lint
+	$(BIN)/python -m pytest
+
+lint: .venv/test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+clean-demo:
+	rm -rf $(DEMO)

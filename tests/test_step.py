@@ -1,0 +1,302 @@
+"""One training step against the reference's published formulas in torch, and against itself on eight devices."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import nnx
+from oracles import TINY, TorchLPIPS, TorchPatchGAN, asymmetric, nchw, numpy_state
+from torch.nn import functional as F
+
+from asymvq_jax import sharding
+from asymvq_jax.config import Config, ConfigError, DataConfig, LossConfig, MeshConfig, OptimizerConfig, RunConfig
+from asymvq_jax.convert.mapping import from_torch, model_from_tensors, weights
+from asymvq_jax.losses.lpips import load_lpips
+from asymvq_jax.models.parameters import split
+from asymvq_jax.training import state as states
+from asymvq_jax.training.optimizer import autoencoder_optimizer, learning_rate
+from asymvq_jax.training.state import build_networks, create_state, starting_parameters
+from asymvq_jax.training.step import _gradients, train_step
+
+SIZE = 32
+
+
+@pytest.fixture(autouse=True)
+def _standard_promotion():
+    # optax 0.2.8 raises floats to integer powers and divides counts, which strict promotion forbids.
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def _config(**changes) -> Config:
+    parts = {
+        "model": TINY,
+        "loss": LossConfig(gan_start=0, discriminator_features=16),
+        "data": DataConfig(batch_size=2, image_size=SIZE),
+        "optimizer": OptimizerConfig(base_learning_rate=1e-4, warmup_steps=0, pretrained_scale=0.5),
+        # A seed with no pixel within rounding of a kink of |x| or ReLU, where a gradient jumps.
+        "run": RunConfig(init_from="somewhere", steps=100, seed=2),
+    }
+    return Config(**(parts | changes))
+
+
+def _batch(count: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(5)
+    # Smooth pictures: on noise the discriminator's activations differ little from picture to picture.
+    small = rng.uniform(0, 255, (count, 4, 4, 3)).astype(np.float32)
+    image = np.asarray(jax.image.resize(small, (count, SIZE, SIZE, 3), "cubic")).clip(0, 255).astype(np.uint8)
+    mask = np.repeat(np.repeat(rng.integers(0, 2, (count, 4, 4, 1)), 8, 1), 8, 2).astype(np.uint8)
+    return {"image": image, "mask": mask}
+
+
+def _one_device(config: Config):
+    return sharding.make_mesh(config.mesh, jax.devices()[:1])
+
+
+def _perceptual():
+    return split(load_lpips("vgg16"))[1]
+
+
+class TorchStep:
+    """The reference's training step with one forward pass: losses, adaptive weight, gradients, batch statistics."""
+
+    def __init__(self, config: Config, batch, noise: np.ndarray, discriminator, perceptual) -> None:
+        self.model = asymmetric(config.model)
+        self.gan = TorchPatchGAN(config.loss.discriminator_features).load(discriminator).train()
+        image, mask = nchw(batch["image"] / np.float32(127.5) - 1), nchw(batch["mask"])
+        with torch.no_grad():
+            posterior = self.model.encode(image).latent_dist
+            z = posterior.mean + posterior.std * nchw(noise)
+            z = self.model.post_quant_conv(z)
+        recon = self.model.decoder(z, image, mask)
+        distance = TorchLPIPS(perceptual)(recon, image)
+        self.nll = ((recon - image).abs() + distance).sum() / len(image)
+        self.generator = -self.gan(recon).mean()
+        last = self.model.decoder.conv_out.weight
+        at_nll, at_gan = (torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (self.nll, self.generator))
+        self.weight = config.loss.gan_weight * (at_nll.norm() / (at_gan.norm() + 1e-4)).clamp(0, 1e4)
+        (self.nll + self.weight * self.generator).backward()
+        self.gan.zero_grad()
+        real, fake = self.gan(image), self.gan(recon.detach())
+        self.discriminator = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+        self.discriminator.backward()
+
+
+def _close(ours: dict, theirs: dict, tolerance: float = 1e-4) -> None:
+    """Each array within `tolerance` of its counterpart's norm, and all of them together.
+
+    A bias before a normalisation has no gradient but rounding noise; it is held to the norm of all gradients.
+    """
+    assert set(ours) == set(theirs)
+    whole = np.sqrt(sum(np.sum(np.square(value)) for value in theirs.values()))
+    for name, value in theirs.items():
+        difference = np.linalg.norm(np.asarray(ours[name]) - value)
+        assert difference <= tolerance * np.linalg.norm(value) + 1e-6 * whole, name
+
+
+def test_step_equals_torch():
+    config, batch = _config(), _batch(2)
+    networks = build_networks(config)
+    theirs = asymmetric(config.model)
+    model = model_from_tensors(config.model, numpy_state(theirs), "diffusers")
+    mesh = _one_device(config)
+    state = create_state(networks, mesh, split(model)[1])
+    perceptual = _perceptual()
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), 0)
+    noise = jax.random.normal(key, (2, SIZE // 8, SIZE // 8, 4))
+    torch_step = TorchStep(config, batch, noise, {**state.discriminator, **state.batch_stats}, perceptual)
+
+    image, mask = jnp.asarray(batch["image"] / np.float32(127.5) - 1), jnp.asarray(batch["mask"], jnp.float32)
+    gradients = jax.jit(partial(_gradients, networks, adversarial=True))
+    with jax.numpy_dtype_promotion("strict"):
+        grads, stats, metrics = gradients(state, perceptual, state.batch_stats, image, mask, key)
+    expected = {
+        "nll": torch_step.nll,
+        "generator": torch_step.generator,
+        "adaptive_weight": torch_step.weight,
+        "discriminator": torch_step.discriminator,
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value.detach().numpy(), rtol=1e-4, err_msg=name)
+    named = dict(torch_step.model.named_parameters())
+    decoder = {
+        w.path: from_torch(w, named[w.name].grad.numpy())
+        for w in weights(config.model, "diffusers")
+        if w.path.startswith("decoder.")
+    }
+    _close(grads.params, decoder)
+    gan = torch_step.gan
+    _close(grads.discriminator, gan.as_ours({n: p.grad for n, p in gan.named_parameters()}))
+    _close(stats, gan.as_ours({n: b for n, b in gan.named_buffers() if "num_batches" not in n}))
+
+    # The whole step: Adam of the same gradients, in three groups of parameters.
+    after, metrics = jax.jit(partial(train_step, networks=networks, adversarial=True))(state, perceptual, batch)
+    peak = config.optimizer.base_learning_rate * config.data.batch_size
+    groups = [
+        (peak, [n for n in decoder if n.startswith("decoder.condition.")], state.params, after.params, decoder),
+        (peak / 2, [n for n in decoder if not n.startswith("decoder.condition.")], state.params, after.params, decoder),
+    ]
+    for rate, names, before, now, gradient in groups:
+        for name in names:
+            parameter = torch.nn.Parameter(torch.from_numpy(np.array(before[name])))
+            parameter.grad = torch.from_numpy(np.array(gradient[name]))
+            torch.optim.Adam([parameter], lr=rate, betas=(0.5, 0.9)).step()
+            np.testing.assert_allclose(now[name], parameter.detach().numpy(), atol=2e-2 * rate, rtol=0, err_msg=name)
+    assert after.step == 1
+    assert not set(after.frozen) & set(after.params)
+
+
+def test_frozen_parameters_have_no_gradient_and_no_optimizer_state():
+    networks = build_networks(_config())
+    state = jax.eval_shape(lambda: states.init_state(networks))
+    assert all(not name.startswith("decoder.") for name in state.frozen)
+    assert {"encoder.conv_in.kernel", "quant_conv.kernel", "post_quant_conv.kernel"} <= set(state.frozen)
+    adam = state.optimizer[0]
+    assert set(adam.mu) == set(adam.nu) == set(state.params)
+
+
+def test_first_stage_trains_everything_with_the_kl_term():
+    config = _config(
+        model=dataclasses.replace(TINY, condition=False),
+        run=RunConfig(train_encoder=True, steps=10),
+        loss=LossConfig(gan_start=-1, perceptual_weight=0.0, kl_weight=0.5),
+    )
+    networks = build_networks(config)
+    state = create_state(networks, _one_device(config))
+    assert not state.frozen
+    after, metrics = jax.jit(partial(train_step, networks=networks, adversarial=False))(state, {}, _batch(2))
+    assert not np.array_equal(after.params["encoder.conv_in.kernel"], state.params["encoder.conv_in.kernel"])
+    np.testing.assert_allclose(metrics["loss"], metrics["nll"] + 0.5 * metrics["kl"], rtol=1e-6)
+    np.testing.assert_array_equal(after.discriminator["conv_out.kernel"], state.discriminator["conv_out.kernel"])
+
+
+def test_accumulated_gradients_equal_the_whole_batch():
+    """Without the GAN, whose batch statistics are a micro-batch's, the sum over micro-batches is the batch's."""
+    results = []
+    for accumulate in (1, 4):
+        config = _config(
+            loss=LossConfig(gan_start=-1),
+            data=DataConfig(batch_size=4, image_size=SIZE),
+            optimizer=OptimizerConfig(accumulate=accumulate, ema_decay=0.9),
+        )
+        networks = build_networks(config)
+        state = create_state(networks, _one_device(config))
+        # A posterior without spread, because each micro-batch draws its own noise.
+        state.frozen["quant_conv.bias"] = state.frozen["quant_conv.bias"].at[4:].set(-60.0)
+        step = jax.jit(partial(train_step, networks=networks, adversarial=False))
+        results.append((state, *step(state, _perceptual(), _batch(4))))
+    (before, one, metrics), (_, four, other) = results
+    np.testing.assert_allclose(metrics["nll"], other["nll"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], other["grad_norm"], rtol=1e-4)
+    name = "decoder.conv_in.kernel"
+    np.testing.assert_allclose(one.ema[name], 0.9 * before.ema[name] + 0.1 * one.params[name], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(one.params[name], four.params[name], rtol=1e-3, atol=1e-6)
+
+
+MESHES = [MeshConfig(data=8), MeshConfig(data=2, fsdp=4), MeshConfig(data=2, fsdp=2, tensor=2)]
+
+
+@pytest.fixture(scope="module")
+def one_device_result():
+    with jax.numpy_dtype_promotion("standard"):
+        return _two_steps(_mesh_config(MeshConfig(data=1)), jax.devices()[:1])
+
+
+def _mesh_config(mesh: MeshConfig) -> Config:
+    return _config(mesh=mesh, data=DataConfig(batch_size=8, image_size=SIZE))
+
+
+def _two_steps(config: Config, devices):
+    mesh = sharding.make_mesh(config.mesh, devices)
+    networks = build_networks(config)
+    state = create_state(networks, mesh)
+    perceptual = _perceptual()
+    perceptual = jax.device_put(perceptual, sharding.state_sharding(perceptual, mesh))
+    batch = jax.device_put(_batch(8), sharding.batch_sharding(mesh))
+    places = jax.tree.map(lambda x: x.sharding, state)
+    history = []
+    with jax.set_mesh(mesh):
+        step = jax.jit(
+            partial(train_step, networks=networks, adversarial=True),
+            donate_argnums=0,
+            out_shardings=(places, sharding.replicated(mesh)),
+        )
+        for _ in range(2):
+            state, metrics = step(state, perceptual, batch)
+            history.append(jax.device_get(metrics))
+    return state, history
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m.data}-{m.fsdp}-{m.tensor}")
+def test_sharded_steps_equal_one_device(mesh, one_device_result, monkeypatch):
+    # The tiny model's kernels are far below the size at which they would be split.
+    monkeypatch.setattr(sharding, "MIN_SHARDED_BYTES", 32 * 1024)
+    state, history = _two_steps(_mesh_config(mesh), jax.devices())
+    expected_state, expected_history = one_device_result
+    for metrics, expected in zip(history, expected_history, strict=True):
+        for name, value in expected.items():
+            np.testing.assert_allclose(metrics[name], value, rtol=2e-4, err_msg=name)
+    rate = 1e-4 * 8
+    for name, value in expected_state.params.items():
+        # Adam's first steps move each weight by about the rate, whatever its gradient's size: where that is
+        # rounding noise, so is the sign.
+        difference = np.abs(np.asarray(state.params[name]) - np.asarray(value))
+        assert difference.mean() <= 0.02 * rate, name
+    kernel = state.params["decoder.levels.1.blocks.1.conv1.kernel"]
+    shape = kernel.sharding.shard_shape(kernel.shape)
+    assert shape == (3, 3, 64 // mesh.fsdp, 64 // mesh.tensor)
+    moment = state.optimizer[0].mu["decoder.levels.1.blocks.1.conv1.kernel"]
+    assert moment.sharding == kernel.sharding
+    assert state.params["decoder.conv_out.bias"].sharding.is_fully_replicated
+
+
+def test_learning_rate_is_the_reference_schedule():
+    """LambdaWarmUpCosineScheduler of the reference, written out."""
+    peak, minimum, warmup, steps = 3.6e-4, 1e-6, 50, 1000
+    schedule = learning_rate(peak, minimum, warmup, steps)
+    for n in (0, 1, 25, 49, 50, 51, 500, 999, 1000, 2000):
+        if n < warmup:
+            expected = (peak - 0.01 * peak) / warmup * n + 0.01 * peak
+        else:
+            t = min((n - warmup) / (steps - warmup), 1.0)
+            expected = minimum + 0.5 * (peak - minimum) * (1 + np.cos(t * np.pi))
+        np.testing.assert_allclose(schedule(n), expected, rtol=1e-4)
+
+
+def test_pretrained_parameters_take_a_share_of_the_rate():
+    params = {"decoder.conv_in.kernel": jnp.ones(3), "decoder.condition.layers.0.kernel": jnp.ones(3)}
+    optimizer = autoencoder_optimizer(_config(optimizer=OptimizerConfig(pretrained_scale=0.1, warmup_steps=0)), params)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    ratio = updates["decoder.conv_in.kernel"] / updates["decoder.condition.layers.0.kernel"]
+    np.testing.assert_allclose(ratio, 0.1, rtol=1e-4)
+    assert optax.global_norm(updates) > 0
+
+
+def test_starting_parameters_take_the_decoder_only_where_the_sizes_agree():
+    _, params = split(nnx.eval_shape(lambda: states.Autoencoder(TINY, rngs=nnx.Rngs(0))))
+    same = starting_parameters(_config(), dataclasses.replace(TINY, condition=False), params)
+    assert "decoder.conv_in.kernel" in same
+    wider = _config(model=dataclasses.replace(TINY, decoder_blocks=3))
+    assert not any(name.startswith("decoder.") for name in starting_parameters(wider, TINY, params))
+    other = dataclasses.replace(TINY, latent_channels=16)
+    with pytest.raises(ConfigError, match=r"another encoder: model\.latent_channels=4 \(there 16\)"):
+        starting_parameters(_config(), other, params)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [(MeshConfig(data=3), "does not fit 8 device"), (MeshConfig(data=-1, fsdp=3), "does not fit 8 device")],
+)
+def test_mesh_that_does_not_fit(mesh, message):
+    with pytest.raises(ConfigError, match=message):
+        sharding.make_mesh(mesh)
+
+
+def test_batch_that_does_not_split():
+    with pytest.raises(ConfigError, match=r"data.batch_size=12: expected a multiple of 16"):
+        sharding.check_batch(12, 2, sharding.make_mesh(MeshConfig(data=8)))
