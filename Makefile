@@ -13,10 +13,10 @@ DEMO := runs/demo
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
-# torch by itself first: the CPU build is enough, and no other package then pulls another one in.
+# torch by itself first, so that no other package chooses its version. Its CPU build is enough: on Linux,
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares the download of CUDA.
 .venv/test: .venv/runtime
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 \
-		--extra-index-url https://download.pytorch.org/whl/cpu
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@
 

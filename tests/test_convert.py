@@ -213,5 +213,5 @@ def test_a_model_that_diffusers_cannot_hold(tmp_path):
 
 def test_command_line(folder, tmp_path, capsys):
     assert main([str(folder), str(tmp_path / "jax")]) == 0
-    assert "encoder 0.2 M, decoder" in capsys.readouterr().out
+    assert "encoder 0.1 M, decoder 0.8 M, condition 0.2 M" in capsys.readouterr().out
     assert main([str(tmp_path / "jax"), str(tmp_path / "a.safetensors"), "--to", "ldm"]) == 0

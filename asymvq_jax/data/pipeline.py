@@ -9,6 +9,7 @@ from functools import partial
 import cv2
 import grain
 import numpy as np
+from absl import flags
 
 from asymvq_jax.config import DataConfig
 from asymvq_jax.data.masks import random_mask
@@ -52,6 +53,9 @@ def training_batches(
     options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4 * config.prefetch)
     batches = examples.to_iter_dataset(options)
     if config.workers:
+        # Grain's workers read absl flags (grain 0.2.18, Nov 2026), which only absl's own app.run parses.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=config.prefetch)
         )

@@ -118,7 +118,13 @@ def list_pictures(path: str, field: str) -> list[epath.Path]:
         raise DataError(f"{field}={path!r} does not exist")
     if not root.is_dir():
         raise DataError(f"{field}={path!r} is a file; expected a directory of pictures")
-    files = [p for p in root.rglob("*") if not p.name.startswith(".") and p.is_file()]
+    files = [
+        folder / name
+        for folder, _, names in root.walk()
+        if not any(part.startswith(".") for part in folder.relative_to(root).parts)
+        for name in names
+        if not name.startswith(".")
+    ]
     pictures = sorted((p for p in files if p.suffix.lower() in SUFFIXES), key=str)
     if not pictures:
         raise DataError(
@@ -151,13 +157,10 @@ class TFDS:
             raise DataError(f"data.image_key={config.image_key!r} is no feature of {config.path}; it has: {keys}")
         if split.split("[")[0] not in builder.info.splits:
             raise DataError(f"{config.path} has no split {split!r}; it has: {', '.join(builder.info.splits)}")
-        # Bytes of the picture only: decoding is ours, so that a corrupt record is found like a corrupt file.
-        partial = tfds.decode.PartialDecoding(
-            {config.image_key: builder.info.features[config.image_key]},
-            decoders={config.image_key: tfds.decode.SkipDecoding()},
-        )
+        # The picture stays bytes: decoding is ours, so that a corrupt record is found like a corrupt file.
+        decoders = {config.image_key: tfds.decode.SkipDecoding()}
         try:
-            self._source: Any = builder.as_data_source(split=split, decoders=partial)
+            self._source: Any = builder.as_data_source(split=split, decoders=decoders)
         except (NotImplementedError, ValueError) as error:
             raise DataError(f"data.path={config.path!r} cannot be read at random: {error}; {prepare}") from None
         if not len(self._source):

@@ -1,0 +1,168 @@
+"""Metrics against their formulas, and the evaluation's rows, folders and messages."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from asymvq_jax import images
+from asymvq_jax.checkpoints import save_model
+from asymvq_jax.config import ModelConfig
+from asymvq_jax.evaluation import EvaluationError, Pair, evaluate, list_pairs, poisson_blend, read_pairs, table
+from asymvq_jax.losses.lpips import load_lpips
+from asymvq_jax.metrics.image import all_metrics, boundary_band, boundary_error
+from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.parameters import merge, split
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ModelConfig(encoder_channels=(32, 32, 32), decoder_channels=(32, 32, 32), encoder_blocks=1, decoder_blocks=1)
+
+
+def _picture(seed=0, height=40, width=48):
+    rng = np.random.default_rng(seed)
+    image = images.to_uint8(np.clip(rng.normal(size=(height, width, 3)).cumsum(1).cumsum(0) / 60, -1, 1))
+    mask = np.zeros((height, width, 1), np.float32)
+    mask[8:30, 10:30] = 1
+    return image, mask
+
+
+def test_metrics_are_their_formulas_in_their_regions():
+    original, mask = _picture()
+    image = original.copy()
+    kept = mask[..., 0] == 0
+    image[kept] = np.clip(image[kept].astype(int) + 4, 0, 255).astype(np.uint8)
+    measured = all_metrics(image, original, mask)
+    difference = (image.astype(float) - original.astype(float)) / 127.5
+    np.testing.assert_allclose(measured["preservation_error"], np.square(difference[kept]).mean())
+    assert measured["psnr_masked"] == np.inf
+    expected = peak_signal_noise_ratio(original[kept], image[kept], data_range=255)
+    np.testing.assert_allclose(measured["psnr_preserved"], expected)
+    _, full = structural_similarity(original, image, channel_axis=-1, full=True, data_range=255)
+    np.testing.assert_allclose(measured["ssim_preserved"], full.mean(-1)[kept].mean())
+    np.testing.assert_allclose(measured["ssim_masked"], full.mean(-1)[~kept].mean())
+
+
+def test_empty_regions_are_not_numbers():
+    original, mask = _picture()
+    full = all_metrics(original, original, np.ones_like(mask))
+    assert np.isnan([full["preservation_error"], full["psnr_preserved"], full["boundary_error"]]).all()
+    assert np.isnan(all_metrics(original, original, np.zeros_like(mask))["psnr_masked"])
+
+
+def test_boundary_error_sees_a_step_and_only_at_the_mask():
+    original, mask = _picture()
+    original = np.full_like(original, 100)
+    band = boundary_band(mask)
+    assert band[20, 6:14].all()
+    assert not band[20, [4, 5, 14, 15]].any()
+    stepped = np.where(mask > 0, np.uint8(120), original)
+    assert boundary_error(stepped, original, mask) > 0
+    assert boundary_error(original + np.uint8(20), original, mask) == 0
+    elsewhere = original.copy()
+    elsewhere[:, 40:] += np.uint8(50)
+    assert boundary_error(elsewhere, original, mask) == 0
+
+
+@pytest.mark.parametrize("where", ["inside", "corner", "odd"])
+def test_poisson_blend_does_not_shift_the_picture(where):
+    original, mask = _picture()
+    mask[:] = 0
+    region = {"inside": np.s_[8:30, 10:30], "corner": np.s_[0:13, 0:18], "odd": np.s_[7:30, 9:30]}[where]
+    mask[region] = 1
+    # Cloning a picture's own region changes nothing, unless it lands elsewhere.
+    blended = poisson_blend(original, original, mask)
+    assert np.abs(blended.astype(int) - original.astype(int)).max() <= 2
+    np.testing.assert_array_equal(poisson_blend(original, original[::-1], np.zeros_like(mask)), original[::-1])
+    np.testing.assert_array_equal(poisson_blend(original, original[::-1], np.ones_like(mask)), original)
+
+
+@pytest.fixture(scope="module")
+def models():
+    model = Autoencoder(CONFIG, rngs=nnx.Rngs(0))
+    _, params = split(model)
+    plain_config = dataclasses.replace(CONFIG, condition=False)
+    graphdef, shapes = split(nnx.eval_shape(lambda: Autoencoder(plain_config, rngs=nnx.Rngs(0))))
+    return model, merge(graphdef, {name: params[name] for name in shapes})
+
+
+def _pairs(count=2):
+    return [Pair(str(i), *_picture(i)) for i in range(count)]
+
+
+def test_rows_stand_side_by_side(models):
+    model, plain = models
+    results = evaluate(model, plain, iter(_pairs()), 2, load_lpips("alexnet"))
+    assert list(results.rows) == ["plain", "paste", "Poisson", "ours", "ours + paste"]
+    assert results.pictures == 2
+    for row in ("paste", "ours + paste"):
+        assert results.rows[row]["preservation_error"] == 0
+        assert results.rows[row]["psnr_preserved"] == np.inf
+    assert results.rows["plain"]["psnr_masked"] == results.rows["paste"]["psnr_masked"]
+    assert results.rows["ours"]["preservation_error"] > 0
+    assert results.counts["ours"]["boundary_error"] == 2
+    assert "| ours + paste |" in table(results)
+    assert results.grid().shape[1] == 6 * 48 + 5 * 4
+
+
+def test_without_a_plain_autoencoder_the_row_says_so(models):
+    results = evaluate(models[0], None, iter(_pairs(1)), 1, load_lpips("alexnet"))
+    assert next(iter(results.rows)) == "plain (ours, no condition)"
+
+
+def test_another_encoder_is_refused(models):
+    other = Autoencoder(CONFIG, rngs=nnx.Rngs(1))
+    with pytest.raises(EvaluationError, match=r"has another encoder \(\d+ parameters differ"):
+        evaluate(models[0], other, iter(_pairs(1)), 1, load_lpips("alexnet"))
+
+
+def _write_pairs(folder: Path) -> None:
+    for i, (height, width) in enumerate(((37, 51), (40, 48))):
+        image, mask = _picture(i, height, width)
+        images.write(folder / f"p{i}.png", image)
+        Image.fromarray((mask[..., 0] * 255).astype(np.uint8)).save(folder / f"p{i}_mask.png")
+
+
+def test_folders_of_pairs(tmp_path):
+    with pytest.raises(EvaluationError, match="is not a directory"):
+        list_pairs(str(tmp_path / "none"))
+    with pytest.raises(EvaluationError, match="holds no pictures"):
+        list_pairs(str(tmp_path))
+    _write_pairs(tmp_path)
+    pairs = list(read_pairs(list_pairs(str(tmp_path))))
+    assert [p.image.shape for p in pairs] == [(37, 51, 3), (40, 48, 3)]
+    assert set(np.unique(pairs[0].mask)) == {0, 1}
+    (tmp_path / "p0_mask.png").rename(tmp_path / "q_mask.png")
+    with pytest.raises(EvaluationError, match=re.escape("missing p0_mask (for p0.png), q (for q_mask.png)")):
+        list_pairs(str(tmp_path))
+    (tmp_path / "q_mask.png").unlink()
+    Image.new("L", (5, 6)).save(tmp_path / "p0_mask.png")
+    with pytest.raises(EvaluationError, match=re.escape("p0.png is 51 x 37 px and p0_mask.png is 5 x 6 px")):
+        list(read_pairs(list_pairs(str(tmp_path))))
+
+
+def test_command_line(tmp_path, models):
+    save_model(tmp_path / "model", models[0])
+    save_model(tmp_path / "plain", models[1])
+    (tmp_path / "pairs").mkdir()
+    _write_pairs(tmp_path / "pairs")
+    command = [sys.executable, ROOT / "eval.py", f"--config={ROOT / 'configs/demo.py'}"]
+    options = {"checkpoint": "model", "plain": "plain", "pairs": "pairs", "json": "t.json", "picture": "grid.png"}
+    arguments = [f"--{name}={tmp_path / value}" for name, value in options.items()]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 pictures from" in done.stdout
+    numbers = json.loads((tmp_path / "t.json").read_text())
+    assert numbers["rows"]["paste"]["preservation_error"] == 0
+    assert images.read(tmp_path / "grid.png").shape[1] == 6 * 51 + 5 * 4
+    done = subprocess.run([*command, "--checkpoint=none"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "error: no checkpoint at none" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,202 @@
+"""Reading pictures of every kind, decoding at every size, inpainting, and the command line's messages."""
+
+import io
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from asymvq_jax import images, inference
+from asymvq_jax.checkpoints import load_model, save_model
+from asymvq_jax.config import ModelConfig
+from asymvq_jax.inference import InputError, decode, encode, inpaint, paste, read_latent
+from asymvq_jax.inpaint import main
+from asymvq_jax.models.autoencoder import Autoencoder
+
+CONFIG = ModelConfig(encoder_channels=(32, 32, 32), decoder_channels=(32, 32, 32), encoder_blocks=1, decoder_blocks=1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Autoencoder(CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "model"
+    save_model(path, model)
+    return str(path)
+
+
+def _picture(height=37, width=51):
+    rng = np.random.default_rng(0)
+    mask = np.zeros((height, width, 1), np.float32)
+    mask[10:20, 12:30] = 1
+    return rng.integers(0, 256, (height, width, 3)).astype(np.uint8), mask
+
+
+def _bytes(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_every_mode_is_read_as_rgb():
+    grey = Image.new("L", (4, 3), 100)
+    assert (images.decode(_bytes(grey)) == 100).all()
+    assert images.decode(_bytes(grey)).shape == (3, 4, 3)
+    wide = Image.fromarray(np.full((3, 4), 51400, np.uint16))
+    assert (images.decode(_bytes(wide)) == 200).all()
+    clear = Image.new("RGBA", (4, 3), (255, 0, 0, 0))
+    assert (images.decode(_bytes(clear)) == 255).all()
+    palette = Image.new("RGB", (4, 3), (10, 20, 30)).convert("P", palette=Image.Palette.ADAPTIVE)
+    assert (images.decode(_bytes(palette)) == (10, 20, 30)).all()
+    cmyk = Image.new("CMYK", (4, 3), (0, 0, 0, 0))
+    assert (images.decode(_bytes(cmyk, "JPEG")) > 250).all()
+
+
+def test_exif_rotation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert images.decode(_bytes(Image.new("RGB", (8, 4)), "JPEG", exif=exif)).shape == (8, 4, 3)
+
+
+def test_unreadable_pictures_are_named(tmp_path):
+    data = _bytes(Image.fromarray(_picture()[0]))
+    for broken in (b"", b"text", data[: len(data) // 2]):
+        with pytest.raises(images.ImageError, match=r"a\.png is not a readable picture"):
+            images.decode(broken, "a.png")
+    with pytest.raises(images.ImageError, match="no picture at"):
+        images.read(tmp_path / "none.png")
+    with pytest.raises(images.ImageError, match="ends in one of"):
+        images.write(tmp_path / "a.bmp", _picture()[0])
+
+
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_lossless_files_keep_every_bit(tmp_path, kind):
+    image, _ = _picture()
+    images.write(tmp_path / f"a.{kind}", image)
+    np.testing.assert_array_equal(images.read(tmp_path / f"a.{kind}"), image)
+
+
+def test_float_and_back_is_exact():
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
+    np.testing.assert_array_equal(images.to_uint8(images.to_float(levels)), levels)
+
+
+def test_any_size_is_the_padded_picture_cropped(model):
+    image, mask = _picture()
+    pixels = images.to_float(image)[None]
+    latent = encode(model, pixels)
+    assert latent.shape == (1, 10, 13, 4)
+    result = decode(model, latent, pixels, mask[None])
+    assert result.shape == (1, 37, 51, 3)
+    padded = np.pad(np.asarray(pixels), ((0, 0), (0, 3), (0, 1), (0, 0)), mode="edge")
+    wide = np.pad(mask[None], ((0, 0), (0, 3), (0, 1), (0, 0)), mode="edge")
+    expected = model.decode(model.encode(padded).mode(), padded, wide)[:, :37, :51]
+    np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
+def test_latents_of_every_layout_and_scale(model):
+    z = np.random.default_rng(0).normal(size=(10, 13, 4)).astype(np.float32)
+    for array in (z, z[None], z.transpose(2, 0, 1), z.transpose(2, 0, 1)[None]):
+        np.testing.assert_array_equal(read_latent(array, CONFIG, (37, 51), scaled=False)[0], z)
+    np.testing.assert_allclose(read_latent(z * 0.18215, CONFIG, (37, 51))[0], z, rtol=1e-5)
+    with pytest.raises(InputError, match=re.escape("the latent has shape (9, 13, 4): expected (4, 10, 13) or")):
+        read_latent(z[:9], CONFIG, (37, 51))
+    with pytest.raises(InputError, match="not finite"):
+        read_latent(z * np.nan, CONFIG, (37, 51))
+
+
+def test_the_own_latent_and_the_same_one_given_agree(model):
+    image, mask = _picture()
+    own = inpaint(model, image, mask)
+    latent = np.asarray(encode(model, images.to_float(image)[None]))
+    np.testing.assert_array_equal(own.image, inpaint(model, image, mask[..., 0], latent, scaled=False).image)
+    assert own.tone_step is None
+    changed = inpaint(model, image, mask, latent + 1, scaled=False)
+    assert (changed.image != own.image).any()
+
+
+@pytest.mark.parametrize("band", [0, 5])
+def test_keep_exact_is_bit_equal_outside_the_band(model, band):
+    image, mask = _picture()
+    made = inpaint(model, image, mask).image
+    kept = inpaint(model, image, mask, keep="exact", band=band)
+    ys, xs = np.indices(mask.shape[:2])
+    distance = np.hypot(np.maximum(np.maximum(10 - ys, ys - 19), 0), np.maximum(np.maximum(12 - xs, xs - 29), 0))
+    np.testing.assert_array_equal(kept.image[distance > band], image[distance > band])
+    np.testing.assert_array_equal(kept.image[distance == 0], made[distance == 0])
+    covered = (distance > 0) & (distance <= max(band, 1))
+    expected = np.abs(made.astype(float) - image.astype(float))[covered].mean()
+    np.testing.assert_allclose(kept.tone_step, expected, rtol=1e-5)
+
+
+def test_the_transition_is_monotone():
+    mask = np.zeros((1, 20, 1), np.float32)
+    mask[:, :5] = 1
+    result = paste(np.zeros((1, 20, 3), np.uint8), np.full((1, 20, 3), 200, np.uint8), mask, 6).image[0, :, 0]
+    assert (np.diff(result.astype(int)) >= 0).all()
+    assert len(set(result[5:12].tolist())) > 5
+
+
+def test_bad_arguments_are_named(model):
+    image, mask = _picture()
+    with pytest.raises(InputError, match="the mask is 50 x 37 px and the picture 51 x 37 px"):
+        inpaint(model, image, mask[:, :50])
+    with pytest.raises(InputError, match=r"mask has values from 0\.0 to 255\.0"):
+        inpaint(model, image, mask * 255)
+    plain = Autoencoder(ModelConfig(**{**vars(CONFIG), "condition": False}), rngs=nnx.Rngs(0))
+    with pytest.raises(InputError, match="no condition branch"):
+        inpaint(plain, image, mask)
+
+
+def test_command_line_inpaints(tmp_path, checkpoint, capsys):
+    image, mask = _picture()
+    images.write(tmp_path / "image.png", image)
+    Image.fromarray((mask[..., 0] * 255).astype(np.uint8)).save(tmp_path / "mask.png")
+    model = load_model(checkpoint)
+    latent = np.asarray(encode(model, images.to_float(image)[None]))[0] * 0.18215
+    np.save(tmp_path / "latent.npy", latent.transpose(2, 0, 1))
+    paths = [f"--{name}={tmp_path / name}.png" for name in ("image", "mask")]
+    common = [*paths, f"--checkpoint={checkpoint}", f"--out={tmp_path / 'out.png'}"]
+    assert main(common) == 0
+    own = images.read(tmp_path / "out.png")
+    np.testing.assert_array_equal(own, inpaint(model, image, mask).image)
+    assert main([*common, f"--latent={tmp_path / 'latent.npy'}", "--keep=exact", "--band=3"]) == 0
+    assert "covered a tone step of" in capsys.readouterr().out
+    np.testing.assert_array_equal(images.read(tmp_path / "out.png")[30:], image[30:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image": "none.png"}, "no picture at"),
+        ({"mask": "small.png"}, "the mask is 5 x 5 px and the picture 51 x 37 px"),
+        ({"checkpoint": "nowhere"}, "no checkpoint at nowhere"),
+        ({"checkpoint": "."}, "holds no model checkpoint"),
+        ({"out": "out.gif"}, "ends in one of .png, .jpg, .jpeg, .webp"),
+        ({"latent": "image.png"}, "is not a readable .npy file"),
+        ({"latent": "wrong.npy"}, "the latent has shape (4, 2, 2)"),
+    ],
+)
+def test_command_line_messages(tmp_path, checkpoint, capsys, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    image, mask = _picture()
+    images.write("image.png", image)
+    Image.fromarray((mask[..., 0] * 255).astype(np.uint8)).save("mask.png")
+    Image.new("L", (5, 5)).save("small.png")
+    np.save("wrong.npy", np.zeros((4, 2, 2), np.float32))
+    options = {"image": "image.png", "mask": "mask.png", "checkpoint": checkpoint, "out": "out.png"} | changes
+    assert main([f"--{name}={value}" for name, value in options.items()]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_pad_repeats_the_edge():
+    padded = inference.pad(jnp.arange(6.0).reshape(1, 2, 3, 1), 4)
+    assert padded.shape == (1, 4, 4, 1)
+    np.testing.assert_array_equal(padded[0, :, :, 0], [[0, 1, 2, 2], [3, 4, 5, 5], [3, 4, 5, 5], [3, 4, 5, 5]])
