@@ -12,9 +12,9 @@ def get_config() -> Config:
         run=RunConfig(
             directory="runs/demo/asymmetric",
             init_from="runs/demo/first_stage",
-            steps=150,
+            steps=400,
             log_every=25,
-            eval_every=75,
+            eval_every=100,
             eval_pictures=16,
             keep=1,
         ),
@@ -27,6 +27,6 @@ def get_config() -> Config:
             decoder_blocks=1,
         ),
         loss=LossConfig(gan_start=-1),
-        data=DataConfig(image_size=64, batch_size=8, crop=(0.2, 1.0)),
-        optimizer=OptimizerConfig(base_learning_rate=1.25e-4, warmup_steps=20),
+        data=DataConfig(image_size=64, batch_size=4, crop=(0.2, 1.0)),
+        optimizer=OptimizerConfig(base_learning_rate=3e-4, warmup_steps=20),
     )

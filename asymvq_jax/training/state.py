@@ -107,19 +107,18 @@ def create_state(networks: Networks, mesh: Mesh, initial: Params | None = None) 
     shardings = sharding.state_sharding(jax.eval_shape(lambda: init_state(networks)), mesh)
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: init_state(networks), out_shardings=shardings)()
-    if not initial:
-        return state
-
-    def replaced(params: Params, places: Params) -> Params:
-        return {n: jax.device_put(initial[n], places[n]) if n in initial else v for n, v in params.items()}
-
-    state = state._replace(
-        params=replaced(state.params, shardings.params),
-        frozen=replaced(state.frozen, shardings.frozen),
-        ema=replaced(state.ema, shardings.ema),
-    )
-    # Without a copy, the average would share its buffers with the parameters, which the step donates.
-    return state._replace(ema=jax.tree.map(jnp.copy, state.ema))
+    if initial:
+        places = {**shardings.params, **shardings.frozen}
+        # No aliases: the step donates the state's buffers, and the caller keeps its own.
+        given = {n: jax.device_put(x, places[n], may_alias=False) for n, x in initial.items() if n in places}
+        state = state._replace(
+            params={n: given.get(n, x) for n, x in state.params.items()},
+            frozen={n: given.get(n, x) for n, x in state.frozen.items()},
+        )
+    if networks.config.optimizer.ema_decay:
+        # A copy on the device, made after the replacement: the average begins at the very parameters of the run.
+        state = state._replace(ema=jax.tree.map(lambda x: x.copy(), state.params))
+    return state
 
 
 def starting_parameters(config: Config, source: ModelConfig, params: Params) -> Params:

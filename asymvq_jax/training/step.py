@@ -190,7 +190,7 @@ def _adversarial(
 
 def _norms(prefix: str, grads: Params, updates: Params, params: Params) -> Metrics:
     trees = {"grad_norm": grads, "update_norm": updates, "param_norm": params}
-    return {prefix + name: optax.global_norm(tree) for name, tree in trees.items()}
+    return {prefix + name: optax.tree.norm(tree) for name, tree in trees.items()}
 
 
 def _lerp(old: jax.Array, new: jax.Array, share: float) -> jax.Array:
