@@ -1,0 +1,20 @@
+"""The paper's base model: Stable Diffusion's decoder plus the condition branch.
+
+Source: arXiv 2306.04632 and its published training configuration.
+Command: python train.py --config configs/base.py --data.data_dir=gs://bucket/tfds, after
+    python -m asymvq_jax.convert path/to/stable-diffusion weights/stable_diffusion
+Data: ImageNet by TFDS as ArrayRecord, pictures of 256 px and more. Global batch 80 (8 GPUs x 10 in the reference).
+Hardware, time and result: not yet measured.
+"""
+
+from asymvq_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+
+
+def get_config() -> Config:
+    return Config(
+        # The reference's number of epochs is an argument of its command line and not published; this is ours.
+        run=RunConfig(directory="runs/base", init_from="weights/stable_diffusion", steps=150_000),
+        model=ModelConfig(decoder_channels=(128, 256, 512, 512), decoder_blocks=2, dtype="bfloat16"),
+        data=DataConfig(source="tfds", path="imagenet2012", min_side=256, batch_size=80, workers=8),
+        optimizer=OptimizerConfig(pretrained_scale=0.1),
+    )

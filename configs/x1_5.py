@@ -1,0 +1,20 @@
+"""The paper's x1.5 model: a decoder half as wide again and one block a level deeper.
+
+Source: arXiv 2306.04632 and its published training configuration.
+Command: python train.py --config configs/x1_5.py --data.data_dir=gs://bucket/tfds, after
+    python -m asymvq_jax.convert path/to/stable-diffusion weights/stable_diffusion
+Data: ImageNet by TFDS as ArrayRecord, pictures of 256 px and more. Global batch 32 (8 GPUs x 4 in the reference).
+Hardware, time and result: not yet measured.
+"""
+
+from asymvq_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+
+
+def get_config() -> Config:
+    return Config(
+        # The reference's number of epochs is an argument of its command line and not published; this is ours.
+        run=RunConfig(directory="runs/x1_5", init_from="weights/stable_diffusion", steps=150_000),
+        model=ModelConfig(decoder_channels=(192, 384, 768, 768), decoder_blocks=3, dtype="bfloat16"),
+        data=DataConfig(source="tfds", path="imagenet2012", min_side=256, batch_size=32, workers=8),
+        optimizer=OptimizerConfig(pretrained_scale=1.0),
+    )
