@@ -20,13 +20,13 @@ def get_config() -> Config:
         ),
         model=ModelConfig(
             latent_channels=8,
-            norm_groups=16,
+            norm_groups=4,
             encoder_channels=(16, 32, 64, 64),
             decoder_channels=(32, 64, 96, 96),
             encoder_blocks=1,
             decoder_blocks=1,
         ),
-        loss=LossConfig(gan_start=-1),
+        loss=LossConfig(gan_start=-1, perceptual_weight=0.25),
         data=DataConfig(image_size=64, batch_size=4, crop=(0.2, 1.0)),
         optimizer=OptimizerConfig(base_learning_rate=3e-4, warmup_steps=20),
     )

@@ -20,7 +20,7 @@ def get_config() -> Config:
         ),
         model=ModelConfig(
             latent_channels=8,
-            norm_groups=16,
+            norm_groups=4,
             encoder_channels=(16, 32, 64, 64),
             decoder_channels=(16, 32, 64, 64),
             encoder_blocks=1,

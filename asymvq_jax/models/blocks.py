@@ -13,6 +13,10 @@ from asymvq_jax.sharding import constrain_activation, gather_kernel
 _uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+def _uniform_bias(key: jax.Array, fan_in: int, outputs: int) -> jax.Array:
+    return jax.random.uniform(key, (outputs,), jnp.float32, -(fan_in**-0.5), fan_in**-0.5)
+
+
 class Conv(nnx.Module):
     """2-D convolution on NHWC, zero padding; float32 kernel and bias, computed in `dtype`."""
 
@@ -30,7 +34,7 @@ class Conv(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.kernel = nnx.Param(kernel_init(rngs.params(), (size, size, inputs, outputs), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32)) if bias else None
+        self.bias = nnx.Param(_uniform_bias(rngs.params(), size * size * inputs, outputs)) if bias else None
         self.stride = stride
         self.padding = padding or (size // 2, size // 2)
         self.dtype = dtype

@@ -109,8 +109,8 @@ def create_state(networks: Networks, mesh: Mesh, initial: Params | None = None) 
         state = jax.jit(lambda: init_state(networks), out_shardings=shardings)()
     if initial:
         places = {**shardings.params, **shardings.frozen}
-        # No aliases: the step donates the state's buffers, and the caller keeps its own.
-        given = {n: jax.device_put(x, places[n], may_alias=False) for n, x in initial.items() if n in places}
+        # Copies: the step donates the state's buffers, and the caller keeps its own (device_put may alias them).
+        given = {n: jax.device_put(x, places[n]).copy() for n, x in initial.items() if n in places}
         state = state._replace(
             params={n: given.get(n, x) for n, x in state.params.items()},
             frozen={n: given.get(n, x) for n, x in state.frozen.items()},
