@@ -83,7 +83,8 @@ def load_parameters(path: str | Path) -> tuple[ModelConfig, Params]:
         abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=device) for k, v in shapes.items()}
         items = {"model": ocp.args.StandardRestore(abstract)}
         if (step / "ema").exists():
-            averaged = checkpointer.item_metadata(step)["ema"]
+            with ocp.StandardCheckpointer() as reader:
+                averaged = reader.metadata(step / "ema").item_metadata.tree
             items["ema"] = ocp.args.StandardRestore({k: abstract[k] for k in averaged})
         restored = checkpointer.restore(step, args=ocp.args.Composite(**items))
     return config, {**restored["model"], **(restored.get("ema") or {})}

@@ -97,7 +97,7 @@ def test_any_size_is_the_padded_picture_cropped(model):
     padded = np.pad(np.asarray(pixels), ((0, 0), (0, 3), (0, 1), (0, 0)), mode="edge")
     wide = np.pad(mask[None], ((0, 0), (0, 3), (0, 1), (0, 0)), mode="edge")
     expected = model.decode(model.encode(padded).mode(), padded, wide)[:, :37, :51]
-    np.testing.assert_allclose(result, expected, atol=1e-5)
+    np.testing.assert_allclose(result, expected, atol=1e-4)
 
 
 def test_latents_of_every_layout_and_scale(model):

@@ -93,10 +93,14 @@ def _close(ours: dict, theirs: dict, tolerance: float = 1e-4) -> None:
     A bias before a normalisation has no gradient but rounding noise; it is held to the norm of all gradients.
     """
     assert set(ours) == set(theirs)
-    whole = np.sqrt(sum(np.sum(np.square(value)) for value in theirs.values()))
     for name, value in theirs.items():
         difference = np.linalg.norm(np.asarray(ours[name]) - value)
-        assert difference <= tolerance * np.linalg.norm(value) + 1e-6 * whole, name
+        assert difference <= tolerance * np.linalg.norm(value) + _noise(theirs), name
+
+
+def _noise(gradients: dict) -> float:
+    """The size of rounding errors beside all of `gradients`."""
+    return 1e-6 * float(np.sqrt(sum(np.sum(np.square(value)) for value in gradients.values())))
 
 
 def test_step_equals_torch():
@@ -134,19 +138,21 @@ def test_step_equals_torch():
     _close(grads.discriminator, gan.as_ours({n: p.grad for n, p in gan.named_parameters()}))
     _close(stats, gan.as_ours({n: b for n, b in gan.named_buffers() if "num_batches" not in n}))
 
-    # The whole step: Adam of the same gradients, in three groups of parameters.
-    after, metrics = jax.jit(partial(train_step, networks=networks, adversarial=True))(state, perceptual, batch)
+    # The whole step: Adam of the same gradients, at the two groups' rates. Its first step moves each weight by the
+    # rate, whatever its gradient's size: where that is rounding noise, so is the sign, and it is left out.
+    after, _ = jax.jit(partial(train_step, networks=networks, adversarial=True))(state, perceptual, batch)
     peak = config.optimizer.base_learning_rate * config.data.batch_size
-    groups = [
-        (peak, [n for n in decoder if n.startswith("decoder.condition.")], state.params, after.params, decoder),
-        (peak / 2, [n for n in decoder if not n.startswith("decoder.condition.")], state.params, after.params, decoder),
-    ]
-    for rate, names, before, now, gradient in groups:
-        for name in names:
-            parameter = torch.nn.Parameter(torch.from_numpy(np.array(before[name])))
-            parameter.grad = torch.from_numpy(np.array(gradient[name]))
-            torch.optim.Adam([parameter], lr=rate, betas=(0.5, 0.9)).step()
-            np.testing.assert_allclose(now[name], parameter.detach().numpy(), atol=2e-2 * rate, rtol=0, err_msg=name)
+    compared = 0
+    for name, gradient in decoder.items():
+        rate = peak if name.startswith("decoder.condition.") else peak / 2
+        parameter = torch.nn.Parameter(torch.from_numpy(np.array(state.params[name])))
+        parameter.grad = torch.from_numpy(np.array(gradient))
+        torch.optim.Adam([parameter], lr=rate, betas=(0.5, 0.9)).step()
+        certain = np.abs(gradient) > _noise(decoder)
+        difference = np.abs(np.asarray(after.params[name]) - parameter.detach().numpy())[certain]
+        assert np.all(difference <= 1e-2 * rate), name
+        compared += certain.sum()
+    assert compared > 0.9 * sum(gradient.size for gradient in decoder.values())
     assert after.step == 1
     assert not set(after.frozen) & set(after.params)
 
@@ -198,6 +204,7 @@ def test_accumulated_gradients_equal_the_whole_batch():
     np.testing.assert_allclose(one.params[name], four.params[name], rtol=1e-3, atol=1e-6)
 
 
+MESH_RATE = 1e-5
 MESHES = [MeshConfig(data=8), MeshConfig(data=2, fsdp=4), MeshConfig(data=2, fsdp=2, tensor=2)]
 
 
@@ -208,7 +215,12 @@ def one_device_result():
 
 
 def _mesh_config(mesh: MeshConfig) -> Config:
-    return _config(mesh=mesh, data=DataConfig(batch_size=8, image_size=SIZE))
+    return _config(
+        mesh=mesh,
+        data=DataConfig(batch_size=8, image_size=SIZE),
+        # Small steps: Adam turns a gradient that is rounding noise into a whole one, and the next metrics must agree.
+        optimizer=OptimizerConfig(base_learning_rate=MESH_RATE / 8, warmup_steps=0),
+    )
 
 
 def _two_steps(config: Config, devices):
@@ -241,12 +253,14 @@ def test_sharded_steps_equal_one_device(mesh, one_device_result, monkeypatch):
     for metrics, expected in zip(history, expected_history, strict=True):
         for name, value in expected.items():
             np.testing.assert_allclose(metrics[name], value, rtol=2e-4, err_msg=name)
-    rate = 1e-4 * 8
-    for name, value in expected_state.params.items():
-        # Adam's first steps move each weight by about the rate, whatever its gradient's size: where that is
-        # rounding noise, so is the sign.
-        difference = np.abs(np.asarray(state.params[name]) - np.asarray(value))
-        assert difference.mean() <= 0.02 * rate, name
+    moments, expected_moments = (jax.device_get(s.optimizer[0].mu) for s in (state, expected_state))
+    _close(moments, expected_moments, 1e-3)
+    for name, moment in expected_moments.items():
+        # Adam moves each weight by about the rate, whatever its gradient's size: where that is rounding noise, so is
+        # the sign, and it is left out.
+        certain = np.abs(moment) > _noise(expected_moments)
+        difference = np.abs(np.asarray(state.params[name]) - np.asarray(expected_state.params[name]))[certain]
+        assert difference.sum() <= 0.01 * MESH_RATE * certain.sum(), name
     kernel = state.params["decoder.levels.1.blocks.1.conv1.kernel"]
     shape = kernel.sharding.shard_shape(kernel.shape)
     assert shape == (3, 3, 64 // mesh.fsdp, 64 // mesh.tensor)

@@ -113,8 +113,8 @@ def _command(folder: Path, name: str, *extra: str) -> list[str]:
 
 def _start(folder: Path, name: str) -> subprocess.Popen:
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "XLA_FLAGS": ""}
-    log = (folder / f"{name}.log").open("a")
-    return subprocess.Popen(_command(folder, name), env=environment, stdout=log, stderr=log)
+    with (folder / f"{name}.log").open("a") as log:
+        return subprocess.Popen(_command(folder, name), env=environment, stdout=log, stderr=log)
 
 
 def _wait_for(process: subprocess.Popen, happened) -> None:
@@ -183,6 +183,8 @@ def test_bad_input_ends_before_training_with_one_line(first, tmp_path, overrides
     (tmp_path / "file").write_text("")
     overrides = [o.format(file=tmp_path / "file") for o in overrides]
     monkeypatch.setattr(sys, "argv", _command(first, "bad", *overrides)[1:])
+    # This process has used its devices already, and can join no others.
+    monkeypatch.setattr(command, "_join_cluster", lambda: None)
     assert command.main() == 2
     error = capsys.readouterr().err
     assert re.search(re.escape(message), error), error

@@ -6,10 +6,9 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -53,12 +52,13 @@ def train(config: Config) -> int:
     """
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.data.batch_size, config.optimizer.accumulate, mesh)
-    run = Run(config, mesh)
-    try:
-        with jax.set_mesh(mesh):
-            return run.to_the_end()
-    finally:
-        run.close()
+    with _sigterm() as told_to_stop:
+        run = Run(config, mesh)
+        try:
+            with jax.set_mesh(mesh):
+                return run.to_the_end(told_to_stop)
+        finally:
+            run.close()
 
 
 class Run:
@@ -143,34 +143,32 @@ class Run:
             to_json(c),
         )
 
-    def to_the_end(self) -> int:
-        """Runs the remaining steps; returns the exit code (see `train`)."""
+    def to_the_end(self, told_to_stop: Callable[[int], bool]) -> int:
+        """Runs the remaining steps, asking `told_to_stop` before each; returns the exit code (see `train`)."""
         c = self.config.run
         step, clock = self.step, _Clock(self.seconds)
         pending: list[Metrics] = []
-        with _sigterm() as told_to_stop:
-            while step < c.steps:
-                with clock.waiting():
-                    batch = self._next_batch()
-                adversarial = 0 <= self.config.loss.gan_start <= step
-                with jax.transfer_guard("disallow"):
-                    self.state, metrics = self._step(self.state, self.perceptual, batch, adversarial=adversarial)
-                step += 1
-                pending.append(metrics)
-                self.log.progress(step)
-                stop = told_to_stop(step)
-                evaluate = step % c.eval_every == 0 or step == c.steps
-                if evaluate or stop or step % c.log_every == 0:
-                    self._report(step, pending, clock)
-                    pending = []
-                if evaluate:
-                    with clock.paused():
-                        self._save(clock, self._validate(step))
-                elif stop:
-                    self._save(clock, None)
-                if stop and step < c.steps:
-                    log.info("told to stop: saved step %d; start again to resume", step)
-                    return EXIT_PREEMPTED
+        while step < c.steps:
+            if told_to_stop(step):
+                self._report(step, pending, clock)
+                self._save(clock, None)
+                log.info("told to stop: saved step %d; start again to resume", step)
+                return EXIT_PREEMPTED
+            with clock.waiting():
+                batch = self._next_batch()
+            adversarial = 0 <= self.config.loss.gan_start <= step
+            with jax.transfer_guard("disallow"):
+                self.state, metrics = self._step(self.state, self.perceptual, batch, adversarial=adversarial)
+            step += 1
+            pending.append(metrics)
+            self.log.progress(step)
+            evaluate = step % c.eval_every == 0 or step == c.steps
+            if evaluate or step % c.log_every == 0:
+                self._report(step, pending, clock)
+                pending = []
+            if evaluate:
+                with clock.paused():
+                    self._save(clock, self._validate(step))
         return 0
 
     def close(self) -> None:
@@ -189,6 +187,8 @@ class Run:
 
     def _report(self, step: int, pending: list[Metrics], clock: _Clock) -> None:
         """Logs the means since the last report; stops the run where one of them is not finite."""
+        if not pending:
+            return
         values = jax.device_get(pending)
         first = step - len(values) + 1
         for at, metrics in enumerate(values, first):
@@ -290,7 +290,7 @@ class _Clock:
 
 
 @contextmanager
-def _sigterm() -> Iterator[Any]:
+def _sigterm() -> Iterator[Callable[[int], bool]]:
     """Yields a function of the step that says whether the run is to stop, the same on every process."""
     if jax.process_count() > 1:
         # jax.distributed catches SIGTERM itself and agrees with all processes on the step.
