@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import math
 import sys
 
 from asymvq_jax import images
@@ -11,6 +12,7 @@ from asymvq_jax.config import UserError, flatten, load_config
 from asymvq_jax.data.pipeline import held_out
 from asymvq_jax.evaluation import Pair, evaluate, list_pairs, read_pairs, table
 from asymvq_jax.losses.lpips import load_lpips
+from asymvq_jax.outputs import check_writable, write_bytes
 
 
 def main() -> int:
@@ -35,7 +37,9 @@ def main() -> int:
 def _run(options: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(options.config, overrides)
     if options.picture:
-        images.check_writable(options.picture)
+        check_writable(options.picture, images.FORMATS)
+    if options.json:
+        check_writable(options.json, (".json",))
     if options.pairs:
         paths = list_pairs(options.pairs)
         pairs, count = read_pairs(paths), len(paths)
@@ -51,10 +55,10 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
     print(f"\n{results.pictures} pictures from {options.pairs or f'the held-out half of {config.data.source!r}'}")
     print(table(results))
     if options.json:
-        numbers = {"pictures": results.pictures, "rows": results.rows, "counts": results.counts}
-        content = json.dumps(numbers | {"config": flatten(config)}, indent=2) + "\n"
-        with open(options.json, "w") as file:
-            file.write(content)
+        # JSON has no infinity (a perfect PSNR) and no NaN (an empty region): both become null.
+        rows = {r: {n: v if math.isfinite(v) else None for n, v in m.items()} for r, m in results.rows.items()}
+        numbers = {"pictures": results.pictures, "rows": rows, "counts": results.counts}
+        write_bytes(options.json, json.dumps(numbers | {"config": flatten(config)}, indent=2).encode() + b"\n")
     if options.picture:
         images.write(options.picture, results.grid())
 

@@ -12,6 +12,7 @@ from etils import epath
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
 from asymvq_jax.config import UserError
+from asymvq_jax.outputs import check_writable, write_bytes
 
 
 class ImageError(UserError):
@@ -69,34 +70,18 @@ def write(path: str | epath.Path, image: np.ndarray) -> None:
     """Writes (h, w, 3) uint8 as PNG, JPEG or WebP (lossless), by the name's ending; replaces a file atomically.
 
     Raises:
-        ImageError: another ending, a picture too large for the format, or a place that cannot be written to.
+        OutputError: another ending, or a place that cannot be written to.
+        ImageError: a picture too large for the format.
     """
-    check_writable(path)
-    file = epath.Path(path)
-    kind = FORMATS[file.suffix.lower()]
-    buffer = io.BytesIO()
+    check_writable(path, FORMATS)
+    kind = FORMATS[epath.Path(path).suffix.lower()]
     options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
-    partial = file.with_name(f".{file.name}.partial")
+    buffer = io.BytesIO()
     try:
         Image.fromarray(image).save(buffer, kind, **options)
-        partial.write_bytes(buffer.getvalue())
-        partial.replace(file)
     except (OSError, ValueError) as error:
-        partial.unlink(missing_ok=True)
-        raise ImageError(f"{path} cannot be written: {error}") from None
-
-
-def check_writable(path: str | epath.Path) -> None:
-    """Raises ImageError unless `write` knows the name's ending and the directory is there or can be made."""
-    file = epath.Path(path)
-    if file.suffix.lower() not in FORMATS:
-        raise ImageError(f"{path}: expected a name that ends in one of {', '.join(FORMATS)}")
-    if file.is_dir():
-        raise ImageError(f"{path} is a directory; name a file")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ImageError(f"{path} cannot be written: {error}") from None
+        raise ImageError(f"{path}: a picture of shape {image.shape} is not possible as {kind}: {error}") from None
+    write_bytes(path, buffer.getvalue())
 
 
 def to_float(image: jax.Array | np.ndarray) -> jax.Array:

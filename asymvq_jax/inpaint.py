@@ -13,6 +13,7 @@ from asymvq_jax import images
 from asymvq_jax.checkpoints import load_model
 from asymvq_jax.config import DTYPES, UserError
 from asymvq_jax.inference import InputError, check_condition, check_mask, inpaint, read_latent
+from asymvq_jax.outputs import check_writable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    images.check_writable(options.out)
+    check_writable(options.out, images.FORMATS)
+    if options.keep == "exact" and options.out.lower().endswith((".jpg", ".jpeg")):
+        raise InputError(f"--out {options.out}: JPEG changes every pixel; --keep exact needs .png or .webp")
     image, mask = images.read(options.image), images.read_mask(options.mask)
     check_mask(mask, image)
     latent = None if options.latent is None else _read_npy(options.latent)

@@ -1,5 +1,6 @@
 """Conversion: round trips, diffusers loading what we wrote, every tensor accounted for, no code from pickles."""
 
+import dataclasses
 import json
 import os
 import re
@@ -12,7 +13,8 @@ from flax import nnx
 from oracles import TINY, asymmetric, nchw, nhwc, numpy_state, perturb_norms, relative_error
 from safetensors.numpy import load_file, save_file
 
-from asymvq_jax.checkpoints import load_model
+from asymvq_jax.checkpoints import load_model, save_model
+from asymvq_jax.config import ModelConfig
 from asymvq_jax.convert.__main__ import main
 from asymvq_jax.convert.convert import ConvertError, convert, read_model
 from asymvq_jax.convert.files import TensorFileError
@@ -202,13 +204,18 @@ def test_unusable_sources_are_named(folder, tmp_path):
 
 
 def test_a_model_that_diffusers_cannot_hold(tmp_path):
-    from asymvq_jax.checkpoints import save_model
-    from asymvq_jax.config import ModelConfig
-
     config = ModelConfig(encoder_channels=(32, 32, 32), decoder_channels=(32, 96, 96), decoder_blocks=1)
     save_model(tmp_path / "jax", Autoencoder(config, rngs=nnx.Rngs(0)))
     with pytest.raises(ConvertError, match=r"cannot hold model\.decoder_channels=\(32, 96, 96\)"):
         convert(tmp_path / "jax", tmp_path / "out", "diffusers")
+
+
+def test_a_model_that_an_original_checkpoint_cannot_describe(tmp_path):
+    model = Autoencoder(dataclasses.replace(TINY, norm_groups=16, scaling_factor=0.13025), rngs=nnx.Rngs(0))
+    save_model(tmp_path / "jax", model)
+    with pytest.raises(ConvertError, match=r"norm_groups=16 \(taken for 32\) and model\.scaling_factor=0\.13025"):
+        convert(tmp_path / "jax", tmp_path / "out.safetensors", "ldm")
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_command_line(folder, tmp_path, capsys):

@@ -46,7 +46,7 @@ def _equal(a, b):
 
 def test_photos_are_real_and_the_halves_differ():
     train, test = (open_source(DataConfig(), train=t) for t in (True, False))
-    assert len(train) == 7
+    assert len(train) == 8
     assert len(test) == 2
     for source in (train, test):
         for i in range(len(source)):
@@ -54,7 +54,7 @@ def test_photos_are_real_and_the_halves_differ():
             assert picture.dtype == np.uint8
             assert min(picture.shape[:2]) >= 256
             assert picture.std() > 20
-    assert not {train.name(i) for i in range(7)} & {test.name(i) for i in range(2)}
+    assert not {train.name(i) for i in range(8)} & {test.name(i) for i in range(2)}
 
 
 def test_batches_are_functions_of_seed_and_position(tmp_path):

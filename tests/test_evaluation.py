@@ -161,8 +161,13 @@ def test_command_line(tmp_path, models):
     assert "2 pictures from" in done.stdout
     numbers = json.loads((tmp_path / "t.json").read_text())
     assert numbers["rows"]["paste"]["preservation_error"] == 0
+    assert numbers["rows"]["paste"]["psnr_preserved"] is None
     assert images.read(tmp_path / "grid.png").shape[1] == 6 * 51 + 5 * 4
-    done = subprocess.run([*command, "--checkpoint=none"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "error: no checkpoint at none" in done.stderr
-    assert "Traceback" not in done.stderr
+    for bad, message in (
+        (["--checkpoint=none"], "no checkpoint at none"),
+        (["--checkpoint=x", "--json=t.txt"], "t.txt"),
+    ):
+        done = subprocess.run([*command, *bad], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert f"error: {message}" in done.stderr
+        assert "Traceback" not in done.stderr

@@ -15,6 +15,7 @@ from asymvq_jax.config import ModelConfig
 from asymvq_jax.inference import InputError, decode, encode, inpaint, paste, read_latent
 from asymvq_jax.inpaint import main
 from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.outputs import OutputError
 
 CONFIG = ModelConfig(encoder_channels=(32, 32, 32), decoder_channels=(32, 32, 32), encoder_blocks=1, decoder_blocks=1)
 
@@ -71,8 +72,11 @@ def test_unreadable_pictures_are_named(tmp_path):
             images.decode(broken, "a.png")
     with pytest.raises(images.ImageError, match="no picture at"):
         images.read(tmp_path / "none.png")
-    with pytest.raises(images.ImageError, match="ends in one of"):
+    with pytest.raises(OutputError, match="ends in one of"):
         images.write(tmp_path / "a.bmp", _picture()[0])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"a\.png cannot be written"):
+        images.write(tmp_path / "file" / "a.png", _picture()[0])
 
 
 @pytest.mark.parametrize("kind", ["png", "webp"])
@@ -179,6 +183,7 @@ def test_command_line_inpaints(tmp_path, checkpoint, capsys):
         ({"checkpoint": "nowhere"}, "no checkpoint at nowhere"),
         ({"checkpoint": "."}, "holds no model checkpoint"),
         ({"out": "out.gif"}, "ends in one of .png, .jpg, .jpeg, .webp"),
+        ({"out": "out.jpg", "keep": "exact"}, "--out out.jpg: JPEG changes every pixel; --keep exact needs"),
         ({"latent": "image.png"}, "is not a readable .npy file"),
         ({"latent": "wrong.npy"}, "the latent has shape (4, 2, 2)"),
     ],

@@ -56,6 +56,7 @@ def convert(source: str | Path, target: str | Path, to: Target = "jax") -> Autoe
     elif to == "diffusers":
         _write_diffusers(model, target)
     else:
+        _check_ldm(model.config)
         _atomically(target, lambda path: write_tensors(path, dump_tensors(model, "ldm")))
     return model
 
@@ -235,6 +236,16 @@ def _atomically(target: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(beside)
 
 
+def _check_ldm(config: ModelConfig) -> None:
+    """Raises ConvertError where a file of tensors alone would be read as another model."""
+    assumed = {name: getattr(ModelConfig(), name) for name in ("norm_groups", "scaling_factor", "shift_factor")}
+    lost = [f"model.{n}={getattr(config, n)} (taken for {v})" for n, v in assumed.items() if getattr(config, n) != v]
+    if lost:
+        raise ConvertError(
+            f"an original checkpoint holds no configuration, so it cannot say {' and '.join(lost)}; use --to diffusers"
+        )
+
+
 def _read_ldm(path: Path) -> Autoencoder:
     tensors = read_tensors(path)
     if any(name.startswith(PREFIX) for name in tensors):
@@ -246,7 +257,12 @@ def _read_ldm(path: Path) -> Autoencoder:
         log.info("%s: left out %d tensors of %s", path, len(unused), ", ".join(f"{p}*" for p in LDM_UNUSED))
     tensors = {name: value for name, value in tensors.items() if name not in unused}
     config = ldm_to_config(tensors, path)
-    log.info("%s: an original checkpoint%s", path, "" if config.condition else " of a plain autoencoder")
+    log.info(
+        "%s: an original checkpoint%s; such files hold no scaling factor, and Stable Diffusion 1's %s is assumed",
+        path,
+        "" if config.condition else " of a plain autoencoder",
+        config.scaling_factor,
+    )
     return _build(config, tensors, "ldm", path)
 
 

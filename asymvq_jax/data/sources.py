@@ -42,17 +42,18 @@ def open_source(config: DataConfig, *, train: bool) -> Source:
         DataError: the source is missing or empty.
     """
     if config.source == "photos":
-        return Files(_photos(train))
+        return Files(_photos(train), keep_decoded=True)
     if config.source == "folder":
         return Files(_folder(config, train))
     return TFDS(config, config.train_split if train else config.eval_split)
 
 
 class Files:
-    """Pictures in files."""
+    """Pictures in files; `keep_decoded` holds every one in memory once it was read, for a handful of them."""
 
-    def __init__(self, paths: Sequence[epath.Path]) -> None:
+    def __init__(self, paths: Sequence[epath.Path], *, keep_decoded: bool = False) -> None:
         self._paths = list(paths)
+        self._decoded: dict[int, np.ndarray] | None = {} if keep_decoded else None
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -63,7 +64,11 @@ class Files:
 
     def read(self, index: int) -> np.ndarray:
         """See `Source.read`."""
-        return images.read(self._paths[index])
+        if self._decoded is None:
+            return images.read(self._paths[index])
+        if index not in self._decoded:
+            self._decoded[index] = images.read(self._paths[index])
+        return self._decoded[index]
 
 
 # The colour photographs that ship inside the wheels of scikit-image and scikit-learn.
@@ -72,6 +77,7 @@ TRAIN_PHOTOS = {
         "astronaut.png",
         "chelsea.png",
         "hubble_deep_field.jpg",
+        "ihc.png",
         "motorcycle_left.png",
         "retina.jpg",
         "rocket.jpg",
