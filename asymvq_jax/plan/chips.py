@@ -1,0 +1,165 @@
+"""Chips, the topologies that they come in, and what a roofline says about a program on one of them."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata, util
+
+import jax
+from jax.experimental import topologies
+
+from asymvq_jax.config import UserError
+
+GIB = 2**30
+
+
+class TopologyError(UserError):
+    """A topology that does not exist or cannot be compiled for; the message lists what is known."""
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A chip's published figures (cloud.google.com/tpu/docs)."""
+
+    name: str
+    # As jax.Device.device_kind has it.
+    kind: str
+    # Bytes; the runtime keeps a part of it (0.25 GiB on v5e), which only the compiler knows.
+    memory: int
+    # bfloat16 FLOP/s, and bytes/s between the chip and its memory.
+    peak: float
+    bandwidth: float
+    # Topologies to name in an error message; their number of sides is the only one allowed.
+    examples: tuple[str, ...]
+
+
+CHIPS = (
+    Chip("v5e", "TPU v5 lite", 16 * GIB, 197e12, 819e9, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
+    Chip("v5p", "TPU v5", 95 * GIB, 459e12, 2765e9, ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8")),
+    Chip("v6e", "TPU v6 lite", 32 * GIB, 918e12, 1640e9, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Devices to compile for, and what is known of them."""
+
+    name: str
+    devices: Sequence[jax.Device]
+    # None for a device that is not in CHIPS.
+    chip: Chip | None
+    # Names the compiler: programs compiled by another one may need more or less.
+    compiler: str
+
+
+def open_topology(name: str) -> Target:
+    """The devices of "v5e:16x16" and the like, or with "local" those present.
+
+    A TPU's are descriptions only: programs can be compiled for them, on a CPU, but not run.
+
+    Raises:
+        TopologyError: no such topology, or libtpu is not installed.
+    """
+    if name == "local":
+        devices: Sequence[jax.Device] = jax.devices()
+        compiler = " ".join(devices[0].client.platform_version.split())
+    else:
+        devices = _tpu_devices(name)
+        compiler = f"libtpu {metadata.version('libtpu')}"
+    chip = next((c for c in CHIPS if c.kind == devices[0].device_kind), None)
+    return Target(name, devices, chip, f"jax {jax.__version__}, {compiler}")
+
+
+def _tpu_devices(name: str) -> Sequence[jax.Device]:
+    version, _, sides = name.partition(":")
+    chip = next((c for c in CHIPS if c.name == version), None)
+    known = "; ".join(f"{c.name}: {', '.join(c.examples)}" for c in CHIPS)
+    if chip is None or not re.fullmatch(r"\d+(x\d+)+", sides) or sides.count("x") != chip.examples[0].count("x"):
+        raise TopologyError(
+            f"--topology {name}: expected local, or a chip and the sides of a slice, like v5e:16x16; known are {known}"
+        )
+    if util.find_spec("libtpu") is None:
+        raise TopologyError(
+            f"--topology {name} needs libtpu, Google's compiler for TPUs, which runs on any x86-64 Linux; "
+            "install it with: pip install 'asymvq-jax[tpu]'"
+        )
+    # libtpu asks the machine which TPU it has; there is none, and several processes may compile at once.
+    for variable, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_MIN_LOG_LEVEL": "3",
+    }.items():
+        os.environ.setdefault(variable, value)
+    # libtpu counts four chips to a host unless it is told otherwise.
+    bounds = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(map(int, sides.split("x"))) == 1 else {}
+    try:
+        return topologies.get_topology_desc(name, "tpu", **bounds).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise TopologyError(f"--topology {name}: {str(error).splitlines()[0]}; known are {known}") from None
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """The least time of a step on one chip; seconds, and shares of 1."""
+
+    seconds: float
+    # Whether arithmetic (True) or traffic to memory (False) sets the time.
+    compute_bound: bool
+    # Model FLOPs utilisation: the model's own FLOPs, without recomputation, per peak FLOP of that time.
+    mfu: float
+
+
+def roofline(chip: Chip, flops: float, moved: float, model_flops: float) -> Roofline:
+    """max(FLOPs / peak, bytes / bandwidth): what a step takes if one hides the other and all else costs nothing.
+
+    Args:
+        chip: the chip.
+        flops: what it computes in a step, recomputation included.
+        moved: bytes between it and its memory in a step.
+        model_flops: its share of what the model needs, recomputation left out.
+    """
+    compute, traffic = flops / chip.peak, moved / chip.bandwidth
+    seconds = max(compute, traffic)
+    return Roofline(seconds, compute >= traffic, model_flops / (chip.peak * seconds))
+
+
+def largest_fit(
+    peak: Callable[[int], float], fits: Callable[[int], bool], limit: float, start: int, budget: int
+) -> tuple[int, int | None]:
+    """The largest n that fits, in few looks: memory grows about linearly in n, so that each look is a good guess.
+
+    Args:
+        peak: memory that n needs, in the unit of `limit`.
+        fits: whether n fits; the judge, where `peak` only guides.
+        limit: the memory there is.
+        start: the first n to look at.
+        budget: the most n to look at.
+
+    Returns:
+        The largest n seen to fit (0: none), and the least seen not to (None: none).
+    """
+    seen: dict[int, float] = {}
+    good, bad = 0, None
+    guess = start
+    while len(seen) < budget and guess not in seen:
+        seen[guess] = peak(guess)
+        if fits(guess):
+            good = max(good, guess)
+        else:
+            bad = guess if bad is None else min(bad, guess)
+        if bad == good + 1:
+            break
+        if len(seen) == 1:
+            guess = max(1, start // 2) if bad else 2 * start
+        else:
+            (a, low), (b, high) = sorted(seen.items(), key=lambda item: abs(item[1] - limit))[:2]
+            slope = (high - low) / (b - a)
+            guess = int(a + (limit - low) / slope) if slope > 0 else 2 * max(a, b)
+        guess = max(guess, good + 1) if bad is None else min(max(guess, good + 1), bad - 1)
+    return good, bad

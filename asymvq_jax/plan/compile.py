@@ -1,0 +1,293 @@
+"""Compiles the programs of a run for a target, and keeps what it learns about them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from asymvq_jax import sharding
+from asymvq_jax.config import Config
+from asymvq_jax.losses.lpips import LPIPS
+from asymvq_jax.models.autoencoder import structure
+from asymvq_jax.models.parameters import Params, merge, split
+from asymvq_jax.outputs import write_bytes
+from asymvq_jax.plan.chips import Target
+from asymvq_jax.plan.counting import Collective, collectives, matmul_flops
+from asymvq_jax.training.state import TrainState, build_networks, init_state
+from asymvq_jax.training.step import train_step
+
+log = logging.getLogger(__name__)
+
+# Part of the key of kept results; to be raised whenever Program or how it is counted changes.
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a program holds in one chip's memory, bytes."""
+
+    # Arguments by their shapes: parameters (the model's, trained and frozen, and the discriminator's) and the
+    # optimizers' state.
+    parameters: int
+    optimizer: int
+    # The other arguments: LPIPS, the moving average, the batch, and what the layouts of all arguments pad.
+    other: int
+    # All that exists only while the program runs, results included that do not take an argument's place.
+    temporaries: int
+    # The program's own instructions.
+    code: int
+
+    @property
+    def peak(self) -> int:
+        """The sum."""
+        return self.parameters + self.optimizer + self.other + self.temporaries + self.code
+
+
+@dataclass(frozen=True)
+class Program:
+    """What one program needs on one chip in one run."""
+
+    memory: Memory
+    # What the compiler had, bytes, where the program needs more and was not compiled; None where it was.
+    exceeded: int | None
+    # FLOPs of convolutions and matrix products, counted from their shapes: all, and without those that `remat` repeats.
+    flops: float
+    model_flops: float
+    # The compiler's count of all FLOPs, and of bytes to and from memory; None where it was not compiled.
+    compiler_flops: float | None
+    moved: float | None
+    collectives: tuple[Collective, ...]
+    compile_seconds: float
+
+    @property
+    def plausible(self) -> bool:
+        """Whether the compiler's FLOPs are those of the shapes, within a tenth."""
+        return self.compiler_flops is not None and abs(self.compiler_flops / self.flops - 1) < 0.1
+
+
+@dataclass(frozen=True)
+class _Lowered:
+    """A program before compilation; bytes of its arguments and FLOPs on one chip."""
+
+    name: str
+    lowered: jax.stages.Lowered
+    mesh: Mesh
+    parameters: int
+    optimizer: int
+    arguments: int
+    flops: float
+    model_flops: float
+
+
+def plan_step(config: Config, target: Target) -> Program:
+    """The training step: with the discriminator, unless it never starts.
+
+    Raises:
+        ConfigError: the mesh or the batch does not fit the devices.
+    """
+    mesh = sharding.make_mesh(config.mesh, target.devices)
+    sharding.check_batch(config.data.batch_size, config.optimizer.accumulate, mesh)
+    arguments = state, _, _ = _step_arguments(config, mesh)
+    traced = _trace_step(config, mesh)
+    flops = model_flops = matmul_flops(traced.jaxpr) / mesh.size
+    if config.model.remat:
+        plain = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=False))
+        model_flops = matmul_flops(_trace_step(plain, mesh).jaxpr) / mesh.size
+    lowered = _Lowered(
+        name="train step",
+        lowered=traced.lower(),
+        mesh=mesh,
+        parameters=local_bytes((state.params, state.frozen, state.discriminator)),
+        optimizer=local_bytes((state.optimizer, state.discriminator_optimizer)),
+        arguments=local_bytes(arguments),
+        flops=flops,
+        model_flops=model_flops,
+    )
+    return _compile(lowered, target)
+
+
+def plan_decode(config: Config, target: Target) -> Program:
+    """Decoding a batch of the config's size, split over the chips as in training, with the condition if there is one.
+
+    Raises:
+        ConfigError: as `plan_step`.
+    """
+    mesh = sharding.make_mesh(config.mesh, target.devices)
+    sharding.check_batch(config.data.batch_size, 1, mesh)
+    graphdef, shapes = structure(config.model)
+    params = _placed(shapes, mesh)
+    side, batch = config.data.image_size, config.data.batch_size
+    latent = side // config.model.downsampling
+
+    def pictures(side: int, channels: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch, side, side, channels), jnp.float32, sharding=sharding.batch_sharding(mesh))
+
+    inputs = [pictures(latent, config.model.latent_channels)]
+    if config.model.condition:
+        inputs += [pictures(side, config.model.image_channels), pictures(side, 1)]
+
+    def decode(params: Params, *inputs: jax.Array) -> jax.Array:
+        return merge(graphdef, params).decode(*inputs)
+
+    with jax.set_mesh(mesh):
+        traced = jax.jit(decode, out_shardings=sharding.batch_sharding(mesh)).trace(params, *inputs)
+    # The encoder's parameters are arguments that nothing reads, and are not passed on.
+    used = {name: x for name, x in params.items() if name.startswith(("decoder.", "post_quant_conv."))}
+    flops = matmul_flops(traced.jaxpr) / mesh.size
+    lowered = _Lowered(
+        name="decode",
+        lowered=traced.lower(),
+        mesh=mesh,
+        parameters=local_bytes(used),
+        optimizer=0,
+        arguments=local_bytes((used, inputs)),
+        flops=flops,
+        model_flops=flops,
+    )
+    return _compile(lowered, target)
+
+
+def _trace_step(config: Config, mesh: Mesh) -> jax.stages.Traced:
+    state, perceptual, batch = _step_arguments(config, mesh)
+    step = jax.jit(
+        partial(train_step, networks=build_networks(config)),
+        static_argnames="adversarial",
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)),
+    )
+    with jax.set_mesh(mesh):
+        return step.trace(state, perceptual, batch, adversarial=config.loss.gan_start >= 0)
+
+
+def _step_arguments(config: Config, mesh: Mesh) -> tuple[TrainState, Params, dict[str, jax.ShapeDtypeStruct]]:
+    """The state, LPIPS's parameters and a batch: shapes and places, without values."""
+    networks = build_networks(config)
+    state = _placed(jax.eval_shape(lambda: init_state(networks)), mesh)
+    perceptual: Params = {}
+    if networks.lpips is not None:
+        perceptual = _placed(split(nnx.eval_shape(lambda: LPIPS("vgg16", rngs=nnx.Rngs(0))))[1], mesh)
+    shape = (config.data.batch_size, config.data.image_size, config.data.image_size)
+    place = sharding.batch_sharding(mesh)
+    channels = {"image": config.model.image_channels, "mask": 1}
+    batch = {n: jax.ShapeDtypeStruct((*shape, c), jnp.uint8, sharding=place) for n, c in channels.items()}
+    return state, perceptual, batch
+
+
+def _placed(tree: Any, mesh: Mesh) -> Any:
+    places = sharding.state_sharding(tree, mesh)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes of a tree's arrays on one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _compile(program: _Lowered, target: Target) -> Program:
+    """Compiles a program, or reads what an earlier compilation of the very same one found."""
+    file = _kept(program, target)
+    if file.is_file():
+        log.info("%s: compiled before, kept in %s", program.name, file)
+        return _from_json(file.read_text())
+    log.info("%s: compiling for %d devices of %s ...", program.name, program.mesh.size, target.name)
+    begin = time.perf_counter()
+    try:
+        compiled = program.lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        shortage = out_of_memory(str(error))
+        if shortage is None:
+            raise
+        result = _too_large(program, *shortage, time.perf_counter() - begin)
+    else:
+        result = _read(program, compiled, time.perf_counter() - begin)
+    write_bytes(file, json.dumps(dataclasses.asdict(result), indent=2).encode())
+    return result
+
+
+def _kept(program: _Lowered, target: Target) -> Path:
+    """Where the result of a program is kept: named by all that it depends on."""
+    parts = [
+        VERSION,
+        program.lowered.as_text(),
+        target.name,
+        target.compiler,
+        [d.id for d in program.mesh.devices.flat],
+    ]
+    parts += [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    key = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "asymvq_jax" / "plans" / f"{key}.json"
+
+
+def _from_json(text: str) -> Program:
+    values = json.loads(text)
+    moves = tuple(Collective(**{**c, "axes": tuple(c["axes"])}) for c in values["collectives"])
+    return Program(**{**values, "memory": Memory(**values["memory"]), "collectives": moves})
+
+
+def _read(program: _Lowered, compiled: jax.stages.Compiled, seconds: float) -> Program:
+    """What the compiler says about a compiled program, with its omissions made good."""
+    stats, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    # It counts a loop's body once. The only loop is that over micro-batches, in which nearly everything happens.
+    repeats = max(1, round(program.flops / cost["flops"])) if cost["flops"] > 0 else 1
+    return Program(
+        memory=Memory(
+            parameters=program.parameters,
+            optimizer=program.optimizer,
+            other=stats.argument_size_in_bytes - program.parameters - program.optimizer,
+            temporaries=stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes,
+            code=stats.generated_code_size_in_bytes,
+        ),
+        exceeded=None,
+        flops=program.flops,
+        model_flops=program.model_flops,
+        compiler_flops=cost["flops"] * repeats,
+        moved=cost["bytes accessed"] * repeats,
+        collectives=tuple(collectives(compiled.as_text(), program.mesh.shape)),
+        compile_seconds=seconds,
+    )
+
+
+def _too_large(program: _Lowered, required: int, available: int, seconds: float) -> Program:
+    """A program that the compiler refused; of its memory only the sum is known, and the arguments by their shapes."""
+    return Program(
+        memory=Memory(
+            parameters=program.parameters,
+            optimizer=program.optimizer,
+            other=program.arguments - program.parameters - program.optimizer,
+            temporaries=required - program.arguments,
+            code=0,
+        ),
+        exceeded=available,
+        flops=program.flops,
+        model_flops=program.model_flops,
+        compiler_flops=None,
+        moved=None,
+        collectives=(),
+        compile_seconds=seconds,
+    )
+
+
+def out_of_memory(message: str) -> tuple[int, int] | None:
+    """Bytes required and available, from a TPU compiler's message; None if it is about something else."""
+    number = r"([\d.]+)([KMG])"
+    for pattern in (rf"\({number}\) exceeds available HBM \({number}\)", rf"Used {number} of {number} hbm"):
+        if match := re.search(pattern, message):
+            values = (float(match[i]) * 2.0 ** {"K": 10, "M": 20, "G": 30}[match[i + 1]] for i in (1, 3))
+            required, available = map(round, values)
+            return required, available
+    return None
