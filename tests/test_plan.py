@@ -11,7 +11,7 @@ from asymvq_jax import sharding
 from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, RunConfig
 from asymvq_jax.plan import __main__ as command
 from asymvq_jax.plan.chips import CHIPS, GIB, Target, largest_fit, open_topology, roofline
-from asymvq_jax.plan.compile import out_of_memory, plan_decode, plan_step
+from asymvq_jax.plan.compile import Memory, Program, out_of_memory, plan_decode, plan_step
 from asymvq_jax.plan.counting import collectives, matmul_flops
 
 SMALL = ModelConfig(encoder_channels=(32, 32), decoder_channels=(32, 64), encoder_blocks=1, decoder_blocks=1)
@@ -304,6 +304,46 @@ def test_error_messages(arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     assert command.main(["--config=tiny.py", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def pretended(monkeypatch, tmp_path):
+    """The command on eight v5e chips, of which 4 GiB, and 2.5 more for each picture of a micro-batch, are needed."""
+
+    def plan_step(config, target):
+        each = config.data.batch_size / 8 / config.optimizer.accumulate
+        share = 0.5 if config.model.remat else 1.0
+        memory = Memory(
+            parameters=GIB, optimizer=2 * GIB, other=GIB, temporaries=round(2.5 * GIB * each * share), code=0
+        )
+        shortage = 16 * GIB if memory.peak > 16 * GIB else None
+        return Program(memory, shortage, 1e12, 1e12, 1.01e12, None if shortage else 1e11, (), 0.0)
+
+    monkeypatch.setattr(command, "open_topology", lambda name: Target(name, jax.devices(), CHIPS[0], "a compiler"))
+    monkeypatch.setattr(command, "plan_step", plan_step)
+    monkeypatch.setattr(command, "plan_decode", plan_step)
+    (tmp_path / "tiny.py").write_text(CONFIG)
+    return ["--config", str(tmp_path / "tiny.py")]
+
+
+def test_a_plan_that_does_not_fit_says_by_how_much_and_what_would(pretended, capsys):
+    assert command.main([*pretended, "--data.batch_size=64"]) == 0
+    out = capsys.readouterr().out
+    assert "24.00 GiB of 16.00 GiB: too much by 8.00 GiB" in out
+    assert "to try: --model.remat=true, --mesh.data=1 --mesh.fsdp=8, --optimizer.accumulate=2" in out
+    assert command.main([*pretended, "--data.batch_size=64", "--suggest"]) == 0
+    out = capsys.readouterr().out
+    assert "with --model.remat=true: 14.00 GiB of 16.00 GiB: fits" in out
+    assert "with --mesh.data=1 --mesh.fsdp=8: 24.00 GiB of 16.00 GiB: too much by 8.00 GiB" in out
+
+
+def test_search(pretended, capsys, tmp_path):
+    report = tmp_path / "plan.json"
+    assert command.main([*pretended, "--data.batch_size=16", "--search", "--json", str(report)]) == 0
+    assert "largest batch: 4 a chip fits (--data.batch_size=32); 5 does not" in capsys.readouterr().out
+    written = json.loads(report.read_text())
+    assert written["largest batch per chip"] == 4
+    assert written["train step"]["seconds"] == pytest.approx(1e11 / 819e9)
 
 
 def test_variants_say_what_to_set():
