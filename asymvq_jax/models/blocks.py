@@ -41,15 +41,18 @@ class Conv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(b, h, w, inputs) -> (b, h', w', outputs)."""
-        return self.apply(x, self.kernel[...])
+        return self.apply(x)
 
-    def apply(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """The convolution with another kernel in place of the layer's own, for gradients with respect to it."""
+    def apply(
+        self, x: jax.Array, *, kernel: jax.Array | None = None, row_padding: tuple[int, int] | None = None
+    ) -> jax.Array:
+        """The convolution with another kernel (for gradients with respect to it) or other padding of the rows."""
+        kernel = self.kernel[...] if kernel is None else kernel
         y = jax.lax.conv_general_dilated(
             x.astype(self.dtype),
             gather_kernel(kernel.astype(self.dtype)),
             window_strides=(self.stride, self.stride),
-            padding=(self.padding, self.padding),
+            padding=(row_padding or self.padding, self.padding),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         if self.bias is not None:
@@ -69,17 +72,27 @@ class GroupNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(b, h, w, c) -> (b, h, w, c)."""
+        return self.normalize(x, channel_moments(x))
+
+    def normalize(self, x: jax.Array, moments: jax.Array) -> jax.Array:
+        """The same with the `channel_moments` of a whole of which `x` may be a part."""
         b, _, _, c = x.shape
-        x = x.astype(jnp.float32)
-        # One pass over x: sums per channel, then the small (b, groups) rest, so that x is never reshaped.
-        moments = jnp.stack([jnp.mean(x, (1, 2)), jnp.mean(jnp.square(x), (1, 2))])
         mean, square = moments.reshape(2, b, self.groups, c // self.groups).mean(-1)
         inverse = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + 1e-6)
         mean, inverse = (jnp.repeat(s, c // self.groups, axis=-1) for s in (mean, inverse))
         scale = inverse * self.scale[...][None]
         shift = self.bias[...][None] - mean * scale
-        y = x * scale[:, None, None] + shift[:, None, None]
+        y = x.astype(jnp.float32) * scale[:, None, None] + shift[:, None, None]
         return (jax.nn.silu(y) if self.silu else y).astype(self.dtype)
+
+
+def channel_moments(x: jax.Array) -> jax.Array:
+    """Means of the values and of their squares over height and width: (b, h, w, c) -> (2, b, c) float32.
+
+    One pass over x, which is never reshaped; the groups' statistics follow from these few numbers.
+    """
+    x = x.astype(jnp.float32)
+    return jnp.stack([jnp.mean(x, (1, 2)), jnp.mean(jnp.square(x), (1, 2))])
 
 
 class ResBlock(nnx.Module):

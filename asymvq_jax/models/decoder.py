@@ -61,9 +61,7 @@ class UpLevel(nnx.Module):
             x = run_block(block, x, remat=self.remat)
         if self.upsample is None:
             return x
-        b, h, w, c = x.shape
-        x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-        return self.upsample(x)
+        return self.upsample(double(x))
 
 
 class Decoder(nnx.Module):
@@ -90,9 +88,7 @@ class Decoder(nnx.Module):
 
     def to_image(self, features: jax.Array, kernel: jax.Array | None = None) -> jax.Array:
         """The last convolution, in float32 at its output; `kernel` stands in for its own where given."""
-        return self.conv_out.apply(features, self.conv_out.kernel[...] if kernel is None else kernel).astype(
-            jnp.float32
-        )
+        return self.conv_out.apply(features, kernel=kernel).astype(jnp.float32)
 
     def features(self, z: jax.Array, image: jax.Array | None = None, mask: jax.Array | None = None) -> jax.Array:
         """All but the last convolution.
@@ -114,14 +110,20 @@ class Decoder(nnx.Module):
             features = self.condition((1 - mask) * image.astype(h.dtype))
         for i, level in enumerate(self.levels):
             if features:
-                h = _blend(h, features[-1 - i], mask)
+                h = blend(h, features[-1 - i], mask)
             h = level(h)
         if features:
-            h = _blend(h, features[0], mask)
+            h = blend(h, features[0], mask)
         return self.norm_out(h)
 
 
-def _blend(h: jax.Array, feature: jax.Array, mask: jax.Array) -> jax.Array:
+def double(x: jax.Array) -> jax.Array:
+    """Nearest upsampling, (b, h, w, c) -> (b, 2h, 2w, c)."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+def blend(h: jax.Array, feature: jax.Array, mask: jax.Array) -> jax.Array:
     """h where the mask is 1, the condition's feature where it is 0; the mask resized nearest to their resolution."""
     stride = mask.shape[1] // h.shape[1]
     mask = mask[:, ::stride, ::stride]

@@ -1,0 +1,187 @@
+"""Decodes a picture that one device's memory cannot hold: layer by layer, each in strips of rows.
+
+The feature maps lie in the host's memory, and the device holds one strip of one layer at a time. A strip comes with the
+one row on either side that a 3x3 convolution reaches, and every group normalisation gets the statistics of the whole
+picture, gathered while the layer before it was written. So the result is the whole decoder's but for the order of sums:
+there is no seam, at no more arithmetic than without strips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.blocks import Conv, GroupNorm, ResBlock, channel_moments
+from asymvq_jax.models.decoder import Decoder, blend, double
+
+STRIP_PIXELS = 2**19
+
+
+class FeatureMap(NamedTuple):
+    """A whole feature map, (b, h, w, c) on the host, and its `channel_moments`."""
+
+    values: np.ndarray
+    moments: jax.Array | None
+
+
+class Condition(NamedTuple):
+    """The condition branch's features, outermost first, and the mask (b, h, w, 1)."""
+
+    features: list[np.ndarray]
+    mask: np.ndarray
+
+
+def decode_in_strips(
+    model: Autoencoder,
+    latent: np.ndarray,
+    image: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+    strip_pixels: int = STRIP_PIXELS,
+) -> np.ndarray:
+    """As `Autoencoder.decode`, on the host's memory but for a strip at a time.
+
+    Args:
+        model: the autoencoder.
+        latent: (b, h/8, w/8, latent_channels); at this resolution everything is computed whole.
+        image: (b, h, w, 3) in [-1, 1].
+        mask: (b, h, w, 1), 1 = generate, 0 = preserve.
+        strip_pixels: most pixels of a strip. At full resolution it takes about 4 * channels * 4 bytes a pixel.
+
+    Returns:
+        (b, h, w, 3) float32.
+    """
+    decoder, sweep = model.decoder, partial(_sweep, strip_pixels=strip_pixels)
+    x = FeatureMap(np.asarray(_latent_part(model, latent)), None)
+    condition = None
+    if image is not None and mask is not None:
+        condition = Condition(_condition(decoder, image, mask, sweep), mask)
+        x = _blend_whole(x, condition)
+    x = x._replace(moments=channel_moments(jnp.asarray(x.values)))
+    for i, level in enumerate(decoder.levels):
+        # What the next level begins with is blended as it is written: where this level upsamples, with the feature of
+        # the doubled resolution; after the last one, with the outermost.
+        after = (
+            None if condition is None else condition._replace(features=condition.features[: len(decoder.levels) - i])
+        )
+        for j, block in enumerate(level.blocks):
+            last = level.upsample is None and j == len(level.blocks) - 1
+            x = _res_block(block, x, after if last else None, sweep)
+        if level.upsample is not None:
+            x = sweep(x, level.upsample, upsample=True, condition=after)
+    return sweep(x, decoder.conv_out, norm=decoder.norm_out).values.astype(np.float32)
+
+
+@nnx.jit
+def _latent_part(model: Autoencoder, z: jax.Array) -> jax.Array:
+    z = z if model.post_quant_conv is None else model.post_quant_conv(z)
+    return model.decoder.mid(model.decoder.conv_in(z))
+
+
+def _condition(decoder: Decoder, image: np.ndarray, mask: np.ndarray, sweep: Callable) -> list[np.ndarray]:
+    if decoder.condition is None:
+        raise ValueError("this decoder has no condition branch (model.condition=False); decode without a mask")
+    x = FeatureMap((1 - mask) * image, None)
+    features = []
+    for i, layer in enumerate(decoder.condition.layers):
+        x = sweep(x, layer, relu=i > 0)
+        features.append(x.values)
+    return features
+
+
+def _blend_whole(x: FeatureMap, condition: Condition) -> FeatureMap:
+    mask = jnp.asarray(condition.mask, x.values.dtype)
+    return FeatureMap(np.asarray(blend(jnp.asarray(x.values), jnp.asarray(condition.features[-1]), mask)), None)
+
+
+def _res_block(block: ResBlock, x: FeatureMap, condition: Condition | None, sweep: Callable) -> FeatureMap:
+    h = sweep(x, block.conv1, norm=block.norm1)
+    return sweep(h, block.conv2, norm=block.norm2, residual=x.values, shortcut=block.shortcut, condition=condition)
+
+
+def _sweep(
+    x: FeatureMap,
+    conv: Conv,
+    *,
+    strip_pixels: int,
+    norm: GroupNorm | None = None,
+    relu: bool = False,
+    upsample: bool = False,
+    residual: np.ndarray | None = None,
+    shortcut: Conv | None = None,
+    condition: Condition | None = None,
+) -> FeatureMap:
+    """One convolution with what surrounds it, over the whole map: its input is normalised or rectified, or doubled;
+    to its output a residual is added, and the condition's innermost feature blended in."""
+    batch, height, width, _ = x.values.shape
+    height, width = (2 * height, 2 * width) if upsample else (height // conv.stride, width // conv.stride)
+    rows = max(2, strip_pixels // width // 2 * 2)
+    values: np.ndarray | None = None
+    moments = jnp.zeros(())
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        strip, inside = _input_rows(x.values, top, bottom, conv, upsample)
+        feature = mask = None
+        if condition is not None:
+            scale = condition.mask.shape[1] // height
+            feature = condition.features[-1][:, top:bottom]
+            mask = condition.mask[:, top * scale : bottom * scale]
+        y, part = _strip(
+            conv, norm, shortcut, strip, x.moments if norm is not None else None, inside,
+            None if residual is None else residual[:, top:bottom], feature, mask, relu=relu, upsample=upsample,
+        )  # fmt: skip
+        if values is None:
+            values = np.empty((batch, height, width, y.shape[-1]), y.dtype)
+        values[:, top:bottom] = y
+        moments = moments + part * ((bottom - top) / height)
+    assert values is not None
+    return FeatureMap(values, moments)
+
+
+def _input_rows(x: np.ndarray, top: int, bottom: int, conv: Conv, upsample: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of `x` under the output's rows top to bottom, and which of them are inside the picture: (rows,) bool."""
+    if upsample:
+        low, high = top // 2 - 1, bottom // 2 + 1
+    else:
+        low = top * conv.stride - conv.padding[0]
+        high = (bottom - 1) * conv.stride - conv.padding[0] + conv.kernel.shape[0]
+    rows = np.arange(low, high)
+    inside = (rows >= 0) & (rows < x.shape[1])
+    return x[:, rows.clip(0, x.shape[1] - 1)], inside
+
+
+@partial(nnx.jit, static_argnames=("relu", "upsample"))
+def _strip(
+    conv: Conv,
+    norm: GroupNorm | None,
+    shortcut: Conv | None,
+    x: jax.Array,
+    moments: jax.Array | None,
+    inside: jax.Array,
+    residual: jax.Array | None,
+    feature: jax.Array | None,
+    mask: jax.Array | None,
+    *,
+    relu: bool,
+    upsample: bool,
+) -> tuple[jax.Array, jax.Array]:
+    if norm is not None:
+        x = norm.normalize(x, moments)
+    if relu:
+        x = jax.nn.relu(x)
+    # The convolution pads what comes after the normalisation with zeros.
+    x = jnp.where(inside[None, :, None, None], x, jnp.zeros((), x.dtype))
+    if upsample:
+        x = double(x)[:, 1:-1]
+    y = conv.apply(x, row_padding=(0, 0))
+    if residual is not None:
+        y = y + (residual if shortcut is None else shortcut(residual))
+    if feature is not None:
+        y = blend(y, feature, mask.astype(y.dtype))
+    return y, channel_moments(y)
