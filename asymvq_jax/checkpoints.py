@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +128,8 @@ class RunCheckpoints:
             root.mkdir(parents=True, exist_ok=True)
             probe = root / ".writable"
             probe.write_text("")
-            probe.unlink()
+            # Another process may have removed it.
+            probe.unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(f"run.directory={config.run.directory!r} is not writable: {error}") from None
         keep = cm.AnyPreservationPolicy(
@@ -156,6 +159,9 @@ class RunCheckpoints:
             state: the training state.
             progress: "iterator" and "seconds", serialisable as JSON.
             metrics: held-out metrics, of which "nll" decides which step is the best.
+
+        Raises:
+            CheckpointError: this step, or the one before it, cannot be written.
         """
         step = int(jax.device_get(state.step))
         if step in self._manager.all_steps():
@@ -168,7 +174,13 @@ class RunCheckpoints:
         }
         if state.ema:
             items["ema"] = ocp.args.StandardSave(state.ema)
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        with self._writing():
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+
+    def check(self) -> None:
+        """Raises CheckpointError where a step that was being written in the background has failed."""
+        with self._writing():
+            self._manager.check_for_errors()
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Reads one step onto the shardings of `abstract`, whatever mesh wrote it.
@@ -195,9 +207,23 @@ class RunCheckpoints:
         return state, read["progress"]
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until everything is on disk.
+
+        Raises:
+            CheckpointError: the last step cannot be written.
+        """
+        with self._writing():
+            self._manager.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # TensorStore's errors are ValueErrors.
+            raise CheckpointError(
+                f"run.directory={self._config.run.directory!r}: a checkpoint cannot be written: "
+                f"{str(error).splitlines()[0]}; the earlier ones are intact: start again to resume from the last"
+            ) from error
 
 
 def _training_items(state: TrainState) -> dict[str, Any]:

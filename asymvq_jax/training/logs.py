@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from etils import epath
@@ -12,6 +14,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from asymvq_jax import images
+from asymvq_jax.outputs import OutputError, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +32,9 @@ class RunLog:
         lines = self._file.read_text().splitlines() if self._file.exists() else []
         self._lines = [line for line in lines if _step(line) <= step]
         self.flush()
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        # An unbounded queue: its reader ends at an error of the disk, and a full queue would then block for ever.
+        with _writing(directory):
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1, max_queue=0)
         self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
 
     def progress(self, step: int) -> None:
@@ -43,7 +48,7 @@ class RunLog:
             return
         self._lines.append(json.dumps({"step": step, **values}))
         if "://" not in str(self._file):
-            with self._file.open("a") as file:
+            with _writing(self._file), self._file.open("a") as file:
                 file.write(self._lines[-1] + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
@@ -59,17 +64,23 @@ class RunLog:
     def flush(self) -> None:
         """Brings metrics.jsonl up to date; object stores cannot append, so there it is written whole."""
         if self.active:
-            new = self._file.with_name("metrics.jsonl.new")
-            self._directory.mkdir(parents=True, exist_ok=True)
-            new.write_text("".join(line + "\n" for line in self._lines))
-            new.replace(self._file)
+            write_bytes(self._file, "".join(line + "\n" for line in self._lines).encode())
 
     def close(self) -> None:
         """Ends the bar and the files."""
         if self.active:
             self.flush()
             self._bar.close()
-            self._board.close()
+            with _writing(self._directory):
+                self._board.close()
+
+
+@contextmanager
+def _writing(path: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error}") from None
 
 
 def _step(line: str) -> float:

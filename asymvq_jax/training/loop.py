@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import signal
@@ -19,25 +20,38 @@ from jax.sharding import Mesh
 
 from asymvq_jax import checkpoints, images, sharding
 from asymvq_jax.checkpoints import RunCheckpoints
-from asymvq_jax.config import Config, to_json
+from asymvq_jax.config import Config, ConfigError, to_json
 from asymvq_jax.data import pipeline
 from asymvq_jax.data.sources import open_source
 from asymvq_jax.losses.lpips import load_lpips
 from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.parameters import Params, merge, split
 from asymvq_jax.training.logs import RunLog
-from asymvq_jax.training.state import TrainState, build_networks, create_state, starting_parameters
+from asymvq_jax.training.state import (
+    TrainState,
+    abstract_state,
+    build_networks,
+    create_state,
+    place,
+    starting_parameters,
+)
 from asymvq_jax.training.step import Batch, Metrics, eval_step, train_step
 
 log = logging.getLogger(__name__)
 
 # "Temporary failure, try again" in sysexits.h: the run was told to stop, has saved, and resumes when started again.
 EXIT_PREEMPTED = 75
+# "Remote error": another process of the run has ended; the run resumes when all of them are started again.
+EXIT_LOST_PEER = 76
 PICTURES = 8
 
 
 class NonFiniteError(RuntimeError):
     """A metric became NaN or infinite; the message names the step and the checkpoint to go back to."""
+
+
+class LostPeerError(RuntimeError):
+    """A computation of several processes failed, most often because one of them has ended."""
 
 
 def train(config: Config) -> int:
@@ -48,30 +62,34 @@ def train(config: Config) -> int:
 
     Raises:
         ConfigError, CheckpointError, DataError: before anything expensive starts.
+        CheckpointError, OutputError: run.directory cannot be written to any more; what it holds is kept.
         NonFiniteError: the run diverged; the last good checkpoint is kept.
+        LostPeerError: another process has ended; the last complete checkpoint is kept.
     """
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.data.batch_size, config.optimizer.accumulate, mesh)
-    with _sigterm() as told_to_stop:
-        run = Run(config, mesh)
-        try:
-            with jax.set_mesh(mesh):
-                return run.to_the_end(told_to_stop)
-        finally:
-            run.close()
+    try:
+        with _sigterm() as told_to_stop, Run(config, mesh) as run, jax.set_mesh(mesh):
+            return run.to_the_end(told_to_stop)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise LostPeerError(
+            f"a computation of all processes failed: {str(error).splitlines()[0]}. If another process has ended, its "
+            f"log says why; start all of them again to resume from the last checkpoint in {config.run.directory}"
+        ) from error
 
 
 class Run:
-    """One training run on one process: its data, its state, and what it writes."""
+    """One training run on one process: its data, its state, and what it writes. A context manager."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config = config
         self.mesh = mesh
         source = open_source(config.data, train=True)
         self.corrupt = pipeline.CorruptFiles(source, config.data.max_corrupt_share)
-        self.batches = pipeline.training_batches(
-            config.data, config.run.seed, process_index=jax.process_index(), process_count=jax.process_count()
-        )
+        part, parts = _share(mesh)
+        self.batches = pipeline.training_batches(config.data, config.run.seed, process_index=part, process_count=parts)
         self.held_out = self._held_out()
         self.saved = RunCheckpoints(config)
         initial = checkpoints.load_parameters(config.run.init_from) if config.run.init_from else None
@@ -80,12 +98,13 @@ class Run:
         self.perceptual: Params = {}
         if self.networks.lpips is not None:
             _, weights = split(load_lpips("vgg16", config.loss.perceptual_weights))
-            self.perceptual = jax.device_put(weights, sharding.state_sharding(weights, mesh))
+            self.perceptual = jax.tree.map(place, weights, sharding.state_sharding(weights, mesh))
         self.state, self.seconds = self._start(starting_parameters(config, *initial) if initial else None)
         self.plain: Autoencoder | None = None
         if initial and not config.run.train_encoder:
             source_config, params = initial
-            self.plain = merge(structure(source_config)[0], jax.device_put(params, sharding.replicated(mesh)))
+            copies = {name: place(value, sharding.replicated(mesh)) for name, value in params.items()}
+            self.plain = merge(structure(source_config)[0], copies)
         self.log = RunLog(
             epath.Path(config.run.directory), step=self.step, steps=config.run.steps, active=jax.process_index() == 0
         )
@@ -98,7 +117,21 @@ class Run:
         self._evaluate = jax.jit(
             partial(eval_step, networks=self.networks, pictures=PICTURES), out_shardings=sharding.replicated(mesh)
         )
+        self._plain_decode = nnx.jit(_plain_decode, out_shardings=sharding.replicated(mesh))
         self._describe(len(source))
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Waits for the last checkpoint and ends the logs."""
+        if kind and issubclass(kind, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+            # A checkpoint in writing waits for all processes, and one of them may be gone.
+            return
+        try:
+            self.saved.close()
+        finally:
+            self.log.close()
 
     @property
     def step(self) -> int:
@@ -107,23 +140,20 @@ class Run:
 
     def _start(self, taken: Params | None) -> tuple[TrainState, float]:
         """The state to begin with: the last checkpoint's if there is one."""
-        state = create_state(self.networks, self.mesh, taken)
         step = self.saved.latest_step()
         if step is None:
-            return state, 0.0
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        state, progress = self.saved.restore(step, abstract)
+            return create_state(self.networks, self.mesh, taken), 0.0
+        state, progress = self.saved.restore(step, abstract_state(self.networks, self.mesh))
         self.batches.set_state(progress["iterator"])
         log.info("resuming %s at step %d", self.config.run.directory, step)
         return state, progress["seconds"]
 
-    def _held_out(self) -> Batch:
-        """This process's share of the held-out pictures, a whole number of batches of them."""
+    def _held_out(self) -> dict[str, np.ndarray]:
+        """The held-out pictures, a whole number of batches of them; every process holds them all."""
         c = self.config
         size = c.data.batch_size // c.optimizer.accumulate
         count = math.ceil(c.run.eval_pictures / size) * size
-        pictures = pipeline.held_out(c.data, count, c.run.seed)
-        return {name: pictures[name][jax.process_index() :: jax.process_count()] for name in ("image", "mask")}
+        return pipeline.held_out(c.data, count, c.run.seed)
 
     def _describe(self, pictures: int) -> None:
         c = self.config
@@ -143,13 +173,13 @@ class Run:
             to_json(c),
         )
 
-    def to_the_end(self, told_to_stop: Callable[[int], bool]) -> int:
+    def to_the_end(self, told_to_stop: Callable[[], bool]) -> int:
         """Runs the remaining steps, asking `told_to_stop` before each; returns the exit code (see `train`)."""
         c = self.config.run
         step, clock = self.step, _Clock(self.seconds)
         pending: list[Metrics] = []
         while step < c.steps:
-            if told_to_stop(step):
+            if told_to_stop():
                 self._report(step, pending, clock)
                 self._save(clock, None)
                 log.info("told to stop: saved step %d; start again to resume", step)
@@ -171,22 +201,15 @@ class Run:
                     self._save(clock, self._validate(step))
         return 0
 
-    def close(self) -> None:
-        """Waits for the last checkpoint and ends the logs."""
-        self.saved.close()
-        self.log.close()
-
     def _next_batch(self) -> Batch:
         batch = next(self.batches)
         self.corrupt.update(batch["skipped"], len(batch["image"]))
-        return self._to_device(batch)
-
-    def _to_device(self, batch: dict[str, np.ndarray]) -> Batch:
-        place = sharding.batch_sharding(self.mesh)
-        return {name: jax.make_array_from_process_local_data(place, batch[name]) for name in ("image", "mask")}
+        split_over = sharding.batch_sharding(self.mesh)
+        return {name: jax.make_array_from_process_local_data(split_over, batch[name]) for name in ("image", "mask")}
 
     def _report(self, step: int, pending: list[Metrics], clock: _Clock) -> None:
-        """Logs the means since the last report; stops the run where one of them is not finite."""
+        """Logs the means since the last report; stops the run where one of them is not finite, or a write failed."""
+        self.saved.check()
         if not pending:
             return
         values = jax.device_get(pending)
@@ -217,29 +240,30 @@ class Run:
     def _validate(self, step: int) -> dict[str, float]:
         """Held-out metrics, logged with a picture grid."""
         c = self.config
-        size = c.data.batch_size // c.optimizer.accumulate // jax.process_count()
-        slices = [slice(i, i + size) for i in range(0, len(self.held_out["image"]), size)]
+        size = c.data.batch_size // c.optimizer.accumulate
+        split_over = sharding.batch_sharding(self.mesh)
         results, pictures = [], None
-        for part in slices:
-            batch = self._to_device({name: value[part] for name, value in self.held_out.items()})
+        for begin in range(0, len(self.held_out["image"]), size):
+            batch = {name: place(x[begin : begin + size], split_over) for name, x in self.held_out.items()}
             metrics, recon = self._evaluate(self._parameters(), self.perceptual, batch)
             results.append(metrics)
             if pictures is None:
-                first = {name: multihost_utils.process_allgather(v, tiled=True) for name, v in batch.items()}
-                pictures = self._grid({n: np.asarray(v)[:PICTURES] for n, v in first.items()}, np.asarray(recon))
+                pictures = self._grid(batch["image"], np.asarray(recon))
         means = {f"held_out/{k}": float(np.mean([r[k] for r in jax.device_get(results)])) for k in results[0]}
         note = ", ".join(f"{name.removeprefix('held_out/')} {value:.4g}" for name, value in means.items())
         self.log.metrics(step, means, f"step {step}: held out: {note}")
         self.log.picture(step, pictures)
         return {name.removeprefix("held_out/"): value for name, value in means.items()}
 
-    def _grid(self, batch: dict[str, np.ndarray], recon: np.ndarray) -> np.ndarray:
-        original, ours = batch["image"], images.to_uint8(recon)
+    def _grid(self, image: jax.Array, recon: np.ndarray) -> np.ndarray:
+        """Pictures of the first held-out batch: `image` is that batch on the devices, `recon` its first few decoded."""
+        first = {name: x[: len(recon)] for name, x in self.held_out.items()}
+        original, ours = first["image"], images.to_uint8(recon)
         columns = [("input", original)]
         if self.config.model.condition:
-            columns.append(("masked", np.where(batch["mask"] > 0, np.uint8(127), original)))
+            columns.append(("masked", np.where(first["mask"] > 0, np.uint8(127), original)))
         if self.plain is not None:
-            columns.append(("plain decode", images.to_uint8(_plain_decode(self.plain, images.to_float(original)))))
+            columns.append(("plain decode", images.to_uint8(self._plain_decode(self.plain, image))))
         columns.append(("asymmetric" if self.plain is not None else "decode", ours))
         errors = [images.error_map(a, b) for a, b in zip(ours, original, strict=True)]
         return images.grid([*columns, ("error x 4", errors)])
@@ -249,9 +273,29 @@ class Run:
         self.log.flush()
 
 
-@nnx.jit
 def _plain_decode(model: Autoencoder, image: jax.Array) -> jax.Array:
-    return model.decode(model.encode(image).mode())
+    return model.decode(model.encode(images.to_float(image)).mode())[:PICTURES]
+
+
+def _share(mesh: Mesh) -> tuple[int, int]:
+    """Which of how many equal parts of every batch this process's devices hold.
+
+    Processes along the tensor axis hold the same part.
+
+    Raises:
+        ConfigError: the parts of two processes overlap, but are not the same.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows: dict[int, set[int]] = {}
+    for device, (row,) in sharding.batch_sharding(mesh).devices_indices_map((ways,)).items():
+        rows.setdefault(device.process_index, set()).add(row.start or 0)
+    parts = sorted({tuple(sorted(r)) for r in rows.values()})
+    if sum(map(len, parts)) != ways:
+        raise ConfigError(
+            f"mesh.tensor={mesh.shape['tensor']}: expected a divisor or a multiple of the "
+            f"{jax.local_device_count()} devices of a process"
+        )
+    return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 
 
 class _Clock:
@@ -290,16 +334,18 @@ class _Clock:
 
 
 @contextmanager
-def _sigterm() -> Iterator[Callable[[int], bool]]:
-    """Yields a function of the step that says whether the run is to stop, the same on every process."""
+def _sigterm() -> Iterator[Callable[[], bool]]:
+    """Yields a function, to be called before each step, that says on all processes alike whether the run is to stop."""
     if jax.process_count() > 1:
-        # jax.distributed catches SIGTERM itself and agrees with all processes on the step.
-        yield multihost_utils.reached_preemption_sync_point
+        # jax.distributed catches SIGTERM itself and agrees with all processes on a call to come. Calls are counted from
+        # this start: with the step number, a signal before a resumed run's first call would name a call long past.
+        calls = itertools.count()
+        yield lambda: multihost_utils.reached_preemption_sync_point(next(calls))
         return
     told: list[int] = []
     previous = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
     try:
-        yield lambda _: bool(told)
+        yield lambda: bool(told)
     finally:
         signal.signal(signal.SIGTERM, previous)
 

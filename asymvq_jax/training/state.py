@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from asymvq_jax import sharding
 from asymvq_jax.config import Config, ConfigError, ModelConfig
@@ -96,6 +97,16 @@ def init_state(networks: Networks) -> TrainState:
     )
 
 
+def abstract_state(networks: Networks, mesh: Mesh) -> TrainState:
+    """The state's shapes, types and shardings; allocates nothing."""
+    shapes = jax.eval_shape(lambda: init_state(networks))
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        shapes,
+        sharding.state_sharding(shapes, mesh),
+    )
+
+
 def create_state(networks: Networks, mesh: Mesh, initial: Params | None = None) -> TrainState:
     """Initialises the state under its shardings, so that nothing is ever whole on one device.
 
@@ -104,13 +115,13 @@ def create_state(networks: Networks, mesh: Mesh, initial: Params | None = None) 
         mesh: the device mesh.
         initial: parameters that replace the random ones (see `starting_parameters`).
     """
-    shardings = sharding.state_sharding(jax.eval_shape(lambda: init_state(networks)), mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(networks, mesh))
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: init_state(networks), out_shardings=shardings)()
     if initial:
         places = {**shardings.params, **shardings.frozen}
-        # Copies: the step donates the state's buffers, and the caller keeps its own (device_put may alias them).
-        given = {n: jax.device_put(x, places[n]).copy() for n, x in initial.items() if n in places}
+        # Copies: the step donates the state's buffers, and the caller keeps its own (`place` may alias them).
+        given = {n: place(x, places[n]).copy() for n, x in initial.items() if n in places}
         state = state._replace(
             params={n: given.get(n, x) for n, x in state.params.items()},
             frozen={n: given.get(n, x) for n, x in state.frozen.items()},
@@ -119,6 +130,13 @@ def create_state(networks: Networks, mesh: Mesh, initial: Params | None = None) 
         # A copy on the device, made after the replacement: the average begins at the very parameters of the run.
         state = state._replace(ema=jax.tree.map(lambda x: x.copy(), state.params))
     return state
+
+
+def place(x: jax.Array | np.ndarray, to: NamedSharding) -> jax.Array:
+    """Puts an array that every process holds whole onto a sharding that may span the processes."""
+    # Not device_put, which moves no local array to other processes' devices, and compares numpy arrays among them.
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, to, lambda index: host[index])
 
 
 def starting_parameters(config: Config, source: ModelConfig, params: Params) -> Params:
