@@ -1,0 +1,214 @@
+"""Runs of two real processes: the same numbers as one, and what is left when one of them, or the disk, fails."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from test_training import MODEL, ROOT
+
+from asymvq_jax import images
+from asymvq_jax.checkpoints import load_parameters, save_model
+from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, OptimizerConfig, RunConfig
+from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.training.loop import EXIT_LOST_PEER, EXIT_PREEMPTED, train
+
+DEADLINE = 300
+# Starts train.py, whose collectives listen on the host's own name otherwise; FILE_SIZE stands for a full disk.
+LAUNCHER = """
+import functools, os, resource, runpy, sys
+from jaxlib import _jax
+_jax.make_gloo_tcp_collectives = functools.partial(_jax.make_gloo_tcp_collectives, hostname="127.0.0.1")
+if "FILE_SIZE" in os.environ:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["FILE_SIZE"]),) * 2)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def _config(folder: Path, name: str) -> Config:
+    run = {"directory": str(folder / name), "init_from": str(folder / "first"), "steps": 6, "log_every": 1}
+    return Config(
+        run=RunConfig(**run, eval_every=3, eval_pictures=8, keep=2),
+        model=MODEL,
+        loss=LossConfig(gan_start=0, perceptual_weight=0.0, discriminator_features=8, discriminator_layers=1),
+        data=DataConfig(image_size=32, batch_size=8),
+        optimizer=OptimizerConfig(base_learning_rate=1e-4, warmup_steps=2, ema_decay=0.5),
+    )
+
+
+class Started:
+    """Processes that train together, each with a log."""
+
+    def __init__(self, folder: Path, name: str, *overrides: str, processes: int = 2, devices: int = 1, **variables):
+        config = folder / f"{name}.py"
+        text = "from pathlib import Path\nfrom test_processes import _config\n"
+        config.write_text(f"{text}def get_config():\n    return _config(Path({str(folder)!r}), {name!r})\n")
+        command = [sys.executable, "-c", LAUNCHER, str(ROOT / "train.py"), f"--config={config}", *overrides]
+        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        variables |= {"XLA_FLAGS": flags, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                address = f"127.0.0.1:{free.getsockname()[1]}"
+            variables |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_COORDINATOR_BIND_ADDRESS": address}
+            variables |= {"JAX_NUM_PROCESSES": str(processes)}
+        self.logs = [folder / f"{name}-{len(list(folder.glob('*.log')))}-{i}.log" for i in range(processes)]
+        self.processes = []
+        for i, path in enumerate(self.logs):
+            environment = os.environ | variables | ({"JAX_PROCESS_ID": str(i)} if processes > 1 else {})
+            with path.open("w") as log:
+                self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+
+    def texts(self) -> list[str]:
+        return [path.read_text() for path in self.logs]
+
+    def wait_for(self, text: str, processes: int = 2) -> None:
+        """Until the logs of the first `processes` have `text`."""
+        end = time.monotonic() + DEADLINE
+        while not all(text in log for log in self.texts()[:processes]):
+            if time.monotonic() > end or any(process.poll() is not None for process in self.processes):
+                self._kill()
+                pytest.fail(f"not found: {text}\n" + "\n".join(self.texts()))
+            time.sleep(0.01)
+
+    def codes(self) -> list[int]:
+        """Every process's exit code."""
+        try:
+            return [process.wait(DEADLINE) for process in self.processes]
+        finally:
+            self._kill()
+
+    def _kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The same six steps by one process with two devices ("one") and by two processes with one each ("two")."""
+    folder = tmp_path_factory.mktemp("processes")
+    model = Autoencoder(dataclasses.replace(MODEL, condition=False), rngs=nnx.Rngs(0))
+    # No variance: the posterior's noise goes by a picture's row in the batch, which the number of processes changes.
+    model.quant_conv.kernel[...] = model.quant_conv.kernel[...].at[..., MODEL.latent_channels :].set(0)
+    model.quant_conv.bias[...] = model.quant_conv.bias[...].at[MODEL.latent_channels :].set(-30)
+    save_model(folder / "first", model)
+    runs = [Started(folder, "one", processes=1, devices=2), Started(folder, "two")]
+    assert [run.codes() for run in runs] == [[0], [0, 0]], [run.texts() for run in runs]
+    return folder
+
+
+def _records(folder: Path, name: str) -> list[dict[str, float]]:
+    # The loss is a small difference of large terms.
+    left_out = ("images_per_second", "input_wait_share", "seconds", "loss")
+    lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key not in left_out} for line in lines]
+
+
+def _equal_records(records: list[dict[str, float]], reference: list[dict[str, float]]) -> None:
+    """The records are those that the reference begins with, but for rounding."""
+    for record, expected in zip(records, reference, strict=False):
+        assert record == pytest.approx(expected, rel=2e-3)
+
+
+def _steps(folder: Path, name: str) -> set[str]:
+    return {path.name for path in (folder / name / "checkpoints").iterdir() if path.name.isdigit()}
+
+
+def test_two_processes_train_as_one_does(folder):
+    one, two = _records(folder, "one"), _records(folder, "two")
+    assert [r["step"] for r in two] == [1, 2, 3, 3, 4, 5, 6, 6]
+    _equal_records(two, one)
+    _, start = load_parameters(folder / "first")
+    (_, expected), (_, parameters) = load_parameters(folder / "one"), load_parameters(folder / "two")
+    # Biases before a normalisation have no gradient but rounding errors, which Adam makes whole steps of.
+    trained = [n for n in expected if n.startswith("decoder.") and n.endswith(".kernel") and n in start]
+    for name in trained:
+        moved = np.linalg.norm(expected[name] - start[name])
+        assert np.linalg.norm(parameters[name] - expected[name]) < 0.01 * moved, name
+    pictures = [images.read(folder / name / "pictures" / "00000006.png") for name in ("one", "two")]
+    np.testing.assert_allclose(*(p.astype(int) for p in pictures), atol=8)
+
+
+def test_runs_that_were_stopped_killed_or_out_of_space_resume_to_identical_parameters(folder):
+    # SIGTERM for one process, before its first step.
+    run = Started(folder, "broken")
+    run.wait_for("devices (data")
+    run.processes[1].send_signal(signal.SIGTERM)
+    assert run.codes() == [EXIT_PREEMPTED] * 2, run.texts()
+    saved = {re.search(r"told to stop: saved step (\d+)", text)[1] for text in run.texts()}
+    assert saved == _steps(folder, "broken")
+    assert saved <= set("12345")
+
+    # SIGKILL for one process, a step later: the other ends by itself, and the checkpoint is still there.
+    run = Started(folder, "broken")
+    run.wait_for(f"resuming {folder / 'broken'} at step {min(saved)}")
+    run.wait_for(f"step {int(min(saved)) + 1}/6", processes=1)
+    run.processes[1].kill()
+    assert run.codes() == [EXIT_LOST_PEER, -signal.SIGKILL], run.texts()
+    assert "error: a computation of all processes failed: " in run.texts()[0]
+    assert f"resume from the last checkpoint in {folder / 'broken'}" in run.texts()[0]
+    assert "Traceback" not in run.texts()[0]
+    assert saved <= _steps(folder, "broken")
+
+    # No space for the next checkpoint; meanwhile on another mesh, where both processes hold the same rows of the batch.
+    before = _steps(folder, "broken")
+    run = Started(folder, "broken", "--mesh.tensor=2", FILE_SIZE="100000")
+    assert run.codes() == [2, 2], run.texts()
+    for text in run.texts():
+        # Threads of TensorBoard and TensorStore may have printed their own errors before.
+        message = text.splitlines()[-1]
+        assert message.startswith(f"error: run.directory='{folder / 'broken'}': a checkpoint cannot be written: ")
+    assert _steps(folder, "broken") == before
+    load_parameters(folder / "broken")
+    _equal_records(_records(folder, "broken"), _records(folder, "two"))
+
+    assert Started(folder, "broken").codes() == [0, 0]
+    (_, expected), (_, resumed) = load_parameters(folder / "two"), load_parameters(folder / "broken")
+    for name, value in expected.items():
+        np.testing.assert_array_equal(resumed[name], value, err_msg=name)
+    assert [r["step"] for r in _records(folder, "broken") if "l1" in r] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_continues_in_one_process_on_another_mesh(folder):
+    shutil.copytree(folder / "two", folder / "alone")
+    shutil.rmtree(folder / "alone" / "checkpoints" / "6")
+    config = dataclasses.replace(_config(folder, "alone"), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.numpy_dtype_promotion("standard"):
+        assert train(config) == 0
+    assert len(_records(folder, "alone")) == 8
+    _equal_records(_records(folder, "alone"), _records(folder, "two"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--run.seed=1"], "holds a run of another configuration: run.seed=1 (there 0)"),
+        (["--run.directory={folder}/two.py/run"], "is not writable"),
+    ],
+)
+def test_all_processes_refuse_bad_input_with_one_line(folder, overrides, message):
+    run = Started(folder, "two", *[o.format(folder=folder) for o in overrides])
+    assert run.codes() == [2, 2], run.texts()
+    for text in run.texts():
+        assert message in text
+        assert "Traceback" not in text
+
+
+def test_a_process_that_cannot_find_the_others_says_what_it_needs(folder):
+    run = Started(folder, "two", processes=1, JAX_NUM_PROCESSES="2")
+    assert run.codes() == [2]
+    assert "error: cannot find the other processes" in run.texts()[0]
+    assert "Set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID" in run.texts()[0]
