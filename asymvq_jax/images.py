@@ -94,8 +94,13 @@ def to_uint8(image: jax.Array | np.ndarray) -> np.ndarray:
     return np.round((np.clip(np.asarray(image, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
-def grid(columns: Sequence[tuple[str, Sequence[np.ndarray]]], gap: int = 4) -> np.ndarray:
-    """Lays out titled columns of (h, w, 3) uint8 pictures, one row per picture; all cells have the largest's size."""
+def grid(columns: Sequence[tuple[str, Sequence[np.ndarray]]], gap: int = 4, least: int = 128) -> np.ndarray:
+    """Lays out titled columns of (h, w, 3) uint8 pictures, one row per picture; all cells have the largest's size.
+
+    Small pictures are enlarged by a whole factor, so that a cell is at least `least` px wide.
+    """
+    factor = -(-least // max(p.shape[1] for _, pictures in columns for p in pictures))
+    columns = [(title, [p.repeat(factor, 0).repeat(factor, 1) for p in pictures]) for title, pictures in columns]
     h, w = (max(p.shape[axis] for _, pictures in columns for p in pictures) for axis in (0, 1))
     rows, header = len(columns[0][1]), 16
     canvas = Image.new("RGB", (len(columns) * (w + gap) - gap, header + rows * (h + gap) - gap), "white")

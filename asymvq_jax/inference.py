@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import cv2
@@ -9,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from asymvq_jax import images
+from asymvq_jax import images, sharding
 from asymvq_jax.config import ModelConfig, UserError
 from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.parameters import merge, split
 
 
 class InputError(UserError):
@@ -42,25 +45,28 @@ def _decode(model: Autoencoder, z: jax.Array, image: jax.Array | None, mask: jax
     return model.decode(z, image, mask)
 
 
-def encode(model: Autoencoder, image: jax.Array | np.ndarray) -> jax.Array:
+def encode(model: Autoencoder, image: jax.Array | np.ndarray, *, mesh: Mesh | None = None) -> jax.Array:
     """The posterior's mode.
 
     Args:
         model: the autoencoder.
         image: (b, h, w, 3) float in [-1, 1], of any size.
+        mesh: see `decode`.
 
     Returns:
         (b, ceil(h / 8), ceil(w / 8), latent_channels) float32, not scaled for a diffusion model.
     """
-    return _encode(model, pad(image, model.config.downsampling))
+    return _over(mesh, _encode, model, pad(image, model.config.downsampling))
 
 
 def decode(
     model: Autoencoder,
-    latent: jax.Array,
+    latent: jax.Array | np.ndarray,
     image: jax.Array | np.ndarray | None = None,
     mask: jax.Array | np.ndarray | None = None,
     size: tuple[int, int] | None = None,
+    *,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Decodes a latent, conditioned on a picture's unmasked pixels where one is given.
 
@@ -70,16 +76,41 @@ def decode(
         image: (b, h, w, 3) float in [-1, 1], of any size.
         mask: (b, h, w, 1) float, 1 = generate, 0 = preserve.
         size: height and width to crop to; by default the image's, or all that the latent covers.
+        mesh: from `sharding.make_height_mesh`, to split the picture's rows over its devices where one cannot hold it;
+            the result is the same. On one device, see `asymvq_jax.strips`.
 
     Returns:
         (b, h, w, 3) float32, not clipped.
+
+    Raises:
+        InputError: the latent's rows cannot be split evenly over the mesh.
     """
     if image is not None and mask is not None:
         size = size or image.shape[1:3]
         multiple = model.config.downsampling
         image, mask = pad(image, multiple), pad(mask, multiple)
-    result = _decode(model, latent, image, mask)
+    result = _over(mesh, _decode, model, latent, image, mask)
     return result if size is None else result[:, : size[0], : size[1]]
+
+
+def _over(
+    mesh: Mesh | None, function: Callable, model: Autoencoder, *arrays: jax.Array | np.ndarray | None
+) -> jax.Array:
+    """Calls `function`, with the rows of `arrays` split over the devices of `mesh` and the weights on each of them."""
+    if mesh is None:
+        return function(model, *arrays)
+    rows = min(x.shape[1] for x in arrays if x is not None)
+    # The latent has the fewest rows; an image alone will become one.
+    rows = rows if len(arrays) > 1 else rows // model.config.downsampling
+    if rows % mesh.size:
+        raise InputError(
+            f"the latent has {rows} rows, which {mesh.size} devices cannot split evenly; "
+            f"use a number of devices that divides {rows}"
+        )
+    graphdef, params = split(model)
+    model = merge(graphdef, jax.device_put(params, sharding.replicated(mesh)))
+    with jax.set_mesh(mesh):
+        return function(model, *jax.device_put(arrays, sharding.height_sharding(mesh)))
 
 
 def read_latent(array: np.ndarray, config: ModelConfig, size: tuple[int, int], *, scaled: bool = True) -> jax.Array:

@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+# The one axis of a mesh that splits pictures' rows instead of batches, for pictures that one device cannot hold.
+HEIGHT = "height"
 # Smaller arrays stay replicated: splitting them saves less memory than the collectives cost.
 MIN_SHARDED_BYTES = 4 * 2**20
 
@@ -36,6 +38,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         )
     sizes = [len(devices) // known if s == -1 else s for s in sizes]
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def make_height_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arranges the devices along `HEIGHT`; XLA exchanges the rows that convolutions reach across the borders."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), (HEIGHT,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def height_sharding(mesh: Mesh) -> NamedSharding:
+    """Axis 1, the rows, split over the mesh of `make_height_mesh`."""
+    return NamedSharding(mesh, PartitionSpec(None, HEIGHT))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -87,17 +100,23 @@ def state_sharding(state: object, mesh: Mesh) -> object:
 
 
 def constrain_activation(x: jax.Array) -> jax.Array:
-    """Keeps the batch axis of an activation on data and fsdp under the current mesh; without one, does nothing."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Keeps an activation split as its picture is under the current mesh: along the batch axis over data and fsdp, or
+    along its rows over the height mesh. Without a mesh, does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
     free = PartitionSpec.UNCONSTRAINED
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *[free] * (x.ndim - 1)))
+    if HEIGHT in mesh.shape:
+        spec = PartitionSpec(None, HEIGHT, *[free] * (x.ndim - 2))
+    else:
+        spec = PartitionSpec(BATCH_AXES, *[free] * (x.ndim - 1))
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def gather_kernel(kernel: jax.Array) -> jax.Array:
     """Gathers a kernel over fsdp where it is used, so that XLA moves weights and never activations."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["fsdp"] == 1:
+    if mesh.shape.get("fsdp", 1) == 1:
         return kernel
     spec = parameter_spec(kernel.shape, mesh)
     outputs = "tensor" if spec and spec[-1] == "tensor" else None

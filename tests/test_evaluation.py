@@ -109,7 +109,7 @@ def test_rows_stand_side_by_side(models):
     assert results.rows["ours"]["preservation_error"] > 0
     assert results.counts["ours"]["boundary_error"] == 2
     assert "| ours + paste |" in table(results)
-    assert results.grid().shape[1] == 6 * 48 + 5 * 4
+    assert results.grid().shape[1] == 6 * 3 * 48 + 5 * 4
 
 
 def test_without_a_plain_autoencoder_the_row_says_so(models):
@@ -162,7 +162,7 @@ def test_command_line(tmp_path, models):
     numbers = json.loads((tmp_path / "t.json").read_text())
     assert numbers["rows"]["paste"]["preservation_error"] == 0
     assert numbers["rows"]["paste"]["psnr_preserved"] is None
-    assert images.read(tmp_path / "grid.png").shape[1] == 6 * 51 + 5 * 4
+    assert images.read(tmp_path / "grid.png").shape[1] == 6 * 3 * 51 + 5 * 4
     for bad, message in (
         (["--checkpoint=none"], "no checkpoint at none"),
         (["--checkpoint=x", "--json=t.txt"], "t.txt"),

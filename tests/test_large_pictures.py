@@ -1,10 +1,14 @@
 """Pictures larger than one device's memory: in strips of rows on one device, and height-sharded over several."""
 
+import re
+
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 from oracles import TINY, relative_error
 
+from asymvq_jax import inference, sharding
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.strips import decode_in_strips
 
@@ -31,3 +35,36 @@ def test_strips_equal_the_whole(model, condition):
     result = decode_in_strips(model, *given, strip_pixels=6 * 24)
     assert result.dtype == np.float32
     assert relative_error(result, nnx.jit(lambda m, *a: m.decode(*a))(model, *given)) <= 1e-5
+
+
+def test_rows_over_devices_equal_one_device(model):
+    z, image, mask = _inputs(64, 40)
+    mesh = sharding.make_height_mesh(jax.devices()[:4])
+    latent = inference.encode(model, image, mesh=mesh)
+    assert relative_error(latent, inference.encode(model, image)) <= 1e-5
+    result = inference.decode(model, z, image, mask, mesh=mesh)
+    assert result.sharding.shard_shape(result.shape) == (2, 16, 40, 3)
+    assert relative_error(result, inference.decode(model, z, image, mask)) <= 1e-5
+
+
+def test_rows_travel_between_neighbours_and_pictures_do_not(model):
+    """The program for eight devices exchanges borders; it gathers nothing but what attention needs of the latent."""
+    z, image, mask = _inputs(64, 40)
+    mesh = sharding.make_height_mesh()
+    rows = sharding.height_sharding(mesh)
+    given = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for x in (z, image, mask)]
+    with jax.set_mesh(mesh):
+        text = jax.jit(lambda *a: model.decode(*a)).lower(*given).compile().as_text()
+    assert "collective-permute" in text
+    gathered = [tuple(map(int, m.split(","))) for m in re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", text)]
+    latent_size = z.size // z.shape[-1] * model.config.decoder_channels[-1]
+    assert all(np.prod(shape) <= latent_size for shape in gathered), gathered
+
+
+def test_rows_that_cannot_be_split_are_named(model):
+    z, image, mask = _inputs(40, 24)
+    mesh = sharding.make_height_mesh(jax.devices()[:4])
+    with pytest.raises(inference.InputError, match="the latent has 5 rows, which 4 devices cannot split evenly"):
+        inference.decode(model, z, image, mask, mesh=mesh)
+    with pytest.raises(inference.InputError, match="the latent has 5 rows"):
+        inference.encode(model, image, mesh=mesh)

@@ -68,7 +68,7 @@ def test_a_run_leaves_metrics_pictures_and_the_last_and_best_checkpoints(finishe
         assert np.isfinite(records[-2][name])
     held_out = [r for r in records if "held_out/nll" in r]
     assert [r["step"] for r in held_out] == [3, 6]
-    assert images.read(finished / "pictures" / "00000006.png").shape[1] == 5 * 32 + 4 * 4
+    assert images.read(finished / "pictures" / "00000006.png").shape[1] == 5 * 4 * 32 + 4 * 4
     assert list((finished / "tensorboard").glob("events*"))
     best = min(held_out, key=lambda r: r["held_out/nll"])["step"]
     kept = {p.name for p in (finished / "checkpoints").iterdir() if p.name.isdigit()}
