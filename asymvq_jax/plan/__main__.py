@@ -147,16 +147,11 @@ def _search(config: Config, target: Target) -> int:
     """Finds and prints the largest batch per chip that fits, keeping everything else."""
     unit = _ways(config, target) * config.optimizer.accumulate
 
-    def step(micro_batch: int) -> Program:
-        return plan_step(_with_batch(config, micro_batch * unit), target)
+    def look(micro_batch: int) -> tuple[float, bool]:
+        program = plan_step(_with_batch(config, micro_batch * unit), target)
+        return program.memory.peak, _fits(program, target)
 
-    good, bad = largest_fit(
-        lambda n: step(n).memory.peak,
-        lambda n: _fits(step(n), target),
-        target.chip.memory,
-        start=config.data.batch_size // unit,
-        budget=SEARCH_BUDGET,
-    )
+    good, bad = largest_fit(look, target.chip.memory, start=config.data.batch_size // unit, budget=SEARCH_BUDGET)
     each = good * config.optimizer.accumulate
     if good == 0:
         print(f"largest batch: none fits, not even {bad} a chip")
@@ -215,10 +210,10 @@ def _report(name: str, program: Program, config: Config, target: Target) -> str:
     if program.compiler_flops is not None and program.moved is not None:
         doubt = "" if program.plausible else "; they disagree, and what follows is by the shapes"
         rows += [
-            ("", f"{program.compiler_flops / 1e12:8.2f} T by the compiler{doubt}"),
-            ("bytes moved", f"{program.moved / 1e9:8.2f} GB"),
+            ("", f"{_decimal(program.compiler_flops)}FLOP, by the compiler{doubt}"),
+            ("memory traffic", f"{_decimal(program.moved)}B"),
         ]
-    rows += [(c.kind, f"{c.bytes / 1e9:8.3f} GB over {' x '.join(c.axes)}, in {c.count}") for c in program.collectives]
+    rows += [(c.kind, f"{_decimal(c.bytes)}B over {' x '.join(c.axes)}, in {c.count}") for c in program.collectives]
     if "seconds" in numbers:
         bound = "arithmetic" if numbers["compute bound"] else "memory traffic"
         rows += [

@@ -130,13 +130,12 @@ def roofline(chip: Chip, flops: float, moved: float, model_flops: float) -> Roof
 
 
 def largest_fit(
-    peak: Callable[[int], float], fits: Callable[[int], bool], limit: float, start: int, budget: int
+    look: Callable[[int], tuple[float, bool]], limit: float, start: int, budget: int
 ) -> tuple[int, int | None]:
-    """The largest n that fits, in few looks: memory grows about linearly in n, so that each look is a good guess.
+    """The largest n that fits, in few looks: memory grows about linearly in n, so that two looks foretell the third.
 
     Args:
-        peak: memory that n needs, in the unit of `limit`.
-        fits: whether n fits; the judge, where `peak` only guides.
+        look: the memory that n needs, in the unit of `limit`, and whether n fits, which is for the caller to judge.
         limit: the memory there is.
         start: the first n to look at.
         budget: the most n to look at.
@@ -144,22 +143,21 @@ def largest_fit(
     Returns:
         The largest n seen to fit (0: none), and the least seen not to (None: none).
     """
-    seen: dict[int, float] = {}
+    needs: dict[int, float] = {}
     good, bad = 0, None
     guess = start
-    while len(seen) < budget and guess not in seen:
-        seen[guess] = peak(guess)
-        if fits(guess):
+    while len(needs) < budget and bad != good + 1:
+        needs[guess], fits = look(guess)
+        if fits:
             good = max(good, guess)
         else:
             bad = guess if bad is None else min(bad, guess)
-        if bad == good + 1:
-            break
-        if len(seen) == 1:
-            guess = max(1, start // 2) if bad else 2 * start
+        if len(needs) == 1:
+            guess = 2 * start if fits else max(1, start // 2)
         else:
-            (a, low), (b, high) = sorted(seen.items(), key=lambda item: abs(item[1] - limit))[:2]
+            (a, low), (b, high) = sorted(needs.items(), key=lambda item: abs(item[1] - limit))[:2]
             slope = (high - low) / (b - a)
             guess = int(a + (limit - low) / slope) if slope > 0 else 2 * max(a, b)
+        # Always between what fits and what does not.
         guess = max(guess, good + 1) if bad is None else min(max(guess, good + 1), bad - 1)
     return good, bad

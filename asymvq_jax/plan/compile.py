@@ -10,6 +10,8 @@ import math
 import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +31,7 @@ from asymvq_jax.outputs import write_bytes
 from asymvq_jax.plan.chips import Target
 from asymvq_jax.plan.counting import Collective, collectives, matmul_flops
 from asymvq_jax.training.state import TrainState, build_networks, init_state
-from asymvq_jax.training.step import train_step
+from asymvq_jax.training.step import Batch, train_step
 
 log = logging.getLogger(__name__)
 
@@ -102,19 +104,20 @@ def plan_step(config: Config, target: Target) -> Program:
     """
     mesh = sharding.make_mesh(config.mesh, target.devices)
     sharding.check_batch(config.data.batch_size, config.optimizer.accumulate, mesh)
-    arguments = state, _, _ = _step_arguments(config, mesh)
-    traced = _trace_step(config, mesh)
+    arguments = _step_arguments(config, mesh)
+    state = arguments[0]
+    traced = _trace_step(config, mesh, *arguments)
     flops = model_flops = matmul_flops(traced.jaxpr) / mesh.size
     if config.model.remat:
         plain = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=False))
-        model_flops = matmul_flops(_trace_step(plain, mesh).jaxpr) / mesh.size
+        model_flops = matmul_flops(_trace_step(plain, mesh, *arguments).jaxpr) / mesh.size
     lowered = _Lowered(
         name="train step",
         lowered=traced.lower(),
         mesh=mesh,
-        parameters=local_bytes((state.params, state.frozen, state.discriminator)),
-        optimizer=local_bytes((state.optimizer, state.discriminator_optimizer)),
-        arguments=local_bytes(arguments),
+        parameters=_local_bytes((state.params, state.frozen, state.discriminator)),
+        optimizer=_local_bytes((state.optimizer, state.discriminator_optimizer)),
+        arguments=_local_bytes(arguments),
         flops=flops,
         model_flops=model_flops,
     )
@@ -153,17 +156,16 @@ def plan_decode(config: Config, target: Target) -> Program:
         name="decode",
         lowered=traced.lower(),
         mesh=mesh,
-        parameters=local_bytes(used),
+        parameters=_local_bytes(used),
         optimizer=0,
-        arguments=local_bytes((used, inputs)),
+        arguments=_local_bytes((used, inputs)),
         flops=flops,
         model_flops=flops,
     )
     return _compile(lowered, target)
 
 
-def _trace_step(config: Config, mesh: Mesh) -> jax.stages.Traced:
-    state, perceptual, batch = _step_arguments(config, mesh)
+def _trace_step(config: Config, mesh: Mesh, state: TrainState, perceptual: Params, batch: Batch) -> jax.stages.Traced:
     step = jax.jit(
         partial(train_step, networks=build_networks(config)),
         static_argnames="adversarial",
@@ -174,7 +176,7 @@ def _trace_step(config: Config, mesh: Mesh) -> jax.stages.Traced:
         return step.trace(state, perceptual, batch, adversarial=config.loss.gan_start >= 0)
 
 
-def _step_arguments(config: Config, mesh: Mesh) -> tuple[TrainState, Params, dict[str, jax.ShapeDtypeStruct]]:
+def _step_arguments(config: Config, mesh: Mesh) -> tuple[TrainState, Params, Batch]:
     """The state, LPIPS's parameters and a batch: shapes and places, without values."""
     networks = build_networks(config)
     state = _placed(jax.eval_shape(lambda: init_state(networks)), mesh)
@@ -193,7 +195,7 @@ def _placed(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
 
-def local_bytes(tree: Any) -> int:
+def _local_bytes(tree: Any) -> int:
     """Bytes of a tree's arrays on one device."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
@@ -207,7 +209,8 @@ def _compile(program: _Lowered, target: Target) -> Program:
     log.info("%s: compiling for %d devices of %s ...", program.name, program.mesh.size, target.name)
     begin = time.perf_counter()
     try:
-        compiled = program.lowered.compile()
+        with nullcontext() if target.name == "local" else _no_jax_cache():
+            compiled = program.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         shortage = out_of_memory(str(error))
         if shortage is None:
@@ -217,6 +220,18 @@ def _compile(program: _Lowered, target: Target) -> Program:
         result = _read(program, compiled, time.perf_counter() - begin)
     write_bytes(file, json.dumps(dataclasses.asdict(result), indent=2).encode())
     return result
+
+
+@contextmanager
+def _no_jax_cache() -> Iterator[None]:
+    """JAX's own cache takes programs for devices that are not here, and then cannot read them: it is to take none."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def _kept(program: _Lowered, target: Target) -> Path:

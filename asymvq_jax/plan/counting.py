@@ -188,7 +188,7 @@ def matmul_flops(jaxpr: Any) -> float:
             left = equation.invars[0].aval.shape
             total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
         elif name == "cond":
-            total += max(matmul_flops(branch.jaxpr) for branch in params["branches"])
+            total += max(map(matmul_flops, _inner(params["branches"])))
         else:
             total += (params["length"] if name == "scan" else 1) * sum(map(matmul_flops, _inner(params.values())))
     return total
