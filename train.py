@@ -38,8 +38,9 @@ def main() -> int:
     arguments, overrides = parser.parse_known_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     logging.getLogger("jax").setLevel(logging.WARNING)
-    # Orbax logs the traceback of a failed write, and raises the error as well.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Orbax and its event loop log the traceback of a failed write, and raise the error as well.
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         config = load_config(arguments.config, overrides)
         _join_cluster()
