@@ -36,7 +36,7 @@ demo: .venv/runtime
 	@echo "PyTorch folder  $(DEMO)/diffusers (loaded back into $(DEMO)/from_diffusers)"
 
 test: .venv/test lint
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/test
 	$(BIN)/ruff format --check .

@@ -8,6 +8,7 @@ import sys
 
 from asymvq_jax import images
 from asymvq_jax.checkpoints import load_model
+from asymvq_jax.compilation import keep_compiled_programs
 from asymvq_jax.config import UserError, flatten, load_config
 from asymvq_jax.data.pipeline import held_out
 from asymvq_jax.evaluation import Pair, evaluate, list_pairs, read_pairs, table
@@ -26,6 +27,7 @@ def main() -> int:
     parser.add_argument("--picture", help="write a picture grid to this file")
     options, overrides = parser.parse_known_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    keep_compiled_programs()
     try:
         _run(options, overrides)
     except UserError as error:

@@ -12,6 +12,7 @@ import threading
 
 import jax
 
+from asymvq_jax.compilation import keep_compiled_programs
 from asymvq_jax.config import ConfigError, UserError, load_config
 from asymvq_jax.training.loop import EXIT_LOST_PEER, LostPeerError, NonFiniteError, train
 
@@ -43,6 +44,7 @@ def main() -> int:
         logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         config = load_config(arguments.config, overrides)
+        keep_compiled_programs()
         _join_cluster()
         return train(config)
     except tuple(EXIT_CODES) as error:

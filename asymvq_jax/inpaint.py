@@ -11,6 +11,7 @@ import numpy as np
 
 from asymvq_jax import images
 from asymvq_jax.checkpoints import load_model
+from asymvq_jax.compilation import keep_compiled_programs
 from asymvq_jax.config import DTYPES, UserError
 from asymvq_jax.inference import InputError, check_condition, check_mask, inpaint, read_latent
 from asymvq_jax.outputs import check_writable
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--band", type=int, default=8, help="width of the transition around the mask for exact, px")
     parser.add_argument("--dtype", choices=DTYPES, help="compute type; default: the checkpoint's")
     options = parser.parse_args(arguments)
+    keep_compiled_programs()
     try:
         _run(options)
     except UserError as error:

@@ -86,7 +86,7 @@ def test_processes_share_the_global_batch(tmp_path):
     halves = [_take(config, 3, index=i, processes=2)[0] for i in range(2)]
     for step in range(3):
         for i in range(2):
-            np.testing.assert_array_equal(halves[i][step]["image"], whole[step]["image"][i::2])
+            np.testing.assert_array_equal(halves[i][step]["image"], whole[step]["image"][2 * i : 2 * i + 2])
     with pytest.raises(DataError, match=r"data\.batch_size=4: expected a multiple of the 3 processes"):
         training_batches(config, 0, process_index=0, process_count=3)
 

@@ -28,7 +28,7 @@ def training_batches(
 ) -> grain.DatasetIterator[Example]:
     """An endless iterator over this process's share of the global batches.
 
-    The global batch at a step does not depend on the number of processes; each takes every process_count-th example.
+    The global batch at a step does not depend on the number of processes; each takes its consecutive rows.
     Every epoch has its own permutation.
 
     Returns:
@@ -47,8 +47,8 @@ def training_batches(
         .seed(seed)
         .shuffle()
         .repeat()
-        .random_map(partial(_example, source, config), seed=seed)[process_index::process_count]
-        .batch(config.batch_size // process_count, drop_remainder=True)
+        .random_map(partial(_example, source, config), seed=seed)
+        .batch(config.batch_size // process_count, drop_remainder=True)[process_index::process_count]
     )
     options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4 * config.prefetch)
     batches = examples.to_iter_dataset(options)
