@@ -11,16 +11,16 @@ def get_config() -> Config:
     return Config(
         run=RunConfig(
             directory="runs/demo/first_stage",
-            steps=400,
+            steps=350,
             train_encoder=True,
             log_every=50,
-            eval_every=200,
+            eval_every=350,
             eval_pictures=16,
             keep=1,
         ),
         model=ModelConfig(
             latent_channels=8,
-            norm_groups=4,
+            norm_groups=2,
             encoder_channels=(16, 32, 64, 64),
             decoder_channels=(16, 32, 64, 64),
             encoder_blocks=1,
@@ -28,6 +28,6 @@ def get_config() -> Config:
             condition=False,
         ),
         loss=LossConfig(gan_start=-1, perceptual_weight=0.0),
-        data=DataConfig(image_size=64, batch_size=8, crop=(0.2, 1.0)),
+        data=DataConfig(image_size=48, batch_size=8, crop=(0.2, 1.0)),
         optimizer=OptimizerConfig(base_learning_rate=1.25e-4, warmup_steps=20),
     )

@@ -154,10 +154,14 @@ def test_runs_that_were_stopped_killed_or_out_of_space_resume_to_identical_param
     run.wait_for(f"resuming {folder / 'broken'} at step {min(saved)}")
     run.wait_for(f"step {int(min(saved)) + 1}/6", processes=1)
     run.processes[1].kill()
-    assert run.codes() == [EXIT_LOST_PEER, -signal.SIGKILL], run.texts()
-    assert "error: a computation of all processes failed: " in run.texts()[0]
-    assert f"resume from the last checkpoint in {folder / 'broken'}" in run.texts()[0]
-    assert "Traceback" not in run.texts()[0]
+    code, killed = run.codes()
+    assert killed == -signal.SIGKILL
+    # JAX's own watchdog may notice first, and abort with a message of its own.
+    assert code in (EXIT_LOST_PEER, -signal.SIGABRT), run.texts()
+    if code == EXIT_LOST_PEER:
+        assert "error: a computation of all processes failed: " in run.texts()[0]
+        assert f"resume from the last checkpoint in {folder / 'broken'}" in run.texts()[0]
+        assert "Traceback" not in run.texts()[0]
     assert saved <= _steps(folder, "broken")
 
     # No space for the next checkpoint; meanwhile on another mesh, where both processes hold the same rows of the batch.
