@@ -21,7 +21,7 @@ from asymvq_jax.models.parameters import split
 from asymvq_jax.training import state as states
 from asymvq_jax.training.optimizer import autoencoder_optimizer, learning_rate
 from asymvq_jax.training.state import build_networks, create_state, starting_parameters
-from asymvq_jax.training.step import _gradients, train_step
+from asymvq_jax.training.step import _gradients, compiled_step, train_step
 
 SIZE = 32
 
@@ -230,16 +230,11 @@ def _two_steps(config: Config, devices):
     perceptual = _perceptual()
     perceptual = jax.device_put(perceptual, sharding.state_sharding(perceptual, mesh))
     batch = jax.device_put(_batch(8), sharding.batch_sharding(mesh))
-    places = jax.tree.map(lambda x: x.sharding, state)
     history = []
     with jax.set_mesh(mesh):
-        step = jax.jit(
-            partial(train_step, networks=networks, adversarial=True),
-            donate_argnums=0,
-            out_shardings=(places, sharding.replicated(mesh)),
-        )
+        step = compiled_step(networks, state, mesh)
         for _ in range(2):
-            state, metrics = step(state, perceptual, batch)
+            state, metrics = step(state, perceptual, batch, adversarial=True)
             history.append(jax.device_get(metrics))
     return state, history
 

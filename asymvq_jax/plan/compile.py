@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from asymvq_jax.outputs import write_bytes
 from asymvq_jax.plan.chips import Target
 from asymvq_jax.plan.counting import Collective, collectives, matmul_flops
 from asymvq_jax.training.state import TrainState, build_networks, init_state
-from asymvq_jax.training.step import Batch, train_step
+from asymvq_jax.training.step import Batch, compiled_step
 
 log = logging.getLogger(__name__)
 
@@ -166,12 +165,7 @@ def plan_decode(config: Config, target: Target) -> Program:
 
 
 def _trace_step(config: Config, mesh: Mesh, state: TrainState, perceptual: Params, batch: Batch) -> jax.stages.Traced:
-    step = jax.jit(
-        partial(train_step, networks=build_networks(config)),
-        static_argnames="adversarial",
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)),
-    )
+    step = compiled_step(build_networks(config), state, mesh)
     with jax.set_mesh(mesh):
         return step.trace(state, perceptual, batch, adversarial=config.loss.gan_start >= 0)
 

@@ -35,7 +35,7 @@ from asymvq_jax.training.state import (
     place,
     starting_parameters,
 )
-from asymvq_jax.training.step import Batch, Metrics, eval_step, train_step
+from asymvq_jax.training.step import Batch, Metrics, compiled_step, eval_step
 
 log = logging.getLogger(__name__)
 
@@ -108,12 +108,7 @@ class Run:
         self.log = RunLog(
             epath.Path(config.run.directory), step=self.step, steps=config.run.steps, active=jax.process_index() == 0
         )
-        self._step = jax.jit(
-            partial(train_step, networks=self.networks),
-            static_argnames="adversarial",
-            donate_argnums=0,
-            out_shardings=(jax.tree.map(lambda x: x.sharding, self.state), sharding.replicated(mesh)),
-        )
+        self._step = compiled_step(self.networks, self.state, mesh)
         self._evaluate = jax.jit(
             partial(eval_step, networks=self.networks, pictures=PICTURES), out_shardings=sharding.replicated(mesh)
         )

@@ -13,13 +13,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from asymvq_jax.images import to_float
 from asymvq_jax.losses.adversarial import adaptive_weight, discriminator_hinge, generator_term
 from asymvq_jax.losses.reconstruction import reconstruction_loss
 from asymvq_jax.models.discriminator import BatchStat
 from asymvq_jax.models.parameters import Params, merge, state_of
-from asymvq_jax.sharding import constrain_activation
+from asymvq_jax.sharding import constrain_activation, replicated
 from asymvq_jax.training.state import Networks, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -74,6 +75,22 @@ def train_step(
         metrics |= _norms("discriminator_", grads.discriminator, updates, params)
         state = state._replace(discriminator=params, discriminator_optimizer=optimizer)
     return state, metrics
+
+
+def compiled_step(networks: Networks, state: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
+    """`train_step` under jit: (state, perceptual, batch, *, adversarial).
+
+    Args:
+        networks: the static side of the run.
+        state: the state, or its shapes, with the places that it keeps; each call takes over the memory of its state.
+        mesh: the device mesh, on which the metrics are replicated.
+    """
+    return jax.jit(
+        partial(train_step, networks=networks),
+        static_argnames="adversarial",
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)),
+    )
 
 
 def _accumulate(
