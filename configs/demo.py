@@ -12,9 +12,9 @@ def get_config() -> Config:
         run=RunConfig(
             directory="runs/demo/asymmetric",
             init_from="runs/demo/first_stage",
-            steps=1000,
+            steps=1300,
             log_every=50,
-            eval_every=500,
+            eval_every=650,
             eval_pictures=16,
             keep=1,
         ),

@@ -11,10 +11,10 @@ def get_config() -> Config:
     return Config(
         run=RunConfig(
             directory="runs/demo/first_stage",
-            steps=350,
+            steps=400,
             train_encoder=True,
             log_every=50,
-            eval_every=350,
+            eval_every=400,
             eval_pictures=16,
             keep=1,
         ),
