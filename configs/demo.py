@@ -1,7 +1,7 @@
 """The demo: an asymmetric decoder, wider than the frozen encoder, on the photographs inside installed packages.
 
 Command: make demo, or python train.py --config configs/demo.py after configs/demo_first_stage.py
-Hardware: 2 CPU cores. Expected time and result: see README.md.
+Hardware: 2 CPU cores. Time and result, for both stages: README.md.
 """
 
 from asymvq_jax.config import Config, DataConfig, LossConfig, MaskConfig, ModelConfig, OptimizerConfig, RunConfig

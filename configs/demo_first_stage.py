@@ -1,7 +1,7 @@
 """The demo's first stage: a small symmetric autoencoder, whose encoder stands in for Stable Diffusion's.
 
 Command: python train.py --config configs/demo_first_stage.py
-Hardware: 2 CPU cores. Expected time and result: see README.md.
+Hardware: 2 CPU cores. Time and result, for both stages: README.md.
 """
 
 from asymvq_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig, RunConfig

@@ -17,9 +17,18 @@ from flax import nnx
 
 from asymvq_jax import images
 from asymvq_jax.checkpoints import CheckpointError, load_model, load_parameters, save_model
-from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
+from asymvq_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+)
 from asymvq_jax.models.autoencoder import Autoencoder
-from asymvq_jax.training.loop import EXIT_PREEMPTED, NonFiniteError, train
+from asymvq_jax.training.loop import EXIT_PREEMPTED, NonFiniteError, Run, train
 
 ROOT = Path(__file__).parents[1]
 MODEL = ModelConfig(encoder_channels=(32, 32), decoder_channels=(32, 32), encoder_blocks=1, decoder_blocks=1)
@@ -101,6 +110,15 @@ def test_a_diverged_run_stops_with_the_step(first):
     config = dataclasses.replace(config, optimizer=OptimizerConfig(base_learning_rate=1e36, warmup_steps=0))
     with pytest.raises(NonFiniteError, match=r"step \d+: .* not finite; there is no checkpoint yet"):
         train(config)
+
+
+def test_too_little_memory_is_explained(first, monkeypatch):
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore")
+
+    monkeypatch.setattr(Run, "to_the_end", exhausted)
+    with pytest.raises(ConfigError, match=r"data\.batch_size=8 needs more memory .* 9 bytes\. Raise --optimizer"):
+        train(_config(first, directory=str(first / "exhausted")))
 
 
 def _command(folder: Path, name: str, *extra: str) -> list[str]:

@@ -29,7 +29,7 @@ from asymvq_jax.models.parameters import Params, merge, split
 from asymvq_jax.outputs import write_bytes
 from asymvq_jax.plan.chips import Target
 from asymvq_jax.plan.counting import Collective, collectives, matmul_flops
-from asymvq_jax.training.state import TrainState, build_networks, init_state
+from asymvq_jax.training.state import TrainState, abstract_state, build_networks
 from asymvq_jax.training.step import Batch, compiled_step
 
 log = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ def _trace_step(config: Config, mesh: Mesh, state: TrainState, perceptual: Param
 def _step_arguments(config: Config, mesh: Mesh) -> tuple[TrainState, Params, Batch]:
     """The state, LPIPS's parameters and a batch: shapes and places, without values."""
     networks = build_networks(config)
-    state = _placed(jax.eval_shape(lambda: init_state(networks)), mesh)
+    state = abstract_state(networks, mesh)
     perceptual: Params = {}
     if networks.lpips is not None:
         perceptual = _placed(split(nnx.eval_shape(lambda: LPIPS("vgg16", rngs=nnx.Rngs(0))))[1], mesh)

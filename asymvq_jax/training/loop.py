@@ -62,6 +62,7 @@ def train(config: Config) -> int:
 
     Raises:
         ConfigError, CheckpointError, DataError: before anything expensive starts.
+        ConfigError: the devices' memory does not suffice.
         CheckpointError, OutputError: run.directory cannot be written to any more; what it holds is kept.
         NonFiniteError: the run diverged; the last good checkpoint is kept.
         LostPeerError: another process has ended; the last complete checkpoint is kept.
@@ -72,6 +73,12 @@ def train(config: Config) -> int:
         with _sigterm() as told_to_stop, Run(config, mesh) as run, jax.set_mesh(mesh):
             return run.to_the_end(told_to_stop)
     except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise ConfigError(
+                f"data.batch_size={config.data.batch_size} needs more memory than the devices have: "
+                f"{str(error).splitlines()[0].rstrip('.')}. Raise --optimizer.accumulate or --mesh.fsdp, set "
+                "--model.remat=true, or lower --data.batch_size; python -m asymvq_jax.plan tells what each needs"
+            ) from error
         if jax.process_count() == 1:
             raise
         raise LostPeerError(
