@@ -24,6 +24,7 @@ from asymvq_jax import config as configs
 from asymvq_jax.config import Config, ModelConfig, UserError
 from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.parameters import Params, merge, split
+from asymvq_jax.outputs import try_out
 
 if TYPE_CHECKING:
     from asymvq_jax.training.state import TrainState
@@ -125,11 +126,7 @@ class RunCheckpoints:
     def __init__(self, config: Config) -> None:
         root = _path(config.run.directory) / STEPS
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            probe = root / ".writable"
-            probe.write_text("")
-            # Another process may have removed it.
-            probe.unlink(missing_ok=True)
+            try_out(root)
         except OSError as error:
             raise CheckpointError(f"run.directory={config.run.directory!r} is not writable: {error}") from None
         keep = cm.AnyPreservationPolicy(

@@ -12,7 +12,7 @@ from etils import epath
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
 from asymvq_jax.config import UserError
-from asymvq_jax.outputs import check_writable, write_bytes
+from asymvq_jax.outputs import check_name, write_bytes
 
 
 class ImageError(UserError):
@@ -73,7 +73,7 @@ def write(path: str | epath.Path, image: np.ndarray) -> None:
         OutputError: another ending, or a place that cannot be written to.
         ImageError: a picture too large for the format.
     """
-    check_writable(path, FORMATS)
+    check_name(path, FORMATS)
     kind = FORMATS[epath.Path(path).suffix.lower()]
     options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
     buffer = io.BytesIO()
@@ -94,12 +94,16 @@ def to_uint8(image: jax.Array | np.ndarray) -> np.ndarray:
     return np.round((np.clip(np.asarray(image, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
-def grid(columns: Sequence[tuple[str, Sequence[np.ndarray]]], gap: int = 4, least: int = 128) -> np.ndarray:
+# Least width of a grid's cells, px.
+CELL = 128
+
+
+def grid(columns: Sequence[tuple[str, Sequence[np.ndarray]]], gap: int = 4) -> np.ndarray:
     """Lays out titled columns of (h, w, 3) uint8 pictures, one row per picture; all cells have the largest's size.
 
-    Small pictures are enlarged by a whole factor, so that a cell is at least `least` px wide.
+    Small pictures are enlarged by a whole factor, so that a cell is at least CELL px wide.
     """
-    factor = -(-least // max(p.shape[1] for _, pictures in columns for p in pictures))
+    factor = -(-CELL // max(p.shape[1] for _, pictures in columns for p in pictures))
     columns = [(title, [p.repeat(factor, 0).repeat(factor, 1) for p in pictures]) for title, pictures in columns]
     h, w = (max(p.shape[axis] for _, pictures in columns for p in pictures) for axis in (0, 1))
     rows, header = len(columns[0][1]), 16

@@ -56,7 +56,8 @@ def encode(model: Autoencoder, image: jax.Array | np.ndarray, *, mesh: Mesh | No
     Returns:
         (b, ceil(h / 8), ceil(w / 8), latent_channels) float32, not scaled for a diffusion model.
     """
-    return _over(mesh, _encode, model, pad(image, model.config.downsampling))
+    image = pad(image, model.config.downsampling)
+    return _over(mesh, image.shape[1] // model.config.downsampling, _encode, model, image)
 
 
 def decode(
@@ -89,19 +90,24 @@ def decode(
         size = size or image.shape[1:3]
         multiple = model.config.downsampling
         image, mask = pad(image, multiple), pad(mask, multiple)
-    result = _over(mesh, _decode, model, latent, image, mask)
+    result = _over(mesh, latent.shape[1], _decode, model, latent, image, mask)
     return result if size is None else result[:, : size[0], : size[1]]
 
 
 def _over(
-    mesh: Mesh | None, function: Callable, model: Autoencoder, *arrays: jax.Array | np.ndarray | None
+    mesh: Mesh | None, rows: int, function: Callable, model: Autoencoder, *arrays: jax.Array | np.ndarray | None
 ) -> jax.Array:
-    """Calls `function`, with the rows of `arrays` split over the devices of `mesh` and the weights on each of them."""
+    """Calls `function`, with the rows of `arrays` split over the devices of `mesh` and the weights on each of them.
+
+    Args:
+        mesh: None calls it as it is.
+        rows: the latent's, the fewest that have to be split.
+        function: takes the model and the arrays.
+        model: the autoencoder.
+        arrays: (b, h, w, c) each, or None.
+    """
     if mesh is None:
         return function(model, *arrays)
-    rows = min(x.shape[1] for x in arrays if x is not None)
-    # The latent has the fewest rows; an image alone will become one.
-    rows = rows if len(arrays) > 1 else rows // model.config.downsampling
     if rows % mesh.size:
         raise InputError(
             f"the latent has {rows} rows, which {mesh.size} devices cannot split evenly; "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 from etils import epath
 
@@ -13,23 +14,38 @@ class OutputError(UserError):
     """A place that cannot be written to; the message names the path and the reason."""
 
 
-def check_writable(path: str | epath.Path, suffixes: Collection[str]) -> None:
-    """Raises OutputError unless `path` is a file's name with one of `suffixes`, in a directory that is or can be made.
+@contextmanager
+def writing(path: str | epath.Path) -> Iterator[None]:
+    """Turns an error of the file system inside into an OutputError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error}") from None
 
-    Makes that directory, and tries it out.
-    """
+
+def try_out(directory: epath.Path) -> None:
+    """Makes a directory and writes a file there, which it removes; raises OSError where that is not possible."""
+    probe = directory / ".writable"
+    directory.mkdir(parents=True, exist_ok=True)
+    probe.write_bytes(b"")
+    # Another process may have removed it.
+    probe.unlink(missing_ok=True)
+
+
+def check_name(path: str | epath.Path, suffixes: Collection[str]) -> None:
+    """Raises OutputError unless `path` is a file's name that ends in one of `suffixes`."""
     file = epath.Path(path)
     if file.suffix.lower() not in suffixes:
         raise OutputError(f"{path}: expected a name that ends in one of {', '.join(suffixes)}")
     if file.is_dir():
         raise OutputError(f"{path} is a directory; name a file")
-    probe = file.with_name(f".{file.name}.writable")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error}") from None
+
+
+def check_writable(path: str | epath.Path, suffixes: Collection[str]) -> None:
+    """As `check_name`; makes the directory and tries it out as well, for a check before long work."""
+    check_name(path, suffixes)
+    with writing(path):
+        try_out(epath.Path(path).parent)
 
 
 def write_bytes(path: str | epath.Path, data: bytes) -> None:
@@ -40,10 +56,11 @@ def write_bytes(path: str | epath.Path, data: bytes) -> None:
     """
     file = epath.Path(path)
     partial = file.with_name(f".{file.name}.partial")
-    try:
+    with writing(path):
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error}") from None
+        try:
+            partial.write_bytes(data)
+            partial.replace(file)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise

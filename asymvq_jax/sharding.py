@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -97,6 +98,13 @@ def state_sharding(state: object, mesh: Mesh) -> object:
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def placed_shapes(tree: Any, mesh: Mesh) -> Any:
+    """A tree of (abstract) arrays as shapes and types with the places that `state_sharding` gives them."""
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, state_sharding(tree, mesh)
+    )
 
 
 def constrain_activation(x: jax.Array) -> jax.Array:

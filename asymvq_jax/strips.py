@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from asymvq_jax.inference import check_condition
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.blocks import Conv, GroupNorm, ResBlock, channel_moments
 from asymvq_jax.models.decoder import Decoder, blend, double
@@ -56,14 +57,18 @@ def decode_in_strips(
 
     Returns:
         (b, h, w, 3) float32.
+
+    Raises:
+        InputError: a mask for a model without a condition branch.
     """
     decoder, sweep = model.decoder, partial(_sweep, strip_pixels=strip_pixels)
-    x = FeatureMap(np.asarray(_latent_part(model, latent)), None)
     condition = None
     if image is not None and mask is not None:
+        check_condition(model.config)
         condition = Condition(_condition(decoder, image, mask, sweep), mask)
-        x = _blend_whole(x, condition)
-    x = x._replace(moments=channel_moments(jnp.asarray(x.values)))
+    first = (None, None) if condition is None else (condition.features[-1], condition.mask)
+    values, moments = _latent_part(model, latent, *first)
+    x = FeatureMap(np.asarray(values), moments)
     for i, level in enumerate(decoder.levels):
         # What the next level begins with is blended as it is written: where this level upsamples, with the feature of
         # the doubled resolution; after the last one, with the outermost.
@@ -79,25 +84,23 @@ def decode_in_strips(
 
 
 @nnx.jit
-def _latent_part(model: Autoencoder, z: jax.Array) -> jax.Array:
+def _latent_part(
+    model: Autoencoder, z: jax.Array, feature: jax.Array | None, mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     z = z if model.post_quant_conv is None else model.post_quant_conv(z)
-    return model.decoder.mid(model.decoder.conv_in(z))
+    h = model.decoder.mid(model.decoder.conv_in(z))
+    if feature is not None:
+        h = blend(h, feature, mask.astype(h.dtype))
+    return h, channel_moments(h)
 
 
 def _condition(decoder: Decoder, image: np.ndarray, mask: np.ndarray, sweep: Callable) -> list[np.ndarray]:
-    if decoder.condition is None:
-        raise ValueError("this decoder has no condition branch (model.condition=False); decode without a mask")
     x = FeatureMap((1 - mask) * image, None)
     features = []
     for i, layer in enumerate(decoder.condition.layers):
         x = sweep(x, layer, relu=i > 0)
         features.append(x.values)
     return features
-
-
-def _blend_whole(x: FeatureMap, condition: Condition) -> FeatureMap:
-    mask = jnp.asarray(condition.mask, x.values.dtype)
-    return FeatureMap(np.asarray(blend(jnp.asarray(x.values), jnp.asarray(condition.features[-1]), mask)), None)
 
 
 def _res_block(block: ResBlock, x: FeatureMap, condition: Condition | None, sweep: Callable) -> FeatureMap:
@@ -122,7 +125,7 @@ def _sweep(
     batch, height, width, _ = x.values.shape
     height, width = (2 * height, 2 * width) if upsample else (height // conv.stride, width // conv.stride)
     rows = max(2, strip_pixels // width // 2 * 2)
-    values: np.ndarray | None = None
+    values = np.empty((batch, height, width, conv.kernel.shape[-1]), conv.dtype)
     moments = jnp.zeros(())
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
@@ -136,11 +139,8 @@ def _sweep(
             conv, norm, shortcut, strip, x.moments if norm is not None else None, inside,
             None if residual is None else residual[:, top:bottom], feature, mask, relu=relu, upsample=upsample,
         )  # fmt: skip
-        if values is None:
-            values = np.empty((batch, height, width, y.shape[-1]), y.dtype)
         values[:, top:bottom] = y
         moments = moments + part * ((bottom - top) / height)
-    assert values is not None
     return FeatureMap(values, moments)
 
 

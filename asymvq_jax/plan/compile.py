@@ -132,7 +132,7 @@ def plan_decode(config: Config, target: Target) -> Program:
     mesh = sharding.make_mesh(config.mesh, target.devices)
     sharding.check_batch(config.data.batch_size, 1, mesh)
     graphdef, shapes = structure(config.model)
-    params = _placed(shapes, mesh)
+    params = sharding.placed_shapes(shapes, mesh)
     side, batch = config.data.image_size, config.data.batch_size
     latent = side // config.model.downsampling
 
@@ -176,17 +176,12 @@ def _step_arguments(config: Config, mesh: Mesh) -> tuple[TrainState, Params, Bat
     state = abstract_state(networks, mesh)
     perceptual: Params = {}
     if networks.lpips is not None:
-        perceptual = _placed(split(nnx.eval_shape(lambda: LPIPS("vgg16", rngs=nnx.Rngs(0))))[1], mesh)
+        perceptual = sharding.placed_shapes(split(nnx.eval_shape(lambda: LPIPS("vgg16", rngs=nnx.Rngs(0))))[1], mesh)
     shape = (config.data.batch_size, config.data.image_size, config.data.image_size)
     place = sharding.batch_sharding(mesh)
     channels = {"image": config.model.image_channels, "mask": 1}
     batch = {n: jax.ShapeDtypeStruct((*shape, c), jnp.uint8, sharding=place) for n, c in channels.items()}
     return state, perceptual, batch
-
-
-def _placed(tree: Any, mesh: Mesh) -> Any:
-    places = sharding.state_sharding(tree, mesh)
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
 
 def _local_bytes(tree: Any) -> int:

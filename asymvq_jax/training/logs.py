@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 from etils import epath
@@ -14,7 +12,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from asymvq_jax import images
-from asymvq_jax.outputs import OutputError, write_bytes
+from asymvq_jax.outputs import write_bytes, writing
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +31,7 @@ class RunLog:
         self._lines = [line for line in lines if _step(line) <= step]
         self.flush()
         # An unbounded queue: its reader ends at an error of the disk, and a full queue would then block for ever.
-        with _writing(directory):
+        with writing(directory):
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1, max_queue=0)
         self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
 
@@ -48,7 +46,7 @@ class RunLog:
             return
         self._lines.append(json.dumps({"step": step, **values}))
         if "://" not in str(self._file):
-            with _writing(self._file), self._file.open("a") as file:
+            with writing(self._file), self._file.open("a") as file:
                 file.write(self._lines[-1] + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
@@ -71,16 +69,8 @@ class RunLog:
         if self.active:
             self.flush()
             self._bar.close()
-            with _writing(self._directory):
+            with writing(self._directory):
                 self._board.close()
-
-
-@contextmanager
-def _writing(path: epath.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error}") from None
 
 
 def _step(line: str) -> float:

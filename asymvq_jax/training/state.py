@@ -99,12 +99,7 @@ def init_state(networks: Networks) -> TrainState:
 
 def abstract_state(networks: Networks, mesh: Mesh) -> TrainState:
     """The state's shapes, types and shardings; allocates nothing."""
-    shapes = jax.eval_shape(lambda: init_state(networks))
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        shapes,
-        sharding.state_sharding(shapes, mesh),
-    )
+    return sharding.placed_shapes(jax.eval_shape(lambda: init_state(networks)), mesh)
 
 
 def create_state(networks: Networks, mesh: Mesh, initial: Params | None = None) -> TrainState:
