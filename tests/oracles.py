@@ -75,16 +75,21 @@ class TorchLPIPS(nn.Module):
     def __init__(self, params: dict[str, np.ndarray], net: str = "vgg16") -> None:
         super().__init__()
         self.net = net
-        self.kernels, self.biases, self.heads = ([] for _ in range(3))
-        for i in range(13 if net == "vgg16" else 5):
-            self.kernels.append(torch.from_numpy(np.array(params[f"convs.{i}.kernel"])).permute(3, 2, 0, 1))
-            self.biases.append(torch.from_numpy(np.array(params[f"convs.{i}.bias"])))
-        self.heads = [torch.from_numpy(np.array(params[f"heads.{i}"]))[None, :, None, None] for i in range(5)]
+        for name, value in params.items():
+            tensor = torch.from_numpy(np.array(value))
+            if name.startswith("heads"):
+                tensor = tensor[None, :, None, None]
+            elif tensor.ndim == 4:
+                tensor = tensor.permute(3, 2, 0, 1)
+            self.register_buffer(name.replace(".", "_"), tensor)
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[None, :, None, None])
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[None, :, None, None])
+
+    def conv(self, i: int, x: torch.Tensor, **options: int) -> torch.Tensor:
+        return F.relu(F.conv2d(x, getattr(self, f"convs_{i}_kernel"), getattr(self, f"convs_{i}_bias"), **options))
 
     def features(self, x: torch.Tensor) -> list[torch.Tensor]:
-        shift = torch.tensor([-0.030, -0.088, -0.188])[None, :, None, None]
-        scale = torch.tensor([0.458, 0.448, 0.450])[None, :, None, None]
-        x = (x - shift) / scale
+        x = (x - self.shift) / self.scale
         kept = []
         if self.net == "vgg16":
             i = 0
@@ -92,20 +97,21 @@ class TorchLPIPS(nn.Module):
                 if layer == "M":
                     x = F.max_pool2d(x, 2, 2)
                     continue
-                x = F.relu(F.conv2d(x, self.kernels[i], self.biases[i], padding=1))
+                x = self.conv(i, x, padding=1)
                 if i in self.VGG_KEPT:
                     kept.append(x)
                 i += 1
             return kept
         for i, (stride, padding, pool) in enumerate(((4, 2, 0), (1, 2, 1), (1, 1, 1), (1, 1, 0), (1, 1, 0))):
             x = F.max_pool2d(x, 3, 2) if pool else x
-            x = F.relu(F.conv2d(x, self.kernels[i], self.biases[i], stride=stride, padding=padding))
+            x = self.conv(i, x, stride=stride, padding=padding)
             kept.append(x)
         return kept
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros(len(a), 1, 1, 1)
-        for x, y, head in zip(self.features(a), self.features(b), self.heads, strict=True):
+        total = torch.zeros(len(a), 1, 1, 1, device=a.device)
+        for i, (x, y) in enumerate(zip(self.features(a), self.features(b), strict=True)):
+            head = getattr(self, f"heads_{i}")
             x = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
             y = y / (y.square().sum(1, keepdim=True).sqrt() + 1e-10)
             total = total + ((x - y).square() * head).sum(1, keepdim=True).mean((2, 3), keepdim=True)

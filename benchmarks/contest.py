@@ -1,0 +1,179 @@
+"""Times contenders by turns, each alive in a process of its own, and prints what they took as a table."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+# Runs once and returns when the device is done, with what fetches the result to the host.
+Run = Callable[[], Callable[[], np.ndarray]]
+
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do the work."""
+
+    name: str
+    # Called in the contender's own process: prepares everything, and returns what is timed. A module's function.
+    prepare: Callable[..., Run]
+    arguments: dict[str, Any]
+
+
+@dataclass
+class Result:
+    """What a contender took."""
+
+    name: str
+    # Seconds of each timed run; empty where it failed.
+    seconds: list[float] = field(default_factory=list)
+    # Seconds until the first run was done: reading, compiling, running once.
+    start: float = 0.0
+    output: np.ndarray | None = None
+    # The last line of the exception that ended it.
+    failure: str | None = None
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+
+def hold(contenders: Sequence[Contender], rounds: int) -> list[Result]:
+    """Prepares all contenders, warms them up, and times them by turns, so that the machine's moods are fair to all.
+
+    A contender that fails is left out of the later rounds, and its result says why.
+    """
+    context = multiprocessing.get_context("spawn")
+    results, workers = [], []
+    try:
+        for contender in contenders:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, contender), daemon=True)
+            process.start()
+            # Without this copy of their end, the death of a process is seen as the end of the pipe.
+            theirs.close()
+            result = Result(contender.name)
+            workers.append((result, ours, process))
+            results.append(result)
+            print(f"preparing {contender.name} ...", flush=True)
+            _ask(result, ours, "prepare")
+            for _ in range(WARM_UP):
+                _ask(result, ours, "warm up")
+        for i in range(rounds):
+            for result, connection, _ in workers[i % len(workers) :] + workers[: i % len(workers)]:
+                _ask(result, connection, "time")
+            print(f"round {i + 1} of {rounds}: {_last(results)}", flush=True)
+    finally:
+        for *_, process in workers:
+            process.kill()
+            process.join()
+    return results
+
+
+def _last(results: Sequence[Result]) -> str:
+    return ", ".join(f"{r.name} {r.seconds[-1]:.4g} s" for r in results if r.failure is None)
+
+
+def _ask(result: Result, connection: Connection, task: str) -> None:
+    if result.failure is not None:
+        return
+    try:
+        connection.send(task)
+        answer = connection.recv()
+    except (EOFError, OSError):
+        answer = RuntimeError("its process died (out of memory?)")
+    if isinstance(answer, Exception):
+        result.failure = str(answer).splitlines()[-1]
+        result.seconds.clear()
+    elif task == "prepare":
+        result.start, result.output = answer
+    elif task == "time":
+        result.seconds.append(answer)
+
+
+def _work(connection: Connection, contender: Contender) -> None:
+    begin = time.perf_counter()
+    run = None
+    while True:
+        task = connection.recv()
+        try:
+            if task == "prepare":
+                run = contender.prepare(**contender.arguments)
+                fetch = run()
+                answer = time.perf_counter() - begin, np.asarray(fetch())
+            else:
+                start = time.perf_counter()
+                run()
+                answer = time.perf_counter() - start
+        except Exception:
+            connection.send(RuntimeError(traceback.format_exc().strip()))
+            return
+        connection.send(answer)
+
+
+def table(results: Sequence[Result], images: int, flops: float | None = None) -> str:
+    """A markdown table; the last column compares with the fastest contender that is not ours, which come first.
+
+    Args:
+        results: from `hold`; those whose name begins with "ours" are ours.
+        images: pictures in one run.
+        flops: of one run, for a column of FLOP/s.
+    """
+    theirs = [r.median for r in results if r.seconds and not r.name.startswith("ours")]
+    rows = [["", "median", "fastest to slowest", "images/s", "TFLOP/s", "speed to the best peer's", "start"]]
+    for r in results:
+        if r.failure is not None:
+            rows.append([r.name, f"failed: {r.failure}", "", "", "", "", ""])
+            continue
+        rows.append(
+            [
+                r.name,
+                f"{r.median:.4g} s",
+                f"{min(r.seconds):.4g} to {max(r.seconds):.4g} s",
+                f"{images / r.median:.4g}",
+                f"{flops / r.median / 1e12:.3g}" if flops else "",
+                f"{min(theirs) / r.median:.2f}" if theirs else "",
+                f"{r.start:.1f} s",
+            ]
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+
+
+def difference(results: Sequence[Result]) -> str:
+    """How far the first contender's result is from the others', as a share of its range."""
+    outputs = [r.output for r in results if r.output is not None]
+    if len(outputs) < 2:
+        return "nothing to compare"
+    spread = float(np.ptp(outputs[0]))
+    return f"{max(float(np.abs(outputs[0] - x).max()) for x in outputs[1:]) / spread:.1e} of the range"
+
+
+def machine() -> str:
+    """The machine and the versions, in one line."""
+    import jax
+
+    device = jax.devices()[0]
+    kind = _processor() if device.platform == "cpu" else device.device_kind
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "flax", "torch", "diffusers"))
+    return f"{kind}, {len(os.sched_getaffinity(0))} cores; Python {platform.python_version()}, {versions}"
+
+
+def _processor() -> str:
+    try:
+        lines = open("/proc/cpuinfo").read().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,76 @@
+"""Times the decode beside diffusers': python -m benchmarks.decode [--config configs/base.py --size 256 --batch 1]."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from asymvq_jax.checkpoints import load_model
+from asymvq_jax.compilation import keep_compiled_programs
+from asymvq_jax.config import DTYPES, ModelConfig, load_config
+from asymvq_jax.models.autoencoder import structure
+from asymvq_jax.models.parameters import merge
+from asymvq_jax.plan.counting import matmul_flops
+from benchmarks import contest, peers, subjects
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 1 if a contender failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
+    parser.add_argument("--config", default="configs/base.py")
+    parser.add_argument("--size", type=int, default=256, help="height and width, px")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--rounds", type=int, default=11)
+    options = parser.parse_args(arguments)
+    config = load_config(options.config).model
+    arrays = subjects.pictures(config, options.batch, options.size)
+    with tempfile.TemporaryDirectory() as directory:
+        ours, theirs = subjects.random_weights(config, Path(directory))
+        shared = {"arrays": arrays, "dtype": options.dtype}
+        torch_ways = {
+            "PyTorch eager": {"channels_last": False, "compiled": False},
+            "PyTorch eager, channels_last": {"channels_last": True, "compiled": False},
+            "PyTorch compiled, channels_last": {"channels_last": True, "compiled": True},
+        }
+        results = contest.hold(
+            [contest.Contender("ours", decode, {"model": ours, **shared})]
+            + [contest.Contender(name, peers.decode, {"folder": theirs, **shared, **way}) for name, way in torch_ways.items()],
+            options.rounds,
+        )
+    print(f"\ndecode, {options.config}, {options.batch} x {options.size} px, {options.dtype}")
+    print(contest.machine())
+    print(f"ours differs from PyTorch's by at most {contest.difference(results)}\n")
+    print(contest.table(results, options.batch, _flops(config, arrays)))
+    return int(any(result.failure for result in results))
+
+
+def decode(model: str, arrays: dict[str, np.ndarray], *, dtype: str) -> contest.Run:
+    """Our decode of `arrays`."""
+    keep_compiled_programs()
+    autoencoder = load_model(model, dtype=dtype)
+    inputs = jax.device_put([arrays[name] for name in ("latent", "image", "mask")])
+    step = nnx.jit(lambda autoencoder, *inputs: autoencoder.decode(*inputs))
+
+    def run() -> Callable[[], np.ndarray]:
+        y = jax.block_until_ready(step(autoencoder, *inputs))
+        return lambda: np.asarray(y)
+
+    return run
+
+
+def _flops(config: ModelConfig, arrays: dict[str, np.ndarray]) -> float:
+    graphdef, params = structure(config)
+    inputs = [arrays[name] for name in ("latent", "image", "mask")]
+    return matmul_flops(jax.make_jaxpr(lambda params, *x: merge(graphdef, params).decode(*x))(params, *inputs))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

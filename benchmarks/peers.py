@@ -1,0 +1,139 @@
+"""The PyTorch peers: diffusers' decoder, and the reference's training loop written with the tests' oracles."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from diffusers import AsymmetricAutoencoderKL
+from diffusers.utils import logging
+from torch.nn import functional as F
+
+from benchmarks.contest import Run
+from tests.oracles import TorchLPIPS, TorchPatchGAN, nchw
+
+# Its notes on config.json are about nothing that is timed.
+logging.set_verbosity_error()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _compiled(function: Callable, compiled: bool) -> Callable:
+    # The mode in which torch tries several kernels for each convolution and product.
+    return torch.compile(function, mode="max-autotune-no-cudagraphs") if compiled else function
+
+
+def decode(folder: str, arrays: dict[str, np.ndarray], *, dtype: str, channels_last: bool, compiled: bool) -> Run:
+    """diffusers' decode of `arrays` (latent, image, mask; NHWC) with the weights of `folder`."""
+    device, torch_dtype = _device(), getattr(torch, dtype)
+    torch.backends.cudnn.benchmark = True
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    model = AsymmetricAutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False).to(device, torch_dtype, memory_format=form).eval()
+    z, image, mask = (
+        nchw(arrays[name]).to(device, torch_dtype, memory_format=form) for name in ("latent", "image", "mask")
+    )
+
+    def work() -> torch.Tensor:
+        return model.decoder(model.post_quant_conv(z), image, mask)
+
+    work = _compiled(work, compiled)
+
+    def run() -> Callable[[], np.ndarray]:
+        with torch.inference_mode():
+            y = work()
+        _settle(device)
+        return lambda: y.float().permute(0, 2, 3, 1).cpu().numpy()
+
+    return run
+
+
+class Trainer:
+    """The reference's training step with the discriminator, on one device.
+
+    As published, an optimizer's turn has a forward pass of its own, the discriminator's with the decoder just updated.
+    With `once`, one forward pass serves both, as ours does. Mixed precision is torch's autocast.
+    """
+
+    def __init__(self, folder: str, arrays: dict[str, np.ndarray], *, dtype: str, once: bool, compiled: bool) -> None:
+        self.device, self.dtype, self.once = _device(), getattr(torch, dtype), once
+        torch.backends.cudnn.benchmark = True
+        torch.manual_seed(0)
+        place = {"device": self.device, "memory_format": torch.channels_last}
+        self.model = AsymmetricAutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False).to(**place)
+        self.model.requires_grad_(False)
+        self.model.decoder.requires_grad_(True)
+        self.gan = TorchPatchGAN().to(**place).train()
+        self.lpips = TorchLPIPS(_lpips_parameters()).to(**place)
+        self.image, self.mask = (nchw(arrays[name]).to(**place) for name in ("image", "mask"))
+        adam = {"lr": 1e-5, "betas": (0.5, 0.9), "fused": self.device.type == "cuda"}
+        self.optimizer = torch.optim.Adam(self.model.decoder.parameters(), **adam)
+        self.gan_optimizer = torch.optim.Adam(self.gan.parameters(), **adam)
+        self.reconstruct = _compiled(self._reconstruct, compiled)
+        self.judge = _compiled(self.gan, compiled)
+        self.nll = _compiled(self._nll, compiled)
+
+    def _reconstruct(self) -> torch.Tensor:
+        with torch.no_grad():
+            posterior = self.model.encode(self.image).latent_dist
+            z = self.model.post_quant_conv(posterior.mean + posterior.std * torch.randn_like(posterior.mean))
+        return self.model.decoder(z, self.image, self.mask).float()
+
+    def _nll(self, recon: torch.Tensor) -> torch.Tensor:
+        return ((recon - self.image).abs() + self.lpips(recon, self.image)).sum() / len(self.image)
+
+    def step(self) -> torch.Tensor:
+        """One step of both optimizers; returns the reconstruction loss."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            recon = self.reconstruct()
+            nll = self.nll(recon)
+            self.gan.requires_grad_(False)
+            generator = -self.judge(recon).float().mean()
+        last = self.model.decoder.conv_out.weight
+        at_nll, at_gan = (torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (nll, generator))
+        weight = 0.8 * (at_nll.norm() / (at_gan.norm() + 1e-4)).clamp(0, 1e4)
+        self.optimizer.zero_grad()
+        (nll + weight * generator).backward()
+        self.optimizer.step()
+        self.gan.requires_grad_(True)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            if not self.once:
+                with torch.no_grad():
+                    recon = self.reconstruct()
+            real, fake = self.judge(self.image), self.judge(recon.detach())
+            hinge = 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
+        self.gan_optimizer.zero_grad()
+        hinge.backward()
+        self.gan_optimizer.step()
+        return nll.detach()
+
+
+def train(folder: str, arrays: dict[str, np.ndarray], **options: bool | str) -> Run:
+    """Steps of a `Trainer`; the result is its first reconstruction loss."""
+    trainer = Trainer(folder, arrays, **options)
+    first: list[np.ndarray] = []
+
+    def run() -> Callable[[], np.ndarray]:
+        nll = trainer.step()
+        _settle(trainer.device)
+        first.append(nll.cpu().numpy()[None])
+        return lambda: first[0]
+
+    return run
+
+
+def _lpips_parameters() -> dict[str, np.ndarray]:
+    # Only to read the published weights; this process leaves the accelerator to torch.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from asymvq_jax.losses.lpips import load_lpips
+    from asymvq_jax.models.parameters import split
+
+    return {name: np.asarray(value) for name, value in split(load_lpips("vgg16"))[1].items()}

@@ -1,0 +1,31 @@
+"""What the benchmarks work on: random pictures, and one set of random weights for both sides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from asymvq_jax.config import ModelConfig
+from asymvq_jax.convert.convert import config_to_diffusers, convert
+
+
+def pictures(config: ModelConfig, batch: int, size: int) -> dict[str, np.ndarray]:
+    """Latents, images and masks, NHWC float32; the time depends on their shapes alone."""
+    rng = np.random.default_rng(0)
+    latent = size // config.downsampling
+    return {
+        "latent": rng.normal(size=(batch, latent, latent, config.latent_channels)).astype(np.float32),
+        "image": rng.uniform(-1, 1, (batch, size, size, config.image_channels)).astype(np.float32),
+        "mask": rng.integers(0, 2, (batch, size, size, 1)).astype(np.float32),
+    }
+
+
+def random_weights(config: ModelConfig, directory: Path) -> tuple[str, str]:
+    """diffusers' own initialisation, as a model of ours and as a folder of diffusers'."""
+    from diffusers import AsymmetricAutoencoderKL
+
+    ours, theirs = directory / "ours", directory / "theirs"
+    AsymmetricAutoencoderKL.from_config(config_to_diffusers(config)).save_pretrained(theirs)
+    convert(theirs, ours)
+    return str(ours), str(theirs)

@@ -1,0 +1,96 @@
+"""Times the training step beside PyTorch's: python -m benchmarks.train_step [--config configs/base.py --size 128]."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from asymvq_jax import images, sharding
+from asymvq_jax.checkpoints import load_parameters
+from asymvq_jax.compilation import keep_compiled_programs
+from asymvq_jax.config import DTYPES, Config, load_config
+from asymvq_jax.losses.lpips import load_lpips
+from asymvq_jax.models.parameters import split
+from asymvq_jax.plan.counting import matmul_flops
+from asymvq_jax.training.state import abstract_state, build_networks, create_state
+from asymvq_jax.training.step import compiled_step
+from benchmarks import contest, peers, subjects
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 1 if a contender failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
+    parser.add_argument("--config", default="configs/base.py")
+    parser.add_argument("--size", type=int, default=128, help="height and width, px")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--rounds", type=int, default=11)
+    options = parser.parse_args(arguments)
+    config = load_config(options.config, [f"--model.dtype={options.dtype}"])
+    arrays = subjects.pictures(config.model, options.batch, options.size)
+    with tempfile.TemporaryDirectory() as directory:
+        ours, theirs = subjects.random_weights(config.model, Path(directory))
+        ways = {
+            "PyTorch as published, eager": {"once": False, "compiled": False},
+            "PyTorch as published, compiled": {"once": False, "compiled": True},
+            "PyTorch, one forward pass, eager": {"once": True, "compiled": False},
+            "PyTorch, one forward pass, compiled": {"once": True, "compiled": True},
+        }
+        shared = {"folder": theirs, "arrays": arrays, "dtype": options.dtype}
+        results = contest.hold(
+            [contest.Contender("ours", train, {"model": ours, "arrays": arrays, "config": config})]
+            + [contest.Contender(name, peers.train, shared | way) for name, way in ways.items()],
+            options.rounds,
+        )
+    print(f"\ntraining step, {options.config}, {options.batch} x {options.size} px, {options.dtype}")
+    print(contest.machine())
+    losses = ", ".join(f"{r.output[0]:.6g} ({r.name})" for r in results if r.output is not None)
+    print(f"first reconstruction loss, each with its own noise in the latent: {losses}\n")
+    print(contest.table(results, options.batch, _flops(config, arrays)))
+    return int(any(result.failure for result in results))
+
+
+def train(model: str, arrays: dict[str, np.ndarray], config: Config) -> contest.Run:
+    """Our training steps, the discriminator taking part; the result is the first reconstruction loss."""
+    keep_compiled_programs()
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    networks = build_networks(config)
+    state = create_state(networks, mesh, load_parameters(model)[1])
+    _, perceptual = split(load_lpips("vgg16"))
+    perceptual, batch = jax.device_put((perceptual, _batch(arrays)), sharding.replicated(mesh))
+    step = compiled_step(networks, state, mesh)
+    first: list[np.ndarray] = []
+
+    def run() -> Callable[[], np.ndarray]:
+        nonlocal state
+        with jax.set_mesh(mesh):
+            state, metrics = jax.block_until_ready(step(state, perceptual, batch, adversarial=True))
+        first.append(np.asarray(metrics["nll"])[None])
+        return lambda: first[0]
+
+    return run
+
+
+def _batch(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"image": images.to_uint8(arrays["image"]), "mask": arrays["mask"].astype(np.uint8)}
+
+
+def _flops(config: Config, arrays: dict[str, np.ndarray]) -> float:
+    """Of our step, which runs every network once."""
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    networks = build_networks(config)
+    state = abstract_state(networks, mesh)
+    _, perceptual = split(load_lpips("vgg16"))
+    step = compiled_step(networks, state, mesh)
+    return matmul_flops(step.trace(state, perceptual, _batch(arrays), adversarial=True).jaxpr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
