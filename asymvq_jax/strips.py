@@ -20,7 +20,7 @@ from flax import nnx
 from asymvq_jax.inference import check_condition
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.blocks import Conv, GroupNorm, ResBlock, channel_moments
-from asymvq_jax.models.decoder import Decoder, blend, double
+from asymvq_jax.models.decoder import Decoder, blend
 
 STRIP_PIXELS = 2**19
 
@@ -177,9 +177,8 @@ def _strip(
         x = jax.nn.relu(x)
     # The convolution pads what comes after the normalisation with zeros.
     x = jnp.where(inside[None, :, None, None], x, jnp.zeros((), x.dtype))
-    if upsample:
-        x = double(x)[:, 1:-1]
-    y = conv.apply(x, row_padding=(0, 0))
+    # A doubled strip has two rows at either end that are its neighbours'.
+    y = conv(x)[:, 2:-2] if upsample else conv.apply(x, row_padding=(0, 0))
     if residual is not None:
         y = y + (residual if shortcut is None else shortcut(residual))
     if feature is not None:

@@ -42,7 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         results = contest.hold(
             [contest.Contender("ours", decode, {"model": ours, **shared})]
-            + [contest.Contender(name, peers.decode, {"folder": theirs, **shared, **way}) for name, way in torch_ways.items()],
+            + [
+                contest.Contender(name, peers.decode, {"folder": theirs, **shared, **way})
+                for name, way in torch_ways.items()
+            ],
             options.rounds,
         )
     print(f"\ndecode, {options.config}, {options.batch} x {options.size} px, {options.dtype}")

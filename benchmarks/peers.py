@@ -37,7 +37,11 @@ def decode(folder: str, arrays: dict[str, np.ndarray], *, dtype: str, channels_l
     device, torch_dtype = _device(), getattr(torch, dtype)
     torch.backends.cudnn.benchmark = True
     form = torch.channels_last if channels_last else torch.contiguous_format
-    model = AsymmetricAutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False).to(device, torch_dtype, memory_format=form).eval()
+    model = (
+        AsymmetricAutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False)
+        .to(device, torch_dtype, memory_format=form)
+        .eval()
+    )
     z, image, mask = (
         nchw(arrays[name]).to(device, torch_dtype, memory_format=form) for name in ("latent", "image", "mask")
     )

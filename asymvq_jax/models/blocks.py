@@ -48,16 +48,48 @@ class Conv(nnx.Module):
     ) -> jax.Array:
         """The convolution with another kernel (for gradients with respect to it) or other padding of the rows."""
         kernel = self.kernel[...] if kernel is None else kernel
-        y = jax.lax.conv_general_dilated(
+        return self._shift(self._convolve(x, kernel, (row_padding or self.padding, self.padding)))
+
+    def _convolve(self, x: jax.Array, kernel: jax.Array, padding: tuple[tuple[int, int], tuple[int, int]]) -> jax.Array:
+        return jax.lax.conv_general_dilated(
             x.astype(self.dtype),
             gather_kernel(kernel.astype(self.dtype)),
             window_strides=(self.stride, self.stride),
-            padding=(row_padding or self.padding, self.padding),
+            padding=padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        if self.bias is not None:
-            y = y + self.bias[...].astype(self.dtype)[None, None, None]
-        return y
+
+    def _shift(self, y: jax.Array) -> jax.Array:
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)[None, None, None]
+
+
+class UpsampleConv(Conv):
+    """Nearest doubling, then a 3x3 convolution, without ever making the doubled map.
+
+    Of the nine pixels under the kernel some are copies of one another: an even row of the output sees two rows of the
+    input, the upper one under the kernel's first row and the lower one under the other two; an odd row likewise. So
+    each of the four parities of (row, column) is a 2x2 convolution of the small map, with sums of the kernel's
+    elements: 16 products instead of 36.
+    """
+
+    def __init__(self, channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        super().__init__(channels, channels, 3, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(b, h, w, c) -> (b, 2h, 2w, c)."""
+        zero = jnp.zeros((), self.dtype)
+        parts = []
+        for row, rows in enumerate(_merge_rows(self.kernel[...])):
+            for column, columns in enumerate(_merge_rows(rows.swapaxes(0, 1))):
+                y = self._convolve(x, columns.swapaxes(0, 1), ((1 - row, row), (1 - column, column)))
+                parts.append(jax.lax.pad(y, zero, ((0, 0, 0), (row, 1 - row, 1), (column, 1 - column, 1), (0, 0, 0))))
+        return self._shift(sum(parts[1:], parts[0]))
+
+
+def _merge_rows(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(3, ...) -> two of (2, ...): the kernels of the even and of the odd rows of a doubled map."""
+    first, middle, last = kernel
+    return jnp.stack([first, middle + last]), jnp.stack([first + middle, last])
 
 
 class GroupNorm(nnx.Module):

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from asymvq_jax.config import ModelConfig
-from asymvq_jax.models.blocks import Conv, GroupNorm, MidBlock, ResBlock, run_block
+from asymvq_jax.models.blocks import Conv, GroupNorm, MidBlock, ResBlock, UpsampleConv, run_block
 
 
 class ConditionBranch(nnx.Module):
@@ -52,16 +52,14 @@ class UpLevel(nnx.Module):
                 for i in range(config.decoder_blocks + 1)
             ]
         )
-        self.upsample = Conv(outputs, outputs, 3, dtype=dtype, rngs=rngs) if upsample else None
+        self.upsample = UpsampleConv(outputs, dtype=dtype, rngs=rngs) if upsample else None
         self.remat = config.remat
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(b, h, w, inputs) -> (b, 2h, 2w, outputs), or (b, h, w, outputs) at the last level."""
         for block in self.blocks:
             x = run_block(block, x, remat=self.remat)
-        if self.upsample is None:
-            return x
-        return self.upsample(double(x))
+        return x if self.upsample is None else self.upsample(x)
 
 
 class Decoder(nnx.Module):
@@ -115,12 +113,6 @@ class Decoder(nnx.Module):
         if features:
             h = blend(h, features[0], mask)
         return self.norm_out(h)
-
-
-def double(x: jax.Array) -> jax.Array:
-    """Nearest upsampling, (b, h, w, c) -> (b, 2h, 2w, c)."""
-    b, h, w, c = x.shape
-    return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
 
 def blend(h: jax.Array, feature: jax.Array, mask: jax.Array) -> jax.Array:
