@@ -161,6 +161,8 @@ def inpaint(
     keep: Literal["model", "exact"] = "model",
     band: int = 8,
     scaled: bool = True,
+    encode: Callable[..., jax.Array] = encode,
+    decode: Callable[..., jax.Array | np.ndarray] = decode,
 ) -> Inpainting:
     """Decodes a latent so that the picture's unmasked pixels stay.
 
@@ -173,6 +175,7 @@ def inpaint(
             they are preserved and farther than `band` px from the mask, with a linear transition inside the band.
         band: its width, px; 0 pastes up to the mask's edge.
         scaled: see `read_latent`.
+        encode, decode: for large pictures, the functions of `asymvq_jax.strips`, or this module's with a mesh.
 
     Returns:
         The picture; and with keep="exact" the tone step that the transition covered: the mean absolute difference

@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
+import jax
 import numpy as np
 
-from asymvq_jax import images
+from asymvq_jax import images, sharding
 from asymvq_jax.checkpoints import load_model
 from asymvq_jax.compilation import keep_compiled_programs
 from asymvq_jax.config import DTYPES, UserError
-from asymvq_jax.inference import InputError, check_condition, check_mask, inpaint, read_latent
+from asymvq_jax.inference import InputError, check_condition, check_mask, decode, encode, inpaint, read_latent
 from asymvq_jax.outputs import check_writable
+from asymvq_jax.strips import decode_in_strips, encode_in_strips
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--unscaled-latent", action="store_true", help="the latent is not times the scaling factor")
     parser.add_argument("--keep", choices=("model", "exact"), default="model", help="exact: paste kept pixels back too")
     parser.add_argument("--band", type=int, default=8, help="width of the transition around the mask for exact, px")
+    parser.add_argument(
+        "--large",
+        choices=("strips", "devices"),
+        help="a picture that one device's memory cannot hold: in strips of rows on one device (slower), or its rows "
+        "split over all devices",
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="compute type; default: the checkpoint's")
     options = parser.parse_args(arguments)
     keep_compiled_programs()
@@ -52,7 +61,14 @@ def _run(options: argparse.Namespace) -> None:
         read_latent(latent, model.config, image.shape[:2])
     begin = time.perf_counter()
     result = inpaint(
-        model, image, mask, latent, keep=options.keep, band=options.band, scaled=not options.unscaled_latent
+        model,
+        image,
+        mask,
+        latent,
+        keep=options.keep,
+        band=options.band,
+        scaled=not options.unscaled_latent,
+        **_for_size(options.large, -(-image.shape[0] // model.config.downsampling)),
     )
     images.write(options.out, result.image)
     step = "" if result.tone_step is None else f"; covered a tone step of {result.tone_step:.2f} levels of 255"
@@ -61,6 +77,22 @@ def _run(options: argparse.Namespace) -> None:
         f"{options.out}: {width} x {height} px, {mask.mean():.0%} generated, "
         f"{time.perf_counter() - begin:.1f} s with compilation{step}"
     )
+
+
+def _for_size(large: str | None, rows: int) -> dict[str, Callable]:
+    """What `inpaint` is to encode and decode with; `rows` are the latent's."""
+    if large is None:
+        return {}
+    if large == "strips":
+        return {"encode": encode_in_strips, "decode": decode_in_strips}
+    count = max(n for n in range(1, jax.device_count() + 1) if rows % n == 0)
+    if count == 1:
+        raise InputError(
+            f"--large devices: the latent's {rows} rows cannot be split evenly over any of {jax.device_count()} "
+            "devices; use --large strips, or a picture of another height"
+        )
+    mesh = sharding.make_height_mesh(jax.devices()[:count])
+    return {"encode": partial(encode, mesh=mesh), "decode": partial(decode, mesh=mesh)}
 
 
 def _read_npy(path: str) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""Decodes a picture that one device's memory cannot hold: layer by layer, each in strips of rows.
+"""Encodes and decodes pictures that one device's memory cannot hold: layer by layer, each in strips of rows.
 
 The feature maps lie in the host's memory, and the device holds one strip of one layer at a time. A strip comes with the
 one row on either side that a 3x3 convolution reaches, and every group normalisation gets the statistics of the whole
-picture, gathered while the layer before it was written. So the result is the whole decoder's but for the order of sums:
+picture, gathered while the layer before it was written. So the result is the whole model's but for the order of sums:
 there is no seam, at no more arithmetic than without strips.
 """
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from asymvq_jax.inference import check_condition
+from asymvq_jax.inference import check_condition, pad
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.blocks import Conv, GroupNorm, ResBlock, channel_moments
 from asymvq_jax.models.decoder import Decoder, blend
@@ -39,19 +39,36 @@ class Condition(NamedTuple):
     mask: np.ndarray
 
 
+def encode_in_strips(model: Autoencoder, image: jax.Array | np.ndarray, strip_pixels: int = STRIP_PIXELS) -> jax.Array:
+    """As `inference.encode`, in the host's memory but for a strip at a time; see `decode_in_strips`."""
+    encoder, sweep = model.encoder, partial(_sweep, strip_pixels=strip_pixels)
+    x = sweep(FeatureMap(np.asarray(pad(image, model.config.downsampling)), None), encoder.conv_in)
+    for level in encoder.levels:
+        for block in level.blocks:
+            x = _res_block(block, x, None, sweep)
+        if level.downsample is not None:
+            x = sweep(x, level.downsample)
+    return _latent_mode(model, x.values)
+
+
+@nnx.jit
+def _latent_mode(model: Autoencoder, x: jax.Array) -> jax.Array:
+    return model.posterior(model.encoder.head(x)).mode()
+
+
 def decode_in_strips(
     model: Autoencoder,
-    latent: np.ndarray,
-    image: np.ndarray | None = None,
-    mask: np.ndarray | None = None,
+    latent: jax.Array | np.ndarray,
+    image: jax.Array | np.ndarray | None = None,
+    mask: jax.Array | np.ndarray | None = None,
     strip_pixels: int = STRIP_PIXELS,
 ) -> np.ndarray:
-    """As `Autoencoder.decode`, on the host's memory but for a strip at a time.
+    """As `inference.decode`, in the host's memory but for a strip at a time.
 
     Args:
         model: the autoencoder.
-        latent: (b, h/8, w/8, latent_channels); at this resolution everything is computed whole.
-        image: (b, h, w, 3) in [-1, 1].
+        latent: (b, ceil(h / 8), ceil(w / 8), latent_channels); at this resolution everything is computed whole.
+        image: (b, h, w, 3) in [-1, 1], of any size.
         mask: (b, h, w, 1), 1 = generate, 0 = preserve.
         strip_pixels: most pixels of a strip. At full resolution it takes about 4 * channels * 4 bytes a pixel.
 
@@ -62,9 +79,11 @@ def decode_in_strips(
         InputError: a mask for a model without a condition branch.
     """
     decoder, sweep = model.decoder, partial(_sweep, strip_pixels=strip_pixels)
-    condition = None
+    condition, size = None, (None, None)
     if image is not None and mask is not None:
         check_condition(model.config)
+        size = image.shape[1:3]
+        image, mask = (np.asarray(pad(x, model.config.downsampling)) for x in (image, mask))
         condition = Condition(_condition(decoder, image, mask, sweep), mask)
     first = (None, None) if condition is None else (condition.features[-1], condition.mask)
     values, moments = _latent_part(model, latent, *first)
@@ -80,7 +99,8 @@ def decode_in_strips(
             x = _res_block(block, x, after if last else None, sweep)
         if level.upsample is not None:
             x = sweep(x, level.upsample, upsample=True, condition=after)
-    return sweep(x, decoder.conv_out, norm=decoder.norm_out).values.astype(np.float32)
+    result = sweep(x, decoder.conv_out, norm=decoder.norm_out).values
+    return result[:, : size[0], : size[1]].astype(np.float32)
 
 
 @nnx.jit

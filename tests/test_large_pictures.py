@@ -8,9 +8,10 @@ import pytest
 from flax import nnx
 from oracles import TINY, relative_error
 
-from asymvq_jax import inference, sharding
+from asymvq_jax import images, inference, inpaint, sharding
+from asymvq_jax.checkpoints import save_model
 from asymvq_jax.models.autoencoder import Autoencoder
-from asymvq_jax.strips import decode_in_strips
+from asymvq_jax.strips import decode_in_strips, encode_in_strips
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,28 @@ def test_strips_equal_the_whole(model, condition):
     result = decode_in_strips(model, *given, strip_pixels=6 * 24)
     assert result.dtype == np.float32
     assert relative_error(result, nnx.jit(lambda m, *a: m.decode(*a))(model, *given)) <= 1e-5
+
+
+def test_strips_take_any_size_and_encode(model):
+    _, image, mask = _inputs(45, 27)
+    latent = inference.encode(model, image)
+    assert relative_error(encode_in_strips(model, image, strip_pixels=6 * 24), latent) <= 1e-5
+    result = decode_in_strips(model, latent, image, mask, strip_pixels=6 * 24)
+    assert relative_error(result, inference.decode(model, latent, image, mask)) <= 1e-5
+
+
+@pytest.mark.parametrize("large", ["strips", "devices"])
+def test_the_command_line_for_large_pictures(model, large, tmp_path, capsys):
+    save_model(tmp_path / "model", model)
+    rng = np.random.default_rng(0)
+    images.write(str(tmp_path / "image.png"), rng.integers(0, 256, (48, 40, 3)).astype(np.uint8))
+    images.write(str(tmp_path / "mask.png"), np.repeat(rng.integers(0, 2, (48, 40, 1)) * 255, 3, 2).astype(np.uint8))
+    files = [f"--{name}={tmp_path / name}.png" for name in ("image", "mask")]
+    for name, options in (("whole", []), ("parts", [f"--large={large}"])):
+        out = f"--out={tmp_path / name}.png"
+        assert inpaint.main([*files, f"--checkpoint={tmp_path / 'model'}", out, *options]) == 0, capsys.readouterr().err
+    whole, parts = (images.read(str(tmp_path / f"{name}.png")).astype(int) for name in ("whole", "parts"))
+    assert np.abs(whole - parts).max() <= 1
 
 
 def test_rows_over_devices_equal_one_device(model):

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from asymvq_jax import sharding
 from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, RunConfig
 from asymvq_jax.plan import __main__ as command
+from asymvq_jax.plan import table
 from asymvq_jax.plan.chips import CHIPS, GIB, Target, largest_fit, open_topology, roofline
 from asymvq_jax.plan.compile import Memory, Program, out_of_memory, plan_decode, plan_step
 from asymvq_jax.plan.counting import collectives, matmul_flops
@@ -319,9 +320,12 @@ def pretended(monkeypatch, tmp_path):
         shortage = 16 * GIB if memory.peak > 16 * GIB else None
         return Program(memory, shortage, 1e12, 1e12, 1.01e12, None if shortage else 1e11, (), 0.0)
 
-    monkeypatch.setattr(command, "open_topology", lambda name: Target(name, jax.devices(), CHIPS[0], "a compiler"))
-    monkeypatch.setattr(command, "plan_step", plan_step)
-    monkeypatch.setattr(command, "plan_decode", plan_step)
+    for module in (command, table):
+        monkeypatch.setattr(
+            module, "open_topology", lambda name, **_: Target(name, jax.devices(), CHIPS[0], "a compiler")
+        )
+        monkeypatch.setattr(module, "plan_step", plan_step)
+        monkeypatch.setattr(module, "plan_decode", plan_step)
     (tmp_path / "tiny.py").write_text(CONFIG)
     return ["--config", str(tmp_path / "tiny.py")]
 
@@ -344,6 +348,21 @@ def test_search(pretended, capsys, tmp_path):
     written = json.loads(report.read_text())
     assert written["largest batch per chip"] == 4
     assert written["train step"]["seconds"] == pytest.approx(1e11 / 819e9)
+
+
+def test_table_of_slices(pretended, capsys, monkeypatch):
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    assert table.main([*pretended, "--topologies=v5e:2x4,v6e:2x4", "--per-chip=4", "--mesh.fsdp=2"]) == 0
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    cells = [dict(zip(header.split(" | "), row.split(" | "), strict=True)) for row in rows]
+    assert [row["| slice"] for row in cells] == ["| v5e:2x4", "| v6e:2x4"]
+    assert cells[0]["batch"] == "32"
+    assert cells[0]["peak memory"] == "14.00 GiB of 16.00 GiB: fits"
+    assert cells[0]["least time"] == f"{1e11 / 819e9 * 1e3:.0f} ms"
+    assert table.main([*pretended, "--topologies=v5e:2x4", "--per-chip=8"]) == 0
+    assert "24.00 GiB of 16.00 GiB: too much by 8.00 GiB" in capsys.readouterr().out.splitlines()[-1]
+    assert table.main([*pretended, "--per-chip=0"]) == 2
+    assert "--per-chip=0: expected at least 1" in capsys.readouterr().err
 
 
 def test_variants_say_what_to_set():

@@ -32,7 +32,10 @@ class Autoencoder(nnx.Module):
             ValueError: h or w is not a multiple of the model's downsampling (asymvq_jax.inference pads for you).
         """
         self._check(image, "image", self.config.image_channels, multiple=self.config.downsampling)
-        moments = self.encoder(image)
+        return self.posterior(self.encoder(image))
+
+    def posterior(self, moments: jax.Array) -> Posterior:
+        """What the encoder's output, (b, h, w, 2 * latent_channels), says about the latent."""
         return Posterior.from_moments(moments if self.quant_conv is None else self.quant_conv(moments))
 
     def decode(self, z: jax.Array, image: jax.Array | None = None, mask: jax.Array | None = None) -> jax.Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -204,7 +206,7 @@ class MidBlock(nnx.Module):
         return x
 
 
-def run_block(block: nnx.Module, x: jax.Array, *, remat: bool) -> jax.Array:
+def run_block(block: nnx.Module, x: jax.Array, *, remat: bool) -> Any:
     """Applies `block`; with `remat`, its activations are recomputed in the backward pass."""
     if not remat:
         return block(x)

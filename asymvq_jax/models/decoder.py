@@ -79,6 +79,7 @@ class Decoder(nnx.Module):
         self.norm_out = GroupNorm(channels[0], groups, dtype=dtype)
         self.conv_out = Conv(channels[0], config.image_channels, 3, dtype=dtype, rngs=rngs)
         self.condition = ConditionBranch(config, rngs=rngs) if config.condition else None
+        self.remat = config.remat
 
     def __call__(self, z: jax.Array, image: jax.Array | None = None, mask: jax.Array | None = None) -> jax.Array:
         """(b, h, w, latent_channels) -> (b, 8h, 8w, 3) float32; see `features` for the condition."""
@@ -105,7 +106,7 @@ class Decoder(nnx.Module):
             if self.condition is None:
                 raise ValueError("this decoder has no condition branch (model.condition=False); decode without a mask")
             mask = mask.astype(h.dtype)
-            features = self.condition((1 - mask) * image.astype(h.dtype))
+            features = run_block(self.condition, (1 - mask) * image.astype(h.dtype), remat=self.remat)
         for i, level in enumerate(self.levels):
             if features:
                 h = blend(h, features[-1 - i], mask)

@@ -63,4 +63,8 @@ class Encoder(nnx.Module):
         x = self.conv_in(image)
         for level in self.levels:
             x = level(x)
+        return self.head(x)
+
+    def head(self, x: jax.Array) -> jax.Array:
+        """What follows the levels: (b, h/8, w/8, channels) -> (b, h/8, w/8, 2 * latent_channels)."""
         return self.conv_out(self.norm_out(self.mid(x)))

@@ -19,8 +19,9 @@ import jax
 from asymvq_jax import sharding
 from asymvq_jax.config import Config, UserError, load_config
 from asymvq_jax.outputs import check_writable, write_bytes
-from asymvq_jax.plan.chips import GIB, Target, largest_fit, open_topology, roofline
-from asymvq_jax.plan.compile import Program, plan_decode, plan_step
+from asymvq_jax.plan import report
+from asymvq_jax.plan.chips import Target, largest_fit, open_topology
+from asymvq_jax.plan.compile import plan_decode, plan_step, ways, with_batch
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--topology", default="local", help="v5e:16x16, v5p:4x4x4, ...; default: the devices present")
     parser.add_argument("--suggest", action="store_true", help="if it does not fit, compile variants that may")
     parser.add_argument("--search", action="store_true", help="find the largest batch that fits; implies --suggest")
+    parser.add_argument("--thorough", action="store_true", help="compile for a TPU as a run does, ten times slower")
     parser.add_argument("--json", metavar="FILE", help="write the numbers to FILE")
     options, overrides = parser.parse_known_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
@@ -62,16 +64,16 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     if options.topology != "local":
         # The devices present are not needed; a TPU among them stays free for others.
         jax.config.update("jax_platforms", "cpu")
-    target = open_topology(options.topology)
+    target = open_topology(options.topology, thorough=options.thorough)
     if options.search and target.chip is None:
         kind = target.devices[0].device_kind
         raise UserError(f"--search: the memory of {kind} is not known; name a chip's with --topology")
     config = _split_batch(config, target)
-    print(_heading(config, target, options.config))
+    print(report.heading(config, target, options.config))
     programs = {"train step": plan_step(config, target)}
-    print(_report("train step", programs["train step"], config, target), flush=True)
+    print(report.listing("train step", programs["train step"], config, target), flush=True)
     numbers: dict[str, Any] = {}
-    if not _fits(programs["train step"], target):
+    if not report.fits(programs["train step"], target):
         changes = _variants(config, target)
         if options.suggest or options.search:
             numbers["variants"] = _suggest(changes, target)
@@ -80,9 +82,9 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     if options.search:
         numbers["largest batch per chip"] = _search(config, target)
     programs["decode"] = plan_decode(config, target)
-    print(_report("decode", programs["decode"], config, target))
+    print(report.listing("decode", programs["decode"], config, target))
     if options.json:
-        numbers |= {name: _numbers(program, config, target) for name, program in programs.items()}
+        numbers |= {name: report.numbers(program, config, target) for name, program in programs.items()}
         about = {
             "config": options.config,
             "overrides": list(overrides),
@@ -94,26 +96,16 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         write_bytes(options.json, (json.dumps(about | numbers, indent=2) + "\n").encode())
 
 
-def _ways(config: Config, target: Target) -> int:
-    """Over how many chips the batch is split."""
-    shape = sharding.make_mesh(config.mesh, target.devices).shape
-    return math.prod(shape[axis] for axis in sharding.BATCH_AXES)
-
-
-def _with_batch(config: Config, batch_size: int) -> Config:
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch_size))
-
-
 def _split_batch(config: Config, target: Target) -> Config:
     """The config, with the next larger batch that splits evenly over the chips if its own does not; says so."""
-    multiple = _ways(config, target) * config.optimizer.accumulate
+    multiple = ways(config, target) * config.optimizer.accumulate
     batch = math.ceil(config.data.batch_size / multiple) * multiple
     if batch != config.data.batch_size:
         print(
             f"note: data.batch_size={config.data.batch_size} does not split over {multiple} micro-batches of the "
             f"chips; this plan is for --data.batch_size={batch}"
         )
-    return _with_batch(config, batch)
+    return with_batch(config, batch)
 
 
 def _variants(config: Config, target: Target) -> dict[str, Config]:
@@ -121,13 +113,13 @@ def _variants(config: Config, target: Target) -> dict[str, Config]:
     result: dict[str, Config] = {}
     if not config.model.remat:
         result["--model.remat=true"] = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=True))
-    ways = _ways(config, target)
-    fsdp = max(n for n in range(1, MOST_FSDP + 1) if ways % n == 0)
+    chips = ways(config, target)
+    fsdp = max(n for n in range(1, MOST_FSDP + 1) if chips % n == 0)
     if fsdp > config.mesh.fsdp:
-        mesh = dataclasses.replace(config.mesh, data=ways // fsdp, fsdp=fsdp)
+        mesh = dataclasses.replace(config.mesh, data=chips // fsdp, fsdp=fsdp)
         result[f"--mesh.data={mesh.data} --mesh.fsdp={fsdp}"] = dataclasses.replace(config, mesh=mesh)
     count = 2 * config.optimizer.accumulate
-    if config.data.batch_size % (ways * count) == 0:
+    if config.data.batch_size % (chips * count) == 0:
         optimizer = dataclasses.replace(config.optimizer, accumulate=count)
         result[f"--optimizer.accumulate={count}"] = dataclasses.replace(config, optimizer=optimizer)
     return result
@@ -138,18 +130,18 @@ def _suggest(changes: dict[str, Config], target: Target) -> dict[str, Any]:
     result = {}
     for flags, config in changes.items():
         program = plan_step(config, target)
-        print(f"  with {flags}: {_verdict(program, target)}", flush=True)
-        result[flags] = _numbers(program, config, target)
+        print(f"  with {flags}: {report.verdict(program, target)}", flush=True)
+        result[flags] = report.numbers(program, config, target)
     return result
 
 
 def _search(config: Config, target: Target) -> int:
     """Finds and prints the largest batch per chip that fits, keeping everything else."""
-    unit = _ways(config, target) * config.optimizer.accumulate
+    unit = ways(config, target) * config.optimizer.accumulate
 
     def look(micro_batch: int) -> tuple[float, bool]:
-        program = plan_step(_with_batch(config, micro_batch * unit), target)
-        return program.memory.peak, _fits(program, target)
+        program = plan_step(with_batch(config, micro_batch * unit), target)
+        return program.memory.peak, report.fits(program, target)
 
     good, bad = largest_fit(look, target.chip.memory, start=config.data.batch_size // unit, budget=SEARCH_BUDGET)
     each = good * config.optimizer.accumulate
@@ -159,85 +151,6 @@ def _search(config: Config, target: Target) -> int:
         end = f"{bad * config.optimizer.accumulate} does not" if bad else "more may"
         print(f"largest batch: {each} a chip fits (--data.batch_size={good * unit}); {end}", flush=True)
     return each
-
-
-def _fits(program: Program, target: Target) -> bool:
-    return program.exceeded is None and (target.chip is None or program.memory.peak <= target.chip.memory)
-
-
-def _verdict(program: Program, target: Target) -> str:
-    peak = program.memory.peak
-    if target.chip is None:
-        return _binary(peak)
-    limit = program.exceeded or target.chip.memory
-    excess = "fits" if _fits(program, target) else f"too much by {_binary(peak - limit)}"
-    return f"{_binary(peak)} of {_binary(limit)}: {excess}"
-
-
-def _binary(size: float) -> str:
-    """Bytes with a unit, powers of 1024."""
-    return f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.2f} MiB"
-
-
-def _decimal(value: float) -> str:
-    """A number of three digits with the prefix of its unit, powers of 1000."""
-    power = min(max(math.floor(math.log10(value) / 3), -2), 5) if value else 0
-    return f"{value / 1000**power:.3g} {('μ', 'm', '', 'k', 'M', 'G', 'T', 'P')[power + 2]}"
-
-
-def _heading(config: Config, target: Target, path: str) -> str:
-    mesh = sharding.make_mesh(config.mesh, target.devices)
-    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    each = config.data.batch_size // _ways(config, target)
-    return (
-        f"{path} on {target.name}: {mesh.size} x {target.devices[0].device_kind} ({axes})\n"
-        f"{config.data.image_size} px, batch {config.data.batch_size} ({each} a chip), {config.model.dtype}\n"
-        f"compiled with {target.compiler}"
-    )
-
-
-def _report(name: str, program: Program, config: Config, target: Target) -> str:
-    memory, numbers = program.memory, _numbers(program, config, target)
-    rows = [
-        ("parameters", _binary(memory.parameters)),
-        ("optimizer state", _binary(memory.optimizer)),
-        ("other arguments", _binary(memory.other)),
-        ("temporaries", _binary(memory.temporaries)),
-        ("program", _binary(memory.code)),
-        ("peak memory", _verdict(program, target)),
-        ("arithmetic", f"{_decimal(program.flops)}FLOP, by the shapes of convolutions and products"),
-    ]
-    if program.compiler_flops is not None and program.moved is not None:
-        doubt = "" if program.plausible else "; they disagree, and what follows is by the shapes"
-        rows += [
-            ("", f"{_decimal(program.compiler_flops)}FLOP, by the compiler{doubt}"),
-            ("memory traffic", f"{_decimal(program.moved)}B"),
-        ]
-    rows += [(c.kind, f"{_decimal(c.bytes)}B over {' x '.join(c.axes)}, in {c.count}") for c in program.collectives]
-    if "seconds" in numbers:
-        bound = "arithmetic" if numbers["compute bound"] else "memory traffic"
-        rows += [
-            ("least time", f"{_decimal(numbers['seconds'])}s, set by {bound}"),
-            ("most speed", f"{numbers['images per second']:.1f} images/s on all chips, MFU {numbers['mfu']:.1%}"),
-        ]
-    return "\n".join([f"\n{name}, on each chip"] + [f"  {label:<20}{value}" for label, value in rows])
-
-
-def _numbers(program: Program, config: Config, target: Target) -> dict[str, Any]:
-    """All numbers of a program: bytes, FLOPs and seconds on one chip, images a second on all."""
-    numbers = dataclasses.asdict(program)
-    numbers["memory"]["peak"] = program.memory.peak
-    numbers["fits"] = _fits(program, target)
-    if target.chip is not None and program.moved is not None:
-        flops = program.compiler_flops if program.plausible else program.flops
-        least = roofline(target.chip, flops, program.moved, program.model_flops)
-        numbers |= {
-            "seconds": least.seconds,
-            "compute bound": least.compute_bound,
-            "images per second": config.data.batch_size / least.seconds,
-            "mfu": least.mfu,
-        }
-    return numbers
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from asymvq_jax.training.step import Batch, compiled_step
 log = logging.getLogger(__name__)
 
 # Part of the key of kept results; to be raised whenever Program or how it is counted changes.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,17 @@ class _Lowered:
     arguments: int
     flops: float
     model_flops: float
+
+
+def ways(config: Config, target: Target) -> int:
+    """Over how many chips the batch is split."""
+    shape = sharding.make_mesh(config.mesh, target.devices).shape
+    return math.prod(shape[axis] for axis in sharding.BATCH_AXES)
+
+
+def with_batch(config: Config, batch_size: int) -> Config:
+    """The config with another global batch."""
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch_size))
 
 
 def plan_step(config: Config, target: Target) -> Program:
@@ -199,7 +210,7 @@ def _compile(program: _Lowered, target: Target) -> Program:
     begin = time.perf_counter()
     try:
         with nullcontext() if target.name == "local" else _no_jax_cache():
-            compiled = program.lowered.compile()
+            compiled = program.lowered.compile(target.options or None)
     except jax.errors.JaxRuntimeError as error:
         shortage = out_of_memory(str(error))
         if shortage is None:
@@ -230,6 +241,7 @@ def _kept(program: _Lowered, target: Target) -> Path:
         program.lowered.as_text(),
         target.name,
         target.compiler,
+        sorted(target.options.items()),
         [d.id for d in program.mesh.devices.flat],
     ]
     parts += [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]

@@ -1,0 +1,95 @@
+"""What is said about a compiled program: whether it fits, its numbers, and both as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from asymvq_jax import sharding
+from asymvq_jax.config import Config
+from asymvq_jax.plan.chips import GIB, Target, roofline
+from asymvq_jax.plan.compile import Program, ways
+
+
+def fits(program: Program, target: Target) -> bool:
+    """Whether the compiler took it and the chip's memory, where it is known, holds it."""
+    return program.exceeded is None and (target.chip is None or program.memory.peak <= target.chip.memory)
+
+
+def verdict(program: Program, target: Target) -> str:
+    """Its peak memory beside the chip's, and by how much it is too much."""
+    peak = program.memory.peak
+    if target.chip is None:
+        return binary(peak)
+    limit = program.exceeded or target.chip.memory
+    excess = "fits" if fits(program, target) else f"too much by {binary(peak - limit)}"
+    return f"{binary(peak)} of {binary(limit)}: {excess}"
+
+
+def binary(size: float) -> str:
+    """Bytes with a unit, powers of 1024."""
+    return f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.2f} MiB"
+
+
+def decimal(value: float) -> str:
+    """A number of three digits with the prefix of its unit, powers of 1000."""
+    power = min(max(math.floor(math.log10(value) / 3), -2), 5) if value else 0
+    return f"{value / 1000**power:.3g} {('μ', 'm', '', 'k', 'M', 'G', 'T', 'P')[power + 2]}"
+
+
+def heading(config: Config, target: Target, path: str) -> str:
+    """Three lines: the chips and the mesh, the batch, the compiler."""
+    mesh = sharding.make_mesh(config.mesh, target.devices)
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    each = config.data.batch_size // ways(config, target)
+    return (
+        f"{path} on {target.name}: {mesh.size} x {target.devices[0].device_kind} ({axes})\n"
+        f"{config.data.image_size} px, batch {config.data.batch_size} ({each} a chip), {config.model.dtype}\n"
+        f"compiled with {target.compiler}"
+    )
+
+
+def listing(name: str, program: Program, config: Config, target: Target) -> str:
+    """A program's numbers, one a line."""
+    memory, values = program.memory, numbers(program, config, target)
+    rows = [
+        ("parameters", binary(memory.parameters)),
+        ("optimizer state", binary(memory.optimizer)),
+        ("other arguments", binary(memory.other)),
+        ("temporaries", binary(memory.temporaries)),
+        ("program", binary(memory.code)),
+        ("peak memory", verdict(program, target)),
+        ("arithmetic", f"{decimal(program.flops)}FLOP, by the shapes of convolutions and products"),
+    ]
+    if program.compiler_flops is not None and program.moved is not None:
+        doubt = "" if program.plausible else "; they disagree, and what follows is by the shapes"
+        rows += [
+            ("", f"{decimal(program.compiler_flops)}FLOP, by the compiler{doubt}"),
+            ("memory traffic", f"{decimal(program.moved)}B"),
+        ]
+    rows += [(c.kind, f"{decimal(c.bytes)}B over {' x '.join(c.axes)}, in {c.count}") for c in program.collectives]
+    if "seconds" in values:
+        bound = "arithmetic" if values["compute bound"] else "memory traffic"
+        rows += [
+            ("least time", f"{decimal(values['seconds'])}s, set by {bound}"),
+            ("most speed", f"{values['images per second']:.1f} images/s on all chips, MFU {values['mfu']:.1%}"),
+        ]
+    return "\n".join([f"\n{name}, on each chip"] + [f"  {label:<20}{value}" for label, value in rows])
+
+
+def numbers(program: Program, config: Config, target: Target) -> dict[str, Any]:
+    """All numbers of a program: bytes, FLOPs and seconds on one chip, images a second on all."""
+    values = dataclasses.asdict(program)
+    values["memory"]["peak"] = program.memory.peak
+    values["fits"] = fits(program, target)
+    if target.chip is not None and program.moved is not None:
+        flops = program.compiler_flops if program.plausible else program.flops
+        least = roofline(target.chip, flops, program.moved, program.model_flops)
+        values |= {
+            "seconds": least.seconds,
+            "compute bound": least.compute_bound,
+            "images per second": config.data.batch_size / least.seconds,
+            "mfu": least.mfu,
+        }
+    return values
