@@ -10,7 +10,6 @@ The file holds the program (StableHLO) and the weights; it runs without this pac
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
+from asymvq_jax import images
 from asymvq_jax.checkpoints import load_model
 from asymvq_jax.config import DTYPES, UserError
 from asymvq_jax.models.autoencoder import Autoencoder, structure
@@ -85,11 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         check_writable(options.file, (SUFFIX,))
-        match = re.fullmatch(r"(\d+)x(\d+)", options.size)
-        if match is None:
-            raise ExportError(f"--size {options.size}: expected HEIGHTxWIDTH, such as 512x512")
+        size = images.parse_size("--size", options.size)
         model = load_model(options.checkpoint, **({"dtype": options.dtype} if options.dtype else {}))
-        program = export_decoder(model, options.batch, (int(match[1]), int(match[2])))
+        program = export_decoder(model, options.batch, size)
         data = program.serialize()
         write_bytes(options.file, data)
     except UserError as error:

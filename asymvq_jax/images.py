@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 
 import jax
@@ -121,3 +122,15 @@ def error_map(image: np.ndarray, reference: np.ndarray, gain: float = 4.0) -> np
     """|image - reference| of uint8 pictures, mean over channels, times `gain`, as a grey (h, w, 3) uint8 picture."""
     error = np.abs(image.astype(np.float32) - reference.astype(np.float32)).mean(-1, keepdims=True)
     return np.repeat(np.clip(error * gain, 0, 255).astype(np.uint8), 3, axis=-1)
+
+
+def parse_size(option: str, text: str) -> tuple[int, int]:
+    """Height and width from "512x768".
+
+    Raises:
+        ImageError: `text` is nothing of the kind; the message names the option.
+    """
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise ImageError(f"{option} {text}: expected HEIGHTxWIDTH in pixels, such as 512x768")
+    return int(match[1]), int(match[2])

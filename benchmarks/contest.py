@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import platform
+import resource
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,8 +21,6 @@ import numpy as np
 
 # Runs once and returns when the device is done, with what fetches the result to the host.
 Run = Callable[[], Callable[[], np.ndarray]]
-
-WARM_UP = 2
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Result:
     seconds: list[float] = field(default_factory=list)
     # Seconds until the first run was done: reading, compiling, running once.
     start: float = 0.0
+    # Bytes: the most that its process held until then, on the accelerator if there is one.
+    memory: int = 0
     output: np.ndarray | None = None
     # The last line of the exception that ended it.
     failure: str | None = None
@@ -52,7 +54,7 @@ class Result:
         return statistics.median(self.seconds)
 
 
-def hold(contenders: Sequence[Contender], rounds: int) -> list[Result]:
+def hold(contenders: Sequence[Contender], rounds: int, warm_up: int = 2) -> list[Result]:
     """Prepares all contenders, warms them up, and times them by turns, so that the machine's moods are fair to all.
 
     A contender that fails is left out of the later rounds, and its result says why.
@@ -71,7 +73,7 @@ def hold(contenders: Sequence[Contender], rounds: int) -> list[Result]:
             results.append(result)
             print(f"preparing {contender.name} ...", flush=True)
             _ask(result, ours, "prepare")
-            for _ in range(WARM_UP):
+            for _ in range(warm_up):
                 _ask(result, ours, "warm up")
         for i in range(rounds):
             for result, connection, _ in workers[i % len(workers) :] + workers[: i % len(workers)]:
@@ -100,7 +102,7 @@ def _ask(result: Result, connection: Connection, task: str) -> None:
         result.failure = str(answer).splitlines()[-1]
         result.seconds.clear()
     elif task == "prepare":
-        result.start, result.output = answer
+        result.start, result.memory, result.output = answer
     elif task == "time":
         result.seconds.append(answer)
 
@@ -114,7 +116,7 @@ def _work(connection: Connection, contender: Contender) -> None:
             if task == "prepare":
                 run = contender.prepare(**contender.arguments)
                 fetch = run()
-                answer = time.perf_counter() - begin, np.asarray(fetch())
+                answer = time.perf_counter() - begin, _peak_memory(), np.asarray(fetch())
             else:
                 start = time.perf_counter()
                 run()
@@ -123,6 +125,14 @@ def _work(connection: Connection, contender: Contender) -> None:
             connection.send(RuntimeError(traceback.format_exc().strip()))
             return
         connection.send(answer)
+
+
+def _peak_memory() -> int:
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if (jax := sys.modules.get("jax")) and (stats := jax.devices()[0].memory_stats()):
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def table(results: Sequence[Result], images: int, flops: float | None = None) -> str:
@@ -134,10 +144,10 @@ def table(results: Sequence[Result], images: int, flops: float | None = None) ->
         flops: of one run, for a column of FLOP/s.
     """
     theirs = [r.median for r in results if r.seconds and not r.name.startswith("ours")]
-    rows = [["", "median", "fastest to slowest", "images/s", "TFLOP/s", "speed to the best peer's", "start"]]
+    rows = [["", "median", "fastest to slowest", "images/s", "TFLOP/s", "speed to the best peer's", "start", "memory"]]
     for r in results:
         if r.failure is not None:
-            rows.append([r.name, f"failed: {r.failure}", "", "", "", "", ""])
+            rows.append([r.name, f"failed: {r.failure}", "", "", "", "", "", ""])
             continue
         rows.append(
             [
@@ -148,6 +158,7 @@ def table(results: Sequence[Result], images: int, flops: float | None = None) ->
                 f"{flops / r.median / 1e12:.3g}" if flops else "",
                 f"{min(theirs) / r.median:.2f}" if theirs else "",
                 f"{r.start:.1f} s",
+                f"{r.memory / 2**30:.2f} GiB",
             ]
         )
     return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\ndecode, {options.config}, {options.batch} x {options.size} px, {options.dtype}")
     print(contest.machine())
     print(f"ours differs from PyTorch's by at most {contest.difference(results)}\n")
-    print(contest.table(results, options.batch, _flops(config, arrays)))
+    print(contest.table(results, options.batch, flops(config, arrays)))
     return int(any(result.failure for result in results))
 
 
@@ -69,7 +69,8 @@ def decode(model: str, arrays: dict[str, np.ndarray], *, dtype: str) -> contest.
     return run
 
 
-def _flops(config: ModelConfig, arrays: dict[str, np.ndarray]) -> float:
+def flops(config: ModelConfig, arrays: dict[str, np.ndarray]) -> float:
+    """Of one decode, by its shapes."""
     graphdef, params = structure(config)
     inputs = [arrays[name] for name in ("latent", "image", "mask")]
     return matmul_flops(jax.make_jaxpr(lambda params, *x: merge(graphdef, params).decode(*x))(params, *inputs))

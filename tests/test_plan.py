@@ -1,5 +1,6 @@
 """Plans: what is read from compiled programs, and that sharding lowers it as it should; on eight virtual devices."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,10 +10,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from asymvq_jax import sharding
 from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, RunConfig
+from asymvq_jax.inference import InputError
 from asymvq_jax.plan import __main__ as command
 from asymvq_jax.plan import table
 from asymvq_jax.plan.chips import CHIPS, GIB, Target, largest_fit, open_topology, roofline
-from asymvq_jax.plan.compile import Memory, Program, out_of_memory, plan_decode, plan_step
+from asymvq_jax.plan.compile import Memory, Program, out_of_memory, plan_decode, plan_picture, plan_step
 from asymvq_jax.plan.counting import collectives, matmul_flops
 
 SMALL = ModelConfig(encoder_channels=(32, 32), decoder_channels=(32, 64), encoder_blocks=1, decoder_blocks=1)
@@ -244,6 +246,20 @@ def test_messages_of_the_compiler_that_it_lacks_memory():
     assert out_of_memory("INTERNAL: something else") is None
 
 
+def test_a_pictures_rows_are_split_over_all_chips():
+    target = Target("local", jax.devices(), None, "x")
+    program = plan_picture(_config(), target, (256, 24))
+    assert {c.axes for c in program.collectives} == {("height",)}
+    assert "collective-permute" in {c.kind for c in program.collectives}
+    one = plan_picture(_config(), dataclasses.replace(target, devices=jax.devices()[:1]), (256, 24))
+    assert one.collectives == ()
+    assert program.flops == pytest.approx(one.flops / 8)
+    # Not an eighth: neighbours' rows come along, and every chip has all keys and values of the attention.
+    assert program.memory.temporaries < one.memory.temporaries / 5
+    with pytest.raises(InputError, match="for 8 chips a height that is a multiple of 16"):
+        plan_picture(_config(), target, (72, 24))
+
+
 def test_decode_compiles_for_a_tpu_that_is_not_here():
     pytest.importorskip("libtpu")
     target = open_topology("v5e:2x2")
@@ -287,6 +303,17 @@ def test_the_command_prints_writes_and_remembers(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == first
 
 
+def test_the_command_plans_one_large_picture(tmp_path, capsys):
+    (tmp_path / "tiny.py").write_text(CONFIG)
+    arguments = ["--config", str(tmp_path / "tiny.py"), "--json", str(tmp_path / "plan.json"), "--picture=64x24"]
+    assert command.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "one picture of 24 x 64 px" in out
+    assert "over height" in out
+    assert "train step" not in out
+    assert json.loads((tmp_path / "plan.json").read_text())["memory"]["peak"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -294,6 +321,8 @@ def test_the_command_prints_writes_and_remembers(tmp_path, capsys, monkeypatch):
         (["--topology=v5e"], "known are v5e: 1x1, 2x2"),
         (["--topology=v5e:2x2x2"], "v5p: 2x2x1"),
         (["--search"], "--search: the memory of cpu is not known; name a chip's with --topology"),
+        (["--picture=big"], "--picture big: expected HEIGHTxWIDTH"),
+        (["--picture=72x24"], "for 8 chips a height that is a multiple of 16"),
         (["--mesh.data=3"], "does not fit 8 device"),
         (["--json=plan.txt"], "plan.txt: expected a name that ends in one of .json"),
         (["--model.dtyp=float32"], "did you mean --model.dtype?"),

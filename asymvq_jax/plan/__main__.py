@@ -16,12 +16,12 @@ from typing import Any
 
 import jax
 
-from asymvq_jax import sharding
+from asymvq_jax import images, sharding
 from asymvq_jax.config import Config, UserError, load_config
 from asymvq_jax.outputs import check_writable, write_bytes
 from asymvq_jax.plan import report
 from asymvq_jax.plan.chips import Target, largest_fit, open_topology
-from asymvq_jax.plan.compile import plan_decode, plan_step, ways, with_batch
+from asymvq_jax.plan.compile import plan_decode, plan_picture, plan_step, ways, with_batch
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--topology", default="local", help="v5e:16x16, v5p:4x4x4, ...; default: the devices present")
     parser.add_argument("--suggest", action="store_true", help="if it does not fit, compile variants that may")
     parser.add_argument("--search", action="store_true", help="find the largest batch that fits; implies --suggest")
+    parser.add_argument("--picture", metavar="HEIGHTxWIDTH", help="plan the decode of one picture over all chips only")
     parser.add_argument("--thorough", action="store_true", help="compile for a TPU as a run does, ten times slower")
     parser.add_argument("--json", metavar="FILE", help="write the numbers to FILE")
     options, overrides = parser.parse_known_args(arguments)
@@ -68,6 +69,9 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     if options.search and target.chip is None:
         kind = target.devices[0].device_kind
         raise UserError(f"--search: the memory of {kind} is not known; name a chip's with --topology")
+    if options.picture:
+        _picture(options, config, target)
+        return
     config = _split_batch(config, target)
     print(report.heading(config, target, options.config))
     programs = {"train step": plan_step(config, target)}
@@ -94,6 +98,18 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
             "batch": config.data.batch_size,
         }
         write_bytes(options.json, (json.dumps(about | numbers, indent=2) + "\n").encode())
+
+
+def _picture(options: argparse.Namespace, config: Config, target: Target) -> None:
+    """Plans the decode of one large picture, its rows split over all chips."""
+    height, width = images.parse_size("--picture", options.picture)
+    one = with_batch(config, 1)
+    program = plan_picture(one, target, (height, width))
+    print(f"{options.config} on {target.name}: one picture of {width} x {height} px, {config.model.dtype}")
+    print(f"compiled with {target.compiler}")
+    print(report.listing("decode", program, one, target))
+    if options.json:
+        write_bytes(options.json, (json.dumps(report.numbers(program, one, target), indent=2) + "\n").encode())
 
 
 def _split_batch(config: Config, target: Target) -> Config:

@@ -19,10 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from asymvq_jax import sharding
 from asymvq_jax.config import Config
+from asymvq_jax.inference import InputError
 from asymvq_jax.losses.lpips import LPIPS
 from asymvq_jax.models.autoencoder import structure
 from asymvq_jax.models.parameters import Params, merge, split
@@ -142,28 +143,57 @@ def plan_decode(config: Config, target: Target) -> Program:
     """
     mesh = sharding.make_mesh(config.mesh, target.devices)
     sharding.check_batch(config.data.batch_size, 1, mesh)
-    graphdef, shapes = structure(config.model)
-    params = sharding.placed_shapes(shapes, mesh)
-    side, batch = config.data.image_size, config.data.batch_size
-    latent = side // config.model.downsampling
+    params = sharding.placed_shapes(structure(config.model)[1], mesh)
+    side = config.data.image_size
+    shape = (config.data.batch_size, side, side)
+    return _plan_decode("decode", config, target, params, shape, sharding.batch_sharding(mesh))
 
-    def pictures(side: int, channels: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((batch, side, side, channels), jnp.float32, sharding=sharding.batch_sharding(mesh))
 
-    inputs = [pictures(latent, config.model.latent_channels)]
+def plan_picture(config: Config, target: Target, size: tuple[int, int]) -> Program:
+    """Decoding one picture of `size` (height, width), its rows split over all chips, as `inference.decode` does.
+
+    Raises:
+        InputError: the size is no multiple of the model's downsampling, or its rows cannot be split evenly.
+    """
+    mesh = sharding.make_height_mesh(target.devices)
+    multiple = config.model.downsampling
+    if size[0] % (multiple * mesh.size) or size[1] % multiple:
+        raise InputError(
+            f"a picture of {size[1]} x {size[0]} px: expected a width that is a multiple of {multiple}, and for "
+            f"{mesh.size} chips a height that is a multiple of {multiple * mesh.size}"
+        )
+    everywhere = sharding.replicated(mesh)
+    params = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+        for name, x in structure(config.model)[1].items()
+    }
+    return _plan_decode("decode of a picture", config, target, params, (1, *size), sharding.height_sharding(mesh))
+
+
+def _plan_decode(
+    name: str, config: Config, target: Target, params: Params, shape: tuple[int, int, int], place: NamedSharding
+) -> Program:
+    """Decoding pictures of (batch, height, width) at `place`."""
+    (batch, height, width), mesh, factor = shape, place.mesh, config.model.downsampling
+
+    def maps(height: int, width: int, channels: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch, height, width, channels), jnp.float32, sharding=place)
+
+    inputs = [maps(height // factor, width // factor, config.model.latent_channels)]
     if config.model.condition:
-        inputs += [pictures(side, config.model.image_channels), pictures(side, 1)]
+        inputs += [maps(height, width, config.model.image_channels), maps(height, width, 1)]
+    graphdef, _ = structure(config.model)
 
     def decode(params: Params, *inputs: jax.Array) -> jax.Array:
         return merge(graphdef, params).decode(*inputs)
 
     with jax.set_mesh(mesh):
-        traced = jax.jit(decode, out_shardings=sharding.batch_sharding(mesh)).trace(params, *inputs)
+        traced = jax.jit(decode, out_shardings=place).trace(params, *inputs)
     # The encoder's parameters are arguments that nothing reads, and are not passed on.
     used = {name: x for name, x in params.items() if name.startswith(("decoder.", "post_quant_conv."))}
     flops = matmul_flops(traced.jaxpr) / mesh.size
     lowered = _Lowered(
-        name="decode",
+        name=name,
         lowered=traced.lower(),
         mesh=mesh,
         parameters=_local_bytes(used),

@@ -1,0 +1,67 @@
+"""Measures the input pipeline: python -m benchmarks.input [--workers 0 1 2 --seconds 20].
+
+Over JPEG files of ImageNet's usual size, made from the photographs that the packages ship: reading, decoding, random
+crop to 256 px, LaMa's masks. Prints the pictures a second, which a pod's host needs its chips' images/s of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+
+from asymvq_jax import images
+from asymvq_jax.config import DataConfig
+from asymvq_jax.data.pipeline import training_batches
+from asymvq_jax.data.sources import open_source
+from benchmarks import contest
+
+# Width and height, px, of an average ImageNet picture.
+SIZE = (500, 375)
+FILES = 200
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code, 0."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.input", description=__doc__)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of worker processes")
+    parser.add_argument("--seconds", type=float, default=20, help="to measure for, each")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        _write_files(Path(folder))
+        data = DataConfig(source="folder", path=folder, min_side=256, batch_size=16)
+        print(f"{FILES} JPEG files of {SIZE[0]} x {SIZE[1]} px, crops of {data.image_size} px")
+        print(contest.machine())
+        print("\n| worker processes | pictures/s |\n| --- | --- |")
+        for workers in options.workers:
+            speed = _measure(dataclasses.replace(data, workers=workers), options.seconds)
+            print(f"| {workers} | {speed:.0f} |", flush=True)
+    return 0
+
+
+def _write_files(folder: Path) -> None:
+    photos = open_source(DataConfig(source="photos"), train=True)
+    for i in range(FILES):
+        picture = cv2.resize(photos.read(i % len(photos)), SIZE, interpolation=cv2.INTER_AREA)
+        images.write(str(folder / f"{i}.jpg"), picture)
+
+
+def _measure(data: DataConfig, seconds: float) -> float:
+    batches = training_batches(data, seed=0, process_index=0, process_count=1)
+    # The workers have started, and their buffers are full, once some batches have come.
+    for _ in range(2 * data.prefetch * max(data.workers, 1)):
+        next(batches)
+    begin, count = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - begin) < seconds:
+        count += len(next(batches)["image"])
+    return count / elapsed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
