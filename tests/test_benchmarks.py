@@ -1,0 +1,86 @@
+"""The benchmarks' contest, and that both sides of it do the same work. Nothing here is about time."""
+
+import numpy as np
+import pytest
+import torch
+from oracles import TINY, relative_error
+
+from benchmarks import contest, decode, large_pictures, peers, subjects
+
+
+def _count(step: float) -> contest.Run:
+    calls = []
+
+    def run():
+        calls.append(step)
+        return lambda: np.array([0.0, sum(calls)])
+
+    return run
+
+
+def _break(message: str) -> contest.Run:
+    raise ValueError(message)
+
+
+def test_a_contest_times_by_turns_and_says_what_failed(capsys):
+    contenders = [
+        contest.Contender("ours", _count, {"step": 1.0}),
+        contest.Contender("broken", _break, {"message": "no such kernel"}),
+        contest.Contender("theirs", _count, {"step": 1.5}),
+    ]
+    results = contest.hold(contenders, rounds=3, warm_up=1)
+    assert [len(r.seconds) for r in results] == [3, 0, 3]
+    assert [r.failure for r in results] == [None, "ValueError: no such kernel", None]
+    # The result is that of the first call, before any warming up.
+    np.testing.assert_array_equal([r.output for r in results if r.output is not None], [[0, 1], [0, 1.5]])
+    assert all(r.memory > 2**20 for r in results if not r.failure)
+    assert "round 3 of 3: ours" in capsys.readouterr().out
+    assert contest.difference(results) == "5.0e-01 of the range"
+
+
+def test_the_table_compares_with_the_best_peer():
+    results = [
+        contest.Result("ours", [0.5, 1.0, 9.0]),
+        contest.Result("eager", [4.0]),
+        contest.Result("compiled", [2.0]),
+        contest.Result("broken", failure="out of memory"),
+    ]
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in contest.table(results, 8, 1e12).splitlines()]
+    assert rows[2][:6] == ["ours", "1 s", "0.5 to 9 s", "8", "1", "2.00"]
+    assert [row[5] for row in rows[3:5]] == ["0.50", "1.00"]
+    assert rows[5][1] == "failed: out of memory"
+    assert {len(row) for row in rows} == {len(rows[0])}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return subjects.random_weights(TINY, tmp_path_factory.mktemp("weights"))
+
+
+def test_both_sides_decode_the_same(weights):
+    ours, theirs = weights
+    arrays = subjects.pictures(TINY, 2, 24)
+    expected = peers.decode(theirs, arrays, dtype="float32", channels_last=True, compiled=False)()()
+    assert relative_error(decode.decode(ours, arrays, dtype="float32")()(), expected) <= 1e-4
+    strips = large_pictures.in_strips(ours, 24)()()
+    assert relative_error(strips, large_pictures.whole(ours, 24)()()) <= 1e-5
+
+
+def test_the_peers_training_step(weights):
+    """As published and with one forward pass: the decoder's update is the same, the discriminator sees another one."""
+    arrays = subjects.pictures(TINY, 1, 32)
+    once, published = (
+        peers.Trainer(weights[1], arrays, dtype="float32", once=once, compiled=False) for once in (True, False)
+    )
+    published.gan.load_state_dict(once.gan.state_dict())
+    losses = []
+    for trainer in (once, published):
+        torch.manual_seed(1)
+        losses.append(trainer.step().item())
+    assert losses[0] == losses[1]
+    decoders, discriminators = (
+        [dict(part.named_parameters()) for part in parts]
+        for parts in ((once.model.decoder, published.model.decoder), (once.gan, published.gan))
+    )
+    assert all(torch.equal(decoders[0][name], decoders[1][name]) for name in decoders[0])
+    assert any(not torch.equal(discriminators[0][name], discriminators[1][name]) for name in discriminators[0])
