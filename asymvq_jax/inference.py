@@ -78,7 +78,8 @@ def decode(
         mask: (b, h, w, 1) float, 1 = generate, 0 = preserve.
         size: height and width to crop to; by default the image's, or all that the latent covers.
         mesh: from `sharding.make_height_mesh`, to split the picture's rows over its devices where one cannot hold it;
-            the result is the same. On one device, see `asymvq_jax.strips`.
+            the result is the same. The weights are copied there at every call unless `place` has put them there. On one
+            device, see `asymvq_jax.strips`.
 
     Returns:
         (b, h, w, 3) float32, not clipped.
@@ -92,6 +93,12 @@ def decode(
         image, mask = pad(image, multiple), pad(mask, multiple)
     result = _over(mesh, latent.shape[1], _decode, model, latent, image, mask)
     return result if size is None else result[:, : size[0], : size[1]]
+
+
+def place(model: Autoencoder, mesh: Mesh) -> Autoencoder:
+    """The model with its weights on every device of `mesh`, so that `encode` and `decode` need not copy them there."""
+    graphdef, params = split(model)
+    return merge(graphdef, jax.device_put(params, sharding.replicated(mesh)))
 
 
 def _over(
@@ -113,10 +120,8 @@ def _over(
             f"the latent has {rows} rows, which {mesh.size} devices cannot split evenly; "
             f"use a number of devices that divides {rows}"
         )
-    graphdef, params = split(model)
-    model = merge(graphdef, jax.device_put(params, sharding.replicated(mesh)))
     with jax.set_mesh(mesh):
-        return function(model, *jax.device_put(arrays, sharding.height_sharding(mesh)))
+        return function(place(model, mesh), *jax.device_put(arrays, sharding.height_sharding(mesh)))
 
 
 def read_latent(array: np.ndarray, config: ModelConfig, size: tuple[int, int], *, scaled: bool = True) -> jax.Array:

@@ -38,7 +38,7 @@ class Result:
     """What a contender took."""
 
     name: str
-    # Seconds of each timed run; empty where it failed.
+    # Seconds of each timed run; empty where it failed, or where no more than the first run was wanted.
     seconds: list[float] = field(default_factory=list)
     # Seconds until the first run was done: reading, compiling, running once.
     start: float = 0.0

@@ -65,7 +65,7 @@ def test_rows_over_devices_equal_one_device(model):
     mesh = sharding.make_height_mesh(jax.devices()[:4])
     latent = inference.encode(model, image, mesh=mesh)
     assert relative_error(latent, inference.encode(model, image)) <= 1e-5
-    result = inference.decode(model, z, image, mask, mesh=mesh)
+    result = inference.decode(inference.place(model, mesh), z, image, mask, mesh=mesh)
     assert result.sharding.shard_shape(result.shape) == (2, 16, 40, 3)
     assert relative_error(result, inference.decode(model, z, image, mask)) <= 1e-5
 

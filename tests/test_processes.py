@@ -149,19 +149,22 @@ def test_runs_that_were_stopped_killed_or_out_of_space_resume_to_identical_param
     assert saved == _steps(folder, "broken")
     assert saved <= set("12345")
 
-    # SIGKILL for one process, a step later: the other ends by itself, and the checkpoint is still there.
-    run = Started(folder, "broken")
-    run.wait_for(f"resuming {folder / 'broken'} at step {min(saved)}")
-    run.wait_for(f"step {int(min(saved)) + 1}/6", processes=1)
-    run.processes[1].kill()
-    code, killed = run.codes()
-    assert killed == -signal.SIGKILL
-    # JAX's own watchdog may notice first, and abort with a message of its own.
-    assert code in (EXIT_LOST_PEER, -signal.SIGABRT), run.texts()
-    if code == EXIT_LOST_PEER:
-        assert "error: a computation of all processes failed: " in run.texts()[0]
-        assert f"resume from the last checkpoint in {folder / 'broken'}" in run.texts()[0]
-        assert "Traceback" not in run.texts()[0]
+    # SIGKILL for one process, a step later: the other ends by itself, and the checkpoint is still there. With process 0
+    # goes the service through which they know of each other.
+    for victim in (1, 0):
+        run = Started(folder, "broken")
+        run.wait_for(f"resuming {folder / 'broken'} at step {min(saved)}")
+        run.wait_for(f"step {int(min(saved)) + 1}/6", processes=1)
+        run.processes[victim].kill()
+        codes = run.codes()
+        assert codes[victim] == -signal.SIGKILL
+        # JAX's own watchdog may notice first, and abort with a message of its own.
+        assert codes[1 - victim] in (EXIT_LOST_PEER, -signal.SIGABRT), run.texts()
+        if codes[1 - victim] == EXIT_LOST_PEER:
+            text = run.texts()[1 - victim]
+            assert "error: a computation of all processes failed: " in text
+            assert f"resume from the last checkpoint in {folder / 'broken'}" in text
+            assert "Traceback" not in text
     assert saved <= _steps(folder, "broken")
 
     # No space for the next checkpoint; meanwhile on another mesh, where both processes hold the same rows of the batch.
