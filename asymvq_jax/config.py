@@ -52,7 +52,7 @@ class ModelConfig:
     norm_groups: int = 32
     # Compute type: float32 or bfloat16. Parameters, norms and softmax are always float32.
     dtype: str = "float32"
-    # Recompute each residual block in the backward pass instead of keeping its activations.
+    # Recompute residual blocks and the condition branch in the backward pass instead of keeping their activations.
     remat: bool = False
 
     def __post_init__(self) -> None:

@@ -50,7 +50,7 @@ class Conv(nnx.Module):
     ) -> jax.Array:
         """The convolution with another kernel (for gradients with respect to it) or other padding of the rows."""
         kernel = self.kernel[...] if kernel is None else kernel
-        return self._shift(self._convolve(x, kernel, (row_padding or self.padding, self.padding)))
+        return self._add_bias(self._convolve(x, kernel, (row_padding or self.padding, self.padding)))
 
     def _convolve(self, x: jax.Array, kernel: jax.Array, padding: tuple[tuple[int, int], tuple[int, int]]) -> jax.Array:
         return jax.lax.conv_general_dilated(
@@ -61,7 +61,7 @@ class Conv(nnx.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
 
-    def _shift(self, y: jax.Array) -> jax.Array:
+    def _add_bias(self, y: jax.Array) -> jax.Array:
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)[None, None, None]
 
 
@@ -81,17 +81,18 @@ class UpsampleConv(Conv):
         """(b, h, w, c) -> (b, 2h, 2w, c)."""
         zero = jnp.zeros((), self.dtype)
         parts = []
-        for row, rows in enumerate(_merge_rows(self.kernel[...])):
-            for column, columns in enumerate(_merge_rows(rows.swapaxes(0, 1))):
-                y = self._convolve(x, columns.swapaxes(0, 1), ((1 - row, row), (1 - column, column)))
+        for row, rows in enumerate(_merge(self.kernel[...], 0)):
+            for column, kernel in enumerate(_merge(rows, 1)):
+                y = self._convolve(x, kernel, ((1 - row, row), (1 - column, column)))
+                # Interleaved by padding and adding: stacking and reshaping takes libtpu a quarter more cycles.
                 parts.append(jax.lax.pad(y, zero, ((0, 0, 0), (row, 1 - row, 1), (column, 1 - column, 1), (0, 0, 0))))
-        return self._shift(sum(parts[1:], parts[0]))
+        return self._add_bias(sum(parts[1:], parts[0]))
 
 
-def _merge_rows(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(3, ...) -> two of (2, ...): the kernels of the even and of the odd rows of a doubled map."""
-    first, middle, last = kernel
-    return jnp.stack([first, middle + last]), jnp.stack([first + middle, last])
+def _merge(kernel: jax.Array, axis: int) -> list[jax.Array]:
+    """Three rows (axis 0) or columns (1) of a kernel to two, once for the even and once for the odd of a doubled map."""
+    first, middle, last = jnp.moveaxis(kernel, axis, 0)
+    return [jnp.stack([first, middle + last], axis), jnp.stack([first + middle, last], axis)]
 
 
 class GroupNorm(nnx.Module):
