@@ -90,7 +90,7 @@ class UpsampleConv(Conv):
 
 
 def _merge(kernel: jax.Array, axis: int) -> list[jax.Array]:
-    """Three rows (axis 0) or columns (1) of a kernel to two, once for the even and once for the odd of a doubled map."""
+    """Three rows (axis 0) or columns (1) of a kernel to two: for the even and for the odd ones of a doubled map."""
     first, middle, last = jnp.moveaxis(kernel, axis, 0)
     return [jnp.stack([first, middle + last], axis), jnp.stack([first + middle, last], axis)]
 
