@@ -121,6 +121,24 @@ def constrain_activation(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def activation_ways() -> int:
+    """Over how many devices the current mesh splits an activation: its pictures, or on a height mesh its rows."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape.get(axis, 1) for axis in (*BATCH_AXES, HEIGHT))
+
+
+def height_ways() -> int:
+    """Over how many devices the current mesh splits a picture's rows; 1 without a height mesh."""
+    return jax.sharding.get_abstract_mesh().shape.get(HEIGHT, 1)
+
+
+def gather_rows(x: jax.Array) -> jax.Array:
+    """Gathers what the current height mesh splits by rows, once, onto every device; without one, does nothing."""
+    if height_ways() == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * x.ndim))
+
+
 def gather_kernel(kernel: jax.Array) -> jax.Array:
     """Gathers a kernel over fsdp where it is used, so that XLA moves weights and never activations."""
     mesh = jax.sharding.get_abstract_mesh()

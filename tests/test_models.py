@@ -11,7 +11,8 @@ import torch
 from flax import nnx
 from oracles import SIZES, TINY, asymmetric, nchw, nhwc, numpy_state, perturb_norms, relative_error
 
-from asymvq_jax.config import ModelConfig
+from asymvq_jax import sharding
+from asymvq_jax.config import MeshConfig, ModelConfig
 from asymvq_jax.convert.mapping import model_from_tensors
 from asymvq_jax.models import blocks
 from asymvq_jax.models.autoencoder import Autoencoder, structure
@@ -134,6 +135,15 @@ def test_attention_in_chunks_equals_the_whole(monkeypatch):
     for other in results[1:]:
         for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(other), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_attentions_chunks_are_counted_on_each_device(monkeypatch):
+    attention = blocks.Attention(32, 8, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = jnp.zeros((8, 6, 5, 32))
+    monkeypatch.setattr(blocks, "SCORE_BYTES", 4 * 30 * 30)
+    assert "scan" in str(jax.make_jaxpr(attention)(x))
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=4, fsdp=2))):
+        assert "scan" not in str(jax.make_jaxpr(attention)(x))
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():

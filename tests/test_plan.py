@@ -171,6 +171,13 @@ def test_groups_and_sizes(line, axes, size):
     assert (found.axes, found.bytes) == (tuple(axes.split()), size)
 
 
+def test_a_tpus_reduce_scatter_is_a_fusion_of_an_all_reduce():
+    line = "f32[8]{0} all-reduce(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add"
+    module = MODULE.replace("%body", "%all-reduce-scatter.1")
+    (found,) = collectives(module.format(line=line, caller="call(%p)"), MESH)
+    assert (found.kind, found.axes, found.bytes) == ("reduce-scatter", ("fsdp",), 32)
+
+
 @pytest.mark.parametrize(
     ("caller", "count"),
     [

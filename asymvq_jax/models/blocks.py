@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from asymvq_jax.sharding import constrain_activation, gather_kernel
+from asymvq_jax.sharding import activation_ways, constrain_activation, gather_kernel, gather_rows, height_ways
 
 # The reference's initialisation: uniform in ±1/sqrt(fan_in).
 _uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -148,7 +148,7 @@ class ResBlock(nnx.Module):
         return constrain_activation(x + h)
 
 
-# The scores of one chunk of queries may take so much: 64 MiB are those of a whole 512 x 512 picture.
+# The scores of one chunk of queries may take so much on a device: 64 MiB are those of a whole 512 x 512 picture.
 SCORE_BYTES = 256 * 2**20
 
 
@@ -170,12 +170,16 @@ class Attention(nnx.Module):
         b, h, w, c = x.shape
         normed = self.norm(x)
         query, key, value = (f(normed).reshape(b, h * w, c) for f in (self.query, self.key, self.value))
-        chunks = _divisor_from(-(-4 * b * (h * w) ** 2 // SCORE_BYTES), h * w)
+        # Each device attends from its own rows to those of all.
+        key, value = gather_rows(key), gather_rows(value)
+        chunks = _divisor_from(-(-4 * b * (h * w) ** 2 // (SCORE_BYTES * activation_ways())), h * w // height_ways())
         if chunks == 1:
             mixed = _attend(query, key, value)
         else:
-            parts = query.reshape(b, chunks, h * w // chunks, c).swapaxes(0, 1)
-            mixed = jax.lax.map(jax.checkpoint(lambda part: _attend(part, key, value)), parts).swapaxes(0, 1)
+            # A chunk has every chunks-th query, so that it is split over the devices as the whole is.
+            parts = query.reshape(b, h * w // chunks, chunks, c).transpose(2, 0, 1, 3)
+            attend = jax.checkpoint(lambda part: _attend(constrain_activation(part), key, value))
+            mixed = jax.lax.map(attend, parts).transpose(1, 2, 0, 3)
         return constrain_activation(x + self.out(mixed.reshape(b, h, w, c)))
 
 

@@ -36,7 +36,7 @@ from asymvq_jax.training.step import Batch, compiled_step
 log = logging.getLogger(__name__)
 
 # Part of the key of kept results; to be raised whenever Program or how it is counted changes.
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)

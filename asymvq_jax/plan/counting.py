@@ -55,9 +55,12 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
             continue
         result, kind, start = match.groups()
         groups = _groups(line, math.prod(mesh.values()))
+        payload = _payload(result, kind, bool(start), max(map(len, groups)))
+        # libtpu writes a reduce-scatter as an all-reduce and the slicing of its result, in a fusion of this name.
+        kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
         key = kind, _axes(groups, mesh)
         count[key] += runs[name]
-        size[key] += runs[name] * _payload(result, kind, bool(start), max(map(len, groups)))
+        size[key] += runs[name] * payload
     entries = [Collective(kind, axes, n, size[kind, axes]) for (kind, axes), n in count.items() if axes]
     return sorted(entries, key=lambda entry: -entry.bytes)
 
