@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from multiprocessing.connection import Connection
@@ -80,9 +81,11 @@ def hold(contenders: Sequence[Contender], rounds: int, warm_up: int = 2) -> list
                 _ask(result, connection, "time")
             print(f"round {i + 1} of {rounds}: {_last(results)}", flush=True)
     finally:
-        for *_, process in workers:
+        for _, connection, process in workers:
+            with suppress(OSError):
+                connection.send("stop")
+            process.join(timeout=10)
             process.kill()
-            process.join()
     return results
 
 
@@ -112,6 +115,8 @@ def _work(connection: Connection, contender: Contender) -> None:
     run = None
     while True:
         task = connection.recv()
+        if task == "stop":
+            return
         try:
             if task == "prepare":
                 run = contender.prepare(**contender.arguments)
@@ -136,12 +141,12 @@ def _peak_memory() -> int:
 
 
 def table(results: Sequence[Result], images: int, flops: float | None = None) -> str:
-    """A markdown table; the last column compares with the fastest contender that is not ours, which come first.
+    """A markdown table, in which everyone is compared with the fastest contender that is not ours.
 
     Args:
         results: from `hold`; those whose name begins with "ours" are ours.
         images: pictures in one run.
-        flops: of one run, for a column of FLOP/s.
+        flops: of one run of ours, for its FLOP/s; PyTorch's way may take more of them.
     """
     theirs = [r.median for r in results if r.seconds and not r.name.startswith("ours")]
     rows = [["", "median", "fastest to slowest", "images/s", "TFLOP/s", "speed to the best peer's", "start", "memory"]]
@@ -155,7 +160,7 @@ def table(results: Sequence[Result], images: int, flops: float | None = None) ->
                 f"{r.median:.4g} s",
                 f"{min(r.seconds):.4g} to {max(r.seconds):.4g} s",
                 f"{images / r.median:.4g}",
-                f"{flops / r.median / 1e12:.3g}" if flops else "",
+                f"{flops / r.median / 1e12:.3g}" if flops and r.name.startswith("ours") else "",
                 f"{min(theirs) / r.median:.2f}" if theirs else "",
                 f"{r.start:.1f} s",
                 f"{r.memory / 2**30:.2f} GiB",

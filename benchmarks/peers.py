@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
+import jax
 import numpy as np
 import torch
 from diffusers import AsymmetricAutoencoderKL
 from diffusers.utils import logging
 from torch.nn import functional as F
 
+from asymvq_jax.losses.lpips import load_lpips
+from asymvq_jax.models.parameters import split
 from benchmarks.contest import Run
 from tests.oracles import TorchLPIPS, TorchPatchGAN, nchw
 
@@ -136,8 +138,5 @@ def train(folder: str, arrays: dict[str, np.ndarray], **options: bool | str) -> 
 
 def _lpips_parameters() -> dict[str, np.ndarray]:
     # Only to read the published weights; this process leaves the accelerator to torch.
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    from asymvq_jax.losses.lpips import load_lpips
-    from asymvq_jax.models.parameters import split
-
+    jax.config.update("jax_platforms", "cpu")
     return {name: np.asarray(value) for name, value in split(load_lpips("vgg16"))[1].items()}
