@@ -77,4 +77,4 @@ def flops(config: ModelConfig, arrays: dict[str, np.ndarray]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(contest.without_traceback(main))

@@ -64,4 +64,4 @@ def _measure(data: DataConfig, seconds: float) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(contest.without_traceback(main))

@@ -80,4 +80,4 @@ def _run(command: Sequence[str], cache: Path) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(contest.without_traceback(main))

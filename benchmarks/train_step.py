@@ -92,4 +92,4 @@ def _flops(config: Config, arrays: dict[str, np.ndarray]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(contest.without_traceback(main))
