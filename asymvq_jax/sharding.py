@@ -75,9 +75,10 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
 def parameter_spec(shape: Sequence[int], mesh: Mesh, itemsize: int = 4) -> PartitionSpec:
     """The rule for one array: output channels over tensor, the wider of the other channel axes over fsdp.
 
-    Kernels are (height, width, in, out); anything of another rank, and anything small, is replicated.
+    Kernels are (height, width, in, out); anything of another rank, and anything small, is replicated, and on a height
+    mesh everything.
     """
-    if len(shape) != 4 or math.prod(shape) * itemsize < MIN_SHARDED_BYTES:
+    if HEIGHT in mesh.shape or len(shape) != 4 or math.prod(shape) * itemsize < MIN_SHARDED_BYTES:
         return PartitionSpec()
     inputs = "fsdp" if shape[2] % mesh.shape["fsdp"] == 0 else None
     outputs = "tensor" if shape[3] % mesh.shape["tensor"] == 0 else None
@@ -92,7 +93,7 @@ def state_sharding(state: object, mesh: Mesh) -> object:
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         spec = parameter_spec(leaf.shape, mesh, np.dtype(leaf.dtype).itemsize if hasattr(leaf, "dtype") else 4)
-        wanted = [a for a in ("fsdp", "tensor") if mesh.shape[a] > 1 and spec and a not in spec]
+        wanted = [a for a in ("fsdp", "tensor") if spec and mesh.shape[a] > 1 and a not in spec]
         if wanted:
             log.warning("%s %s stays whole along %s", jax.tree_util.keystr(path), leaf.shape, ", ".join(wanted))
         return NamedSharding(mesh, spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import platform
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from asymvq_jax.config import UserError
+from asymvq_jax.config import DTYPES, UserError
 
 # Runs once and returns when the device is done, with what fetches the result to the host.
 Run = Callable[[], Callable[[], np.ndarray]]
@@ -55,6 +56,17 @@ class Result:
     def median(self) -> float:
         """Seconds."""
         return statistics.median(self.seconds)
+
+
+def parser(name: str, description: str, size: int) -> argparse.ArgumentParser:
+    """The options of a contest with PyTorch; `size` is the default of --size."""
+    result = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    result.add_argument("--config", default="configs/base.py")
+    result.add_argument("--size", type=int, default=size, help="height and width, px")
+    result.add_argument("--batch", type=int, default=1)
+    result.add_argument("--dtype", choices=DTYPES, default="float32")
+    result.add_argument("--rounds", type=int, default=11)
+    return result
 
 
 def hold(contenders: Sequence[Contender], rounds: int, warm_up: int = 2) -> list[Result]:

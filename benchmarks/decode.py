@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from flax import nnx
 
 from asymvq_jax.checkpoints import load_model
 from asymvq_jax.compilation import keep_compiled_programs
-from asymvq_jax.config import DTYPES, ModelConfig, load_config
+from asymvq_jax.config import ModelConfig, load_config
 from asymvq_jax.models.autoencoder import structure
 from asymvq_jax.models.parameters import merge
 from asymvq_jax.plan.counting import matmul_flops
@@ -23,13 +22,7 @@ from benchmarks import contest, peers, subjects
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 1 if a contender failed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
-    parser.add_argument("--config", default="configs/base.py")
-    parser.add_argument("--size", type=int, default=256, help="height and width, px")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--rounds", type=int, default=11)
-    options = parser.parse_args(arguments)
+    options = contest.parser("decode", __doc__, size=256).parse_args(arguments)
     config = load_config(options.config).model
     arrays = subjects.pictures(config, options.batch, options.size)
     with tempfile.TemporaryDirectory() as directory:

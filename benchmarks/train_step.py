@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ import numpy as np
 from asymvq_jax import images, sharding
 from asymvq_jax.checkpoints import load_parameters
 from asymvq_jax.compilation import keep_compiled_programs
-from asymvq_jax.config import DTYPES, Config, load_config
+from asymvq_jax.config import Config, load_config
 from asymvq_jax.losses.lpips import load_lpips
 from asymvq_jax.models.parameters import split
 from asymvq_jax.plan.counting import matmul_flops
@@ -25,13 +24,7 @@ from benchmarks import contest, peers, subjects
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 1 if a contender failed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
-    parser.add_argument("--config", default="configs/base.py")
-    parser.add_argument("--size", type=int, default=128, help="height and width, px")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--rounds", type=int, default=11)
-    options = parser.parse_args(arguments)
+    options = contest.parser("train_step", __doc__, size=128).parse_args(arguments)
     config = load_config(options.config, [f"--model.dtype={options.dtype}"])
     arrays = subjects.pictures(config.model, options.batch, options.size)
     with tempfile.TemporaryDirectory() as directory:

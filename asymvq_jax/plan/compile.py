@@ -143,10 +143,8 @@ def plan_decode(config: Config, target: Target) -> Program:
     """
     mesh = sharding.make_mesh(config.mesh, target.devices)
     sharding.check_batch(config.data.batch_size, 1, mesh)
-    params = sharding.placed_shapes(structure(config.model)[1], mesh)
     side = config.data.image_size
-    shape = (config.data.batch_size, side, side)
-    return _plan_decode("decode", config, target, params, shape, sharding.batch_sharding(mesh))
+    return _plan_decode("decode", config, target, (config.data.batch_size, side, side), sharding.batch_sharding(mesh))
 
 
 def plan_picture(config: Config, target: Target, size: tuple[int, int]) -> Program:
@@ -162,16 +160,11 @@ def plan_picture(config: Config, target: Target, size: tuple[int, int]) -> Progr
             f"a picture of {size[1]} x {size[0]} px: expected a width that is a multiple of {multiple}, and for "
             f"{mesh.size} chips a height that is a multiple of {multiple * mesh.size}"
         )
-    everywhere = sharding.replicated(mesh)
-    params = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
-        for name, x in structure(config.model)[1].items()
-    }
-    return _plan_decode("decode of a picture", config, target, params, (1, *size), sharding.height_sharding(mesh))
+    return _plan_decode("decode of a picture", config, target, (1, *size), sharding.height_sharding(mesh))
 
 
 def _plan_decode(
-    name: str, config: Config, target: Target, params: Params, shape: tuple[int, int, int], place: NamedSharding
+    name: str, config: Config, target: Target, shape: tuple[int, int, int], place: NamedSharding
 ) -> Program:
     """Decoding pictures of (batch, height, width) at `place`."""
     (batch, height, width), mesh, factor = shape, place.mesh, config.model.downsampling
@@ -182,7 +175,8 @@ def _plan_decode(
     inputs = [maps(height // factor, width // factor, config.model.latent_channels)]
     if config.model.condition:
         inputs += [maps(height, width, config.model.image_channels), maps(height, width, 1)]
-    graphdef, _ = structure(config.model)
+    graphdef, shapes = structure(config.model)
+    params = sharding.placed_shapes(shapes, mesh)
 
     def decode(params: Params, *inputs: jax.Array) -> jax.Array:
         return merge(graphdef, params).decode(*inputs)
