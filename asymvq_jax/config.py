@@ -265,6 +265,9 @@ class RunConfig:
     # A model checkpoint to start from (a run, one of its steps, or what asymvq_jax.convert wrote). The encoder is
     # taken from it, the decoder too where its sizes agree. Required while the encoder is frozen.
     init_from: str = ""
+    # Where the decoder there is narrower or shallower, widen and deepen it to this one without changing what it
+    # computes (asymvq_jax/models/growth.py), instead of starting at random.
+    grow_decoder: bool = False
     # Train encoder, quant_conv and post_quant_conv as well: for a first stage without Stable Diffusion's weights.
     train_encoder: bool = False
     # Intervals in steps. Evaluation covers eval_pictures held-out pictures; a checkpoint is written after each.

@@ -18,6 +18,7 @@ from asymvq_jax.config import Config, ConfigError, ModelConfig
 from asymvq_jax.losses.lpips import LPIPS
 from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.discriminator import BatchStat, Discriminator
+from asymvq_jax.models.growth import grow_decoder
 from asymvq_jax.models.parameters import Params, split
 from asymvq_jax.training.optimizer import autoencoder_optimizer, discriminator_optimizer
 
@@ -138,10 +139,11 @@ def starting_parameters(config: Config, source: ModelConfig, params: Params) -> 
     """What a run takes over from the model checkpoint named by run.init_from.
 
     The encoder and the 1x1 convolutions always; the decoder where its widths and depth agree (its condition branch
-    too, if both have one). The rest starts at random.
+    too, if both have one), or grown to the config's with run.grow_decoder. The rest starts at random.
 
     Raises:
-        ConfigError: the checkpoint's encoder or latent is not the one that the config describes.
+        ConfigError: the checkpoint's encoder or latent is not the one that the config describes, or its decoder cannot
+            grow into the config's.
     """
     same: dict[str, Any] = {
         name: getattr(source, name)
@@ -164,9 +166,9 @@ def starting_parameters(config: Config, source: ModelConfig, params: Params) -> 
         if not name.startswith("decoder.")
         or (decoder and (config.model.condition or not name.startswith("decoder.condition.")))
     }
-    log.info(
-        "from %s: encoder%s",
-        config.run.init_from,
-        " and decoder" if decoder else f"; the decoder is new, its sizes differ from {source.decoder_channels}",
-    )
+    what = " and decoder" if decoder else f"; the decoder is new, its sizes differ from {source.decoder_channels}"
+    if config.run.grow_decoder and not decoder:
+        taken |= grow_decoder(source, params, config.model, config.run.seed)
+        what = f" and decoder, grown from {source.decoder_channels}"
+    log.info("from %s: encoder%s", config.run.init_from, what)
     return taken
