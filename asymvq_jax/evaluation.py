@@ -241,15 +241,19 @@ COLUMNS = {
 
 def table(results: Results) -> str:
     """The results as aligned Markdown."""
-    header = ["", *(title for title, _ in COLUMNS.values())]
-    lines = [
+    rows = [
         [row, *(f"{metrics[name] * scale:.4g}" for name, (_, scale) in COLUMNS.items())]
         for row, metrics in results.rows.items()
     ]
-    widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
-    cells = [[header[i].ljust(widths[i]) for i in range(len(header))]]
-    cells += [["-" * w for w in widths]]
-    cells += [
-        [line[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(line[1:], widths[1:], strict=True))] for line in lines
+    return markdown(["", *(title for title, _ in COLUMNS.values())], rows)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as Markdown, its columns aligned: the first to the left, the others to the right."""
+    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
+    lines = [
+        [cell.ljust(w) for cell, w in zip(header, widths, strict=True)],
+        ["-" * w for w in widths],
+        *([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows),
     ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,167 @@
+"""The paper's comparison at small scale: python -m benchmarks.reproduction --photos DIR [--out runs/reproduction].
+
+Trains a small symmetric autoencoder (configs/reproduction.py), then, on its frozen encoder and for one number of steps,
+its plain decoder further, the asymmetric base, and x1.5 and x2 from random weights and grown from the plain decoder;
+evaluates all of them on held-out photographs. Started again, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import jax
+import numpy as np
+
+from asymvq_jax import images, inference
+from asymvq_jax.checkpoints import load_model
+from asymvq_jax.compilation import keep_compiled_programs
+from asymvq_jax.config import Config, UserError, load_config
+from asymvq_jax.data.pipeline import Example, held_out
+from asymvq_jax.data.sources import list_pictures
+from asymvq_jax.evaluation import markdown
+from asymvq_jax.metrics.image import all_metrics
+from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.parameters import split
+from asymvq_jax.outputs import write_bytes
+from asymvq_jax.training.loop import train
+
+VANILLA = "vanilla"
+# The paper's sizes at an eighth of the width; the depth is the published one.
+BASE = {"decoder_channels": (16, 32, 64, 64), "decoder_blocks": 2}
+X1_5 = {"decoder_channels": (24, 48, 96, 96), "decoder_blocks": 3}
+X2 = {"decoder_channels": (32, 64, 128, 128), "decoder_blocks": 5}
+# What each decoder changes of the model, and whether it starts from the plain decoder.
+DECODERS: dict[str, tuple[dict, bool]] = {
+    "plain, trained on": ({**BASE, "condition": False}, True),
+    "base": ({**BASE, "condition": True}, True),
+    "x1.5": ({**X1_5, "condition": True}, False),
+    "x1.5, grown": ({**X1_5, "condition": True}, True),
+    "x2": ({**X2, "condition": True}, False),
+    "x2, grown": ({**X2, "condition": True}, True),
+}
+# What started from the plain decoder takes this share of the rate, the rest the whole.
+PRETRAINED_SCALE = 0.4
+HELD_OUT_EVERY = 5
+SHORTER_SIDE = 256
+COLUMNS = {
+    "preservation_error": ("preservation error x 1e-5", 1e5),
+    "boundary_error": ("boundary error x 1e-3", 1e3),
+    "psnr_preserved": ("PSNR kept, dB", 1.0),
+    "psnr_masked": ("PSNR masked, dB", 1.0),
+}
+GRID_ROWS = 8
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after an error message."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reproduction", description=__doc__)
+    parser.add_argument("--photos", required=True, help="a folder of photographs")
+    parser.add_argument("--out", default="runs/reproduction", help="where runs, table.json and pictures.png go")
+    parser.add_argument("--config", default="configs/reproduction.py", help="the first stage")
+    parser.add_argument("--steps", type=int, default=800, help="of each decoder")
+    parser.add_argument("--batch", type=int, default=4, help="of each decoder")
+    options, overrides = parser.parse_known_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    keep_compiled_programs()
+    try:
+        out = Path(options.out)
+        first = load_config(
+            options.config,
+            [f"--data.path={out / 'train'}", f"--data.eval_path={out / 'held_out'}",
+             f"--run.directory={out / 'first_stage'}", *overrides],
+        )  # fmt: skip
+        shrink_photos(options.photos, out)
+        configs = decoders(first, out, options.steps, options.batch)
+        for config in (first, *configs.values()):
+            if code := train(config):
+                return code
+        report(first, configs, out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def shrink_photos(folder: str, out: Path) -> None:
+    """Copies of the photographs in `out`, 256 px on the shorter side: every fifth in held_out/, the others in train/."""
+    for i, path in enumerate(list_pictures(folder, "--photos")):
+        copy = out / ("held_out" if i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else "train") / f"{path.stem}.png"
+        if not copy.exists():
+            image = images.read(path)
+            scale = SHORTER_SIDE / min(image.shape[:2])
+            images.write(copy, cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
+
+
+def decoders(first: Config, out: Path, steps: int, batch: int) -> dict[str, Config]:
+    """The configuration of every decoder on the first stage's encoder; the peak rate is the first stage's."""
+    peak = first.optimizer.base_learning_rate * first.data.batch_size
+    result = {}
+    for name, (changes, pretrained) in DECODERS.items():
+        run = {"directory": str(out / name.replace(", ", "_").replace(" ", "_")), "steps": steps, "eval_every": steps}
+        run |= {"train_encoder": False, "init_from": first.run.directory, "grow_decoder": pretrained}
+        scale = PRETRAINED_SCALE if pretrained else 1.0
+        result[name] = Config(
+            run=dataclasses.replace(first.run, **run),
+            model=dataclasses.replace(first.model, **changes),
+            loss=first.loss,
+            data=dataclasses.replace(first.data, batch_size=batch),
+            optimizer=dataclasses.replace(first.optimizer, base_learning_rate=peak / batch, pretrained_scale=scale),
+        )
+    return result
+
+
+def report(first: Config, configs: dict[str, Config], out: Path) -> None:
+    """Evaluates every decoder on the same held-out crops and masks; prints and writes the table, draws the pictures."""
+    examples = held_out(first.data, first.run.eval_pictures, first.run.seed)
+    rows, columns = {}, {"original": list(examples["image"][:GRID_ROWS])}
+    columns["masked"] = [np.where(m > 0, np.uint8(127), x) for x, m in zip(*examples.values(), strict=True)][:GRID_ROWS]
+    for name, config in {VANILLA: first, **configs}.items():
+        rows[name], decoded = _measure(load_model(config.run.directory), examples)
+        columns[name] = list(decoded[:GRID_ROWS])
+    header = ["", *(title for title, _ in COLUMNS.values()), "parameters of the decoder, M", "decode, images/s"]
+    cells = [
+        [name, *(f"{row[c] * scale:.4g}" for c, (_, scale) in COLUMNS.items()),
+         f"{row['parameters'] / 1e6:.2f}", f"{row['images_per_second']:.3g}"]
+        for name, row in rows.items()
+    ]  # fmt: skip
+    size, count = first.data.image_size, len(examples["image"])
+    print(f"\n{count} crops of {size} x {size} px from the held-out photographs")
+    print(markdown(header, cells))
+    write_bytes(out / "table.json", json.dumps({"pictures": count, "rows": rows}, indent=2).encode() + b"\n")
+    images.write(out / "pictures.png", images.grid(list(columns.items())))
+    print(f"\ntable     {out / 'table.json'}\npictures  {out / 'pictures.png'}")
+
+
+def _measure(model: Autoencoder, examples: Example) -> tuple[dict[str, float], np.ndarray]:
+    """Means of the metrics, the decoder's size and speed; and the decoded pictures, uint8."""
+    image, mask = images.to_float(examples["image"]), examples["mask"].astype(np.float32)
+    latent = inference.encode(model, image)
+    condition = (image, mask) if model.config.condition else (None, None)
+    decoded = images.to_uint8(inference.decode(model, latent, *condition))
+    measured = [all_metrics(*arrays) for arrays in zip(decoded, *examples.values(), strict=True)]
+    values = {name: float(np.mean([m[name] for m in measured])) for name in COLUMNS}
+    values["parameters"] = sum(math.prod(x.shape) for n, x in split(model)[1].items() if n.startswith("decoder."))
+    return values | {"images_per_second": _speed(model, latent, condition)}, decoded
+
+
+def _speed(model: Autoencoder, latent: jax.Array, condition: tuple) -> float:
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        jax.block_until_ready(inference.decode(model, latent, *condition))
+        seconds.append(time.perf_counter() - begin)
+    return len(latent) / float(np.median(seconds))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
