@@ -154,7 +154,14 @@ def test_command_line(tmp_path, models):
     (tmp_path / "pairs").mkdir()
     _write_pairs(tmp_path / "pairs")
     command = [sys.executable, ROOT / "eval.py", f"--config={ROOT / 'configs/demo.py'}"]
-    options = {"checkpoint": "model", "plain": "plain", "pairs": "pairs", "json": "t.json", "picture": "grid.png"}
+    options = {
+        "checkpoint": "model",
+        "plain": "plain",
+        "pairs": "pairs",
+        "json": "t.json",
+        "picture": "grid.png",
+        "seam": "seam.png",
+    }
     arguments = [f"--{name}={tmp_path / value}" for name, value in options.items()]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -162,7 +169,11 @@ def test_command_line(tmp_path, models):
     numbers = json.loads((tmp_path / "t.json").read_text())
     assert numbers["rows"]["paste"]["preservation_error"] == 0
     assert numbers["rows"]["paste"]["psnr_preserved"] is None
+    assert numbers["seam"]["shifted latent"]["paste"]["psnr_preserved"] is None
+    assert len(numbers["drift"]["ours"]) == 10
+    assert "the seam, own latent" in done.stdout
     assert images.read(tmp_path / "grid.png").shape[1] == 6 * 3 * 51 + 5 * 4
+    assert (tmp_path / "seam.png").is_file()
     for bad, message in (
         (["--checkpoint=none"], "no checkpoint at none"),
         (["--checkpoint=x", "--json=t.txt"], "t.txt"),

@@ -1,0 +1,99 @@
+"""The tone step along a mask's contour: what pasting leaves, and what the preserved pixels alone cannot show.
+
+A grid of cells cuts the contour into pieces, and every pixel near it belongs to the piece that is nearest. A piece's
+step is the colour difference (CIEDE2000) between the mean colours of two thin rings, one on either side; its excess is
+that step less the one that the original has in the same place, so that an edge which belongs to the picture counts for
+nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from skimage.color import deltaE_ciede2000, rgb2lab
+
+# The rings are the pixels within so many px of the contour; the cells' side, px.
+RING = 4
+CELL = 16
+# Rings with fewer pixels in a cell tell nothing.
+LEAST = 8
+# A piece is smooth where the original's lightness (0 to 100) varies less than this in its rings.
+SMOOTH = 5.0
+
+
+class Steps(NamedTuple):
+    """The pieces of one or more contours: excess steps, (n,) in CIEDE2000 units, and whether each piece is smooth."""
+
+    excess: np.ndarray
+    smooth: np.ndarray
+
+    def summary(self) -> dict[str, float]:
+        """Mean and 95th percentile of all pieces, and the means of the smooth and of the textured; NaN without any."""
+
+        def mean(values: np.ndarray) -> float:
+            return float(values.mean()) if values.size else float("nan")
+
+        return {
+            "seam": mean(self.excess),
+            "seam_p95": float(np.percentile(self.excess, 95)) if self.excess.size else float("nan"),
+            "seam_smooth": mean(self.excess[self.smooth]),
+            "seam_textured": mean(self.excess[~self.smooth]),
+        }
+
+
+def boundary_steps(image: np.ndarray, original: np.ndarray, mask: np.ndarray) -> Steps:
+    """The excess step of every piece of the mask's contour.
+
+    Args:
+        image: (h, w, 3) uint8.
+        original: (h, w, 3) uint8.
+        mask: (h, w, 1), 1 = generate, 0 = preserve; its contour is where it crosses 0.5.
+    """
+    inside = mask[..., 0] > 0.5
+    rings = [_ring(inside, side) for side in (True, False)]
+    cell = _cells(inside)
+    cells = int(cell.max()) + 1
+    enough = np.all([np.bincount(cell[ring], minlength=cells) >= LEAST for ring in rings], axis=0)
+
+    def means(values: np.ndarray, ring: np.ndarray) -> np.ndarray:
+        """Means over each cell's pixels of `ring`: (h, w, c) -> (n, c)."""
+        sums = np.stack([np.bincount(cell[ring], v, cells) for v in np.moveaxis(values, -1, 0)[:, ring]], -1)
+        return sums[enough] / np.bincount(cell[ring], minlength=cells)[enough, None]
+
+    def steps(lab: np.ndarray) -> np.ndarray:
+        return deltaE_ciede2000(*(means(lab, ring) for ring in rings))
+
+    lab, truth = rgb2lab(image), rgb2lab(original)
+    lightness, both = truth[..., :1], rings[0] | rings[1]
+    variance = means(lightness**2, both) - means(lightness, both) ** 2
+    return Steps(steps(lab) - steps(truth), variance[:, 0] < SMOOTH**2)
+
+
+def _cells(inside: np.ndarray) -> np.ndarray:
+    """For each pixel, the number of the grid's cell in which the nearest of the contour lies: (h, w)."""
+    rows, columns = (np.arange(side) // CELL for side in inside.shape)
+    cell = rows[:, None] * (columns[-1] + 1) + columns
+    contour = inside & (cv2.dilate((~inside).astype(np.uint8), np.ones((3, 3), np.uint8)) > 0)
+    if not contour.any():
+        return cell
+    _, label = cv2.distanceTransformWithLabels(
+        (~contour).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL
+    )
+    of_label = np.zeros(label.max() + 1, cell.dtype)
+    of_label[label[contour]] = cell[contour]
+    return of_label[label]
+
+
+def _ring(inside: np.ndarray, side: bool) -> np.ndarray:
+    """The pixels within RING px of the contour that are inside it, or outside: (h, w) bool."""
+    region = inside == side
+    if region.all():
+        return np.zeros_like(region)
+    return region & (cv2.distanceTransform(region.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE) <= RING)
+
+
+def join(steps: list[Steps]) -> Steps:
+    """The pieces of several pictures."""
+    return Steps(*(np.concatenate(values) for values in zip(*steps, strict=True)))
