@@ -7,14 +7,28 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 from asymvq_jax import images
 from asymvq_jax.checkpoints import load_model
 from asymvq_jax.compilation import keep_compiled_programs
 from asymvq_jax.config import Config, UserError, flatten, load_config
 from asymvq_jax.data.pipeline import held_out
-from asymvq_jax.evaluation import Pair, evaluate, list_pairs, read_pairs, table
+from asymvq_jax.evaluation import (
+    Pair,
+    evaluate,
+    evaluate_text,
+    list_pairs,
+    paper_table,
+    read_pairs,
+    table,
+    text_table,
+)
 from asymvq_jax.losses.lpips import load_lpips
+from asymvq_jax.metrics.distribution import check_reference, read_reference
+from asymvq_jax.metrics.inception import load_inception
+from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.parameters import Params
 from asymvq_jax.outputs import check_writable, write_bytes
 from asymvq_jax.seam import drift_table, measure_drift, measure_seam, plot, seam_table
 
@@ -26,6 +40,9 @@ def main() -> int:
     parser.add_argument("--checkpoint", required=True, help="a run, one of its steps, or what asymvq_jax.convert wrote")
     parser.add_argument("--plain", help="checkpoint of the plain autoencoder; default: the config's run.init_from")
     parser.add_argument("--pairs", help="a folder of name.png and name_mask.png; default: the config's held-out source")
+    parser.add_argument("--inception", help="weights of FID's network (pytorch-fid's, torch-fidelity's): adds FID")
+    parser.add_argument("--latents", help="text-to-image instead: a folder of .npy latents to decode without condition")
+    parser.add_argument("--reference", help="for --latents: a folder of real pictures, or a .npz of their statistics")
     parser.add_argument("--json", help="write the numbers to this file")
     parser.add_argument("--picture", help="write a picture grid to this file")
     parser.add_argument(
@@ -49,25 +66,54 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
     for path, suffixes in ((options.picture, images.FORMATS), (options.json, (".json",)), (options.seam, (".png",))):
         if path:
             check_writable(path, suffixes)
-    pairs, count = _pairs(options.pairs, config)
+    if options.latents:
+        if not (options.inception and options.reference):
+            raise UserError("--latents takes --inception WEIGHTS and --reference PICTURES too")
+        check_reference(options.reference)
+    else:
+        pairs, count = _pairs(options.pairs, config)
+    inception = load_inception(options.inception) if options.inception else None
     model = load_model(options.checkpoint, dtype=config.model.dtype)
     plain = options.plain or config.run.init_from
     plain_model = load_model(plain, dtype=config.model.dtype) if plain else None
-    results = evaluate(model, plain_model, pairs(), count, load_lpips("vgg16", config.loss.perceptual_weights))
+    if options.latents:
+        reference, _ = read_reference(options.reference, inception)
+        scores = evaluate_text(model, plain_model, options.latents, reference, inception)
+        print(f"\n{text_table(scores)}")
+        numbers = {row: {"fid": fid, "inception_score": score} for row, (fid, score) in scores.items()}
+    else:
+        numbers = _inpainting(options, config, (model, plain_model), (pairs, count), inception)
+    if options.json:
+        numbers["config"] = flatten(config)
+        write_bytes(options.json, json.dumps(_finite(numbers), indent=2).encode() + b"\n")
+
+
+def _inpainting(
+    options: argparse.Namespace,
+    config: Config,
+    models: tuple[Autoencoder, Autoencoder | None],
+    pairs: tuple[Callable[[], Iterator[Pair]], int],
+    inception: Params | None,
+) -> dict[str, Any]:
+    """Measures pairs and prints their tables; returns the numbers."""
+    (model, plain), (read, count) = models, pairs
+    lpips = load_lpips("vgg16", config.loss.perceptual_weights)
+    results = evaluate(model, plain, read(), count, lpips, inception)
     print(f"\n{results.pictures} pictures from {options.pairs or f'the held-out half of {config.data.source!r}'}")
     print(table(results))
-    numbers = {"pictures": results.pictures, "rows": results.rows, "counts": results.counts, "config": flatten(config)}
+    numbers = {"pictures": results.pictures, "rows": results.rows, "counts": results.counts}
+    if inception is not None:
+        print(f"\n{paper_table(results)}")
     if options.seam:
-        numbers["seam"] = measure_seam(model, plain_model or model, pairs(), count)
-        numbers["drift"] = measure_drift(model, plain_model or model, pairs(), count)
+        numbers["seam"] = measure_seam(model, plain or model, read(), count)
+        numbers["drift"] = measure_drift(model, plain or model, read(), count)
         for latent, rows in numbers["seam"].items():
             print(f"\nthe seam, {latent}\n{seam_table(rows)}")
         print(f"\ndrift over passes of encode and decode\n{drift_table(numbers['drift'])}")
         plot(options.seam, numbers["seam"])
-    if options.json:
-        write_bytes(options.json, json.dumps(_finite(numbers), indent=2).encode() + b"\n")
     if options.picture:
         images.write(options.picture, results.grid())
+    return numbers
 
 
 def _pairs(folder: str | None, config: Config) -> tuple[Callable[[], Iterator[Pair]], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,15 +15,17 @@ from flax import nnx
 from tqdm import tqdm
 
 from asymvq_jax import images, inference
-from asymvq_jax.config import UserError
+from asymvq_jax.config import ModelConfig, UserError
 from asymvq_jax.data.sources import SUFFIXES
 from asymvq_jax.losses.lpips import LPIPS
+from asymvq_jax.metrics.distribution import Extractor, Statistics, frechet_distance, inception_score, statistics
 from asymvq_jax.metrics.image import all_metrics
 from asymvq_jax.models.autoencoder import Autoencoder
-from asymvq_jax.models.parameters import split
+from asymvq_jax.models.parameters import Params, split
 
 log = logging.getLogger(__name__)
 
+ORIGINAL = "original"
 PLAIN = "plain"
 PLAIN_OURS = "plain (ours, no condition)"
 GRID_ROWS = 8
@@ -34,11 +37,12 @@ class EvaluationError(UserError):
 
 @dataclass(frozen=True)
 class Pair:
-    """One picture, (h, w, 3) uint8, and its mask, (h, w, 1) float32."""
+    """One picture, (h, w, 3) uint8, its mask, (h, w, 1) float32, and its edited latent (None: the picture's own)."""
 
     name: str
     image: np.ndarray
     mask: np.ndarray
+    latent: np.ndarray | None = None
 
 
 @dataclass
@@ -64,7 +68,8 @@ def list_pairs(folder: str) -> list[tuple[epath.Path, epath.Path]]:
     """The files `name.png` and `name_mask.png` (any picture format) of a folder.
 
     Raises:
-        EvaluationError: the folder is missing or empty, or a picture or mask lacks its other half.
+        EvaluationError: the folder is missing or empty, or a picture or mask lacks its other half, or some pictures
+            have an edited latent (`name.npy`) and others none.
     """
     root = epath.Path(folder)
     if not root.is_dir():
@@ -81,6 +86,11 @@ def list_pairs(folder: str) -> list[tuple[epath.Path, epath.Path]]:
         raise EvaluationError(f"--pairs {folder}: missing {', '.join(missing)}")
     if not names:
         raise EvaluationError(f"--pairs {folder} holds no pictures; expected name.png beside name_mask.png")
+    without = [n for n in names if not (root / f"{n}.npy").is_file()]
+    if 0 < len(without) < len(names):
+        raise EvaluationError(
+            f"--pairs {folder}: {without[0]}.npy is missing; expected a latent of every picture or none"
+        )
     return [(files[n], files[f"{n}_mask"]) for n in names]
 
 
@@ -95,7 +105,20 @@ def read_pairs(paths: Sequence[tuple[epath.Path, epath.Path]]) -> Iterator[Pair]
         if image.shape[:2] != mask.shape[:2]:
             sizes = [f"{p.name} is {x.shape[1]} x {x.shape[0]} px" for p, x in ((path, image), (mask_path, mask))]
             raise EvaluationError(f"{' and '.join(sizes)}; they must be of one size")
-        yield Pair(path.name, image, mask)
+        latent = path.parent / f"{path.stem}.npy"
+        yield Pair(path.name, image, mask, read_array(latent) if latent.is_file() else None)
+
+
+def read_array(path: epath.Path) -> np.ndarray:
+    """Reads a .npy file.
+
+    Raises:
+        EvaluationError: it is no such file.
+    """
+    try:
+        return np.load(io.BytesIO(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{path} is no readable .npy file: {error}") from None
 
 
 def check_same_encoder(model: Autoencoder, plain: Autoencoder) -> None:
@@ -114,8 +137,15 @@ def check_same_encoder(model: Autoencoder, plain: Autoencoder) -> None:
         )
 
 
-def evaluate(model: Autoencoder, plain: Autoencoder | None, pairs: Iterator[Pair], count: int, lpips: LPIPS) -> Results:
-    """Measures every row on every pair, with the latent of the original itself (the posterior's mode).
+def evaluate(
+    model: Autoencoder,
+    plain: Autoencoder | None,
+    pairs: Iterator[Pair],
+    count: int,
+    lpips: LPIPS,
+    inception: Params | None = None,
+) -> Results:
+    """Measures every row on every pair, with its edited latent or, without one, the original's own (its mode).
 
     Args:
         model: the autoencoder with a condition branch.
@@ -124,6 +154,7 @@ def evaluate(model: Autoencoder, plain: Autoencoder | None, pairs: Iterator[Pair
         pairs: pictures and masks.
         count: how many there are, for the progress bar.
         lpips: the perceptual metric, on whole pictures.
+        inception: the network of FID, which is then measured too: of each row's pictures against the originals.
 
     Raises:
         InputError, EvaluationError: the models do not fit the task.
@@ -133,6 +164,7 @@ def evaluate(model: Autoencoder, plain: Autoencoder | None, pairs: Iterator[Pair
         check_same_encoder(model, plain)
     values: dict[str, dict[str, list[float]]] = {}
     shown: dict[str, list[np.ndarray]] = {}
+    extractors: dict[str, Extractor] = {}
     done = 0
     for pair in tqdm(pairs, total=count, unit="picture", desc="evaluating"):
         rows = _rows(model, plain, pair)
@@ -141,16 +173,29 @@ def evaluate(model: Autoencoder, plain: Autoencoder | None, pairs: Iterator[Pair
             measured["lpips"] = _lpips(lpips, image, pair.image)
             for name, value in measured.items():
                 values.setdefault(row, {}).setdefault(name, []).append(value)
+        if inception is not None:
+            for row, image in {**rows, ORIGINAL: pair.image}.items():
+                extractors.setdefault(row, Extractor(inception)).add(image)
         if done < GRID_ROWS:
             for title, picture in _shown(rows, pair).items():
                 shown.setdefault(title, []).append(picture)
         done += 1
+    means = {r: {n: _mean(n, v) for n, v in metrics.items()} for r, metrics in values.items()}
+    for row, distance in _distances(extractors).items():
+        means[row]["fid"] = distance
     return Results(
         pictures=done,
-        rows={r: {n: _mean(n, v) for n, v in metrics.items()} for r, metrics in values.items()},
+        rows=means,
         counts={r: {n: int(np.sum(~np.isnan(v))) for n, v in metrics.items()} for r, metrics in values.items()},
         columns=list(shown.items()),
     )
+
+
+def _distances(extractors: dict[str, Extractor]) -> dict[str, float]:
+    """FID of every row against the originals."""
+    known = {row: statistics(extractor.features().pool) for row, extractor in extractors.items()}
+    original = known.pop(ORIGINAL, None)
+    return {row: frechet_distance(stats, original) for row, stats in known.items()}
 
 
 def _mean(name: str, values: list[float]) -> float:
@@ -163,9 +208,11 @@ def _mean(name: str, values: list[float]) -> float:
 
 
 def _rows(model: Autoencoder, plain: Autoencoder | None, pair: Pair) -> dict[str, np.ndarray]:
-    pixels, mask = images.to_float(pair.image)[None], pair.mask[None]
-    latent = inference.encode(model, pixels)
-    size = pair.image.shape[:2]
+    pixels, mask, size = images.to_float(pair.image)[None], pair.mask[None], pair.image.shape[:2]
+    if pair.latent is None:
+        latent = inference.encode(model, pixels)
+    else:
+        latent = inference.read_latent(pair.latent, model.config, size)
     plain_image = images.to_uint8(inference.decode(plain or model, latent, size=size)[0])
     ours = images.to_uint8(inference.decode(model, latent, pixels, mask)[0])
     return {
@@ -180,7 +227,7 @@ def _rows(model: Autoencoder, plain: Autoencoder | None, pair: Pair) -> dict[str
 def _shown(rows: dict[str, np.ndarray], pair: Pair) -> dict[str, np.ndarray]:
     plain, ours = next(iter(rows.values())), rows["ours"]
     return {
-        "original": pair.image,
+        ORIGINAL: pair.image,
         "masked": np.where(pair.mask > 0.5, np.uint8(127), pair.image),
         next(iter(rows)): plain,
         "ours": ours,
@@ -236,16 +283,84 @@ COLUMNS = {
     "ssim_masked": ("SSIM masked", 1.0),
     "lpips": ("LPIPS", 1.0),
     "boundary_error": ("boundary error x 1e-3", 1e3),
+    "fid": ("FID", 1.0),
 }
+# The paper's tables: ImageNet inpainting (FID, LPIPS, preservation error) and MS-COCO text-to-image (FID, Inception
+# Score), both with Stable Diffusion 1.5.
+PUBLISHED_INPAINTING = {
+    "vanilla": (9.57, 0.255, 1082.8e-5),
+    "base": (7.60, 0.137, 5.7e-5),
+    "x1.5": (7.55, 0.136, 2.6e-5),
+    "x2": (7.49, 0.134, 2.1e-5),
+}
+PUBLISHED_TEXT = {"vanilla": (19.88, 37.55), "x2 without condition": (19.68, 37.73)}
 
 
 def table(results: Results) -> str:
     """The results as aligned Markdown."""
+    columns = {name: column for name, column in COLUMNS.items() if name in results.rows["ours"]}
     rows = [
-        [row, *(f"{metrics[name] * scale:.4g}" for name, (_, scale) in COLUMNS.items())]
+        [row, *(f"{metrics[name] * scale:.4g}" for name, (_, scale) in columns.items())]
         for row, metrics in results.rows.items()
     ]
-    return markdown(["", *(title for title, _ in COLUMNS.values())], rows)
+    return markdown(["", *(title for title, _ in columns.values())], rows)
+
+
+def paper_table(results: Results) -> str:
+    """The paper's inpainting table as Markdown: its published rows, and the plain and our decoder beside them."""
+    first = next(iter(results.rows))
+    measured = {f"{row} (measured)": results.rows[row] for row in (first, "ours")}
+    rows = {f"{name} (published)": values for name, values in PUBLISHED_INPAINTING.items()}
+    rows |= {name: (m["fid"], m["lpips"], m["preservation_error"]) for name, m in measured.items()}
+    cells = [[name, f"{fid:.2f}", f"{lpips:.3f}", f"{1e5 * error:.1f}"] for name, (fid, lpips, error) in rows.items()]
+    return markdown(["", "FID", "LPIPS", "preservation error x 1e-5"], cells)
+
+
+def evaluate_text(
+    model: Autoencoder, plain: Autoencoder | None, folder: str, reference: Statistics, inception: Params
+) -> dict[str, tuple[float, float]]:
+    """FID against `reference` and Inception Score of what the decoders make of latents alone (text-to-image).
+
+    Args:
+        model: our autoencoder, whose decoder runs without picture and mask.
+        plain: the one whose decoder came with the encoder; None leaves the row out.
+        folder: latents as a diffusion model gives them, (c, h, w) or (h, w, c) times the scaling factor, as .npy files.
+        reference: of the real pictures.
+        inception: the network of the scores.
+
+    Raises:
+        EvaluationError: the folder is missing or holds no latents.
+    """
+    root = epath.Path(folder)
+    paths = sorted(p for p in root.iterdir() if p.suffix == ".npy") if root.is_dir() else []
+    if not paths:
+        raise EvaluationError(f"--latents {folder}: expected a directory of .npy files")
+    models = {PLAIN: plain, "ours": model} if plain is not None else {"ours": model}
+    extractors = {row: Extractor(inception) for row in models}
+    for path in tqdm(paths, unit="picture", desc="decoding"):
+        array = read_array(path)
+        for row, decoder in models.items():
+            latent = inference.read_latent(array, decoder.config, _latent_size(array, decoder.config))
+            extractors[row].add(images.to_uint8(inference.decode(decoder, latent)[0]))
+    features = {row: extractor.features() for row, extractor in extractors.items()}
+    return {
+        row: (frechet_distance(statistics(f.pool), reference), inception_score(f.logits)[0])
+        for row, f in features.items()
+    }
+
+
+def _latent_size(array: np.ndarray, config: ModelConfig) -> tuple[int, int]:
+    """Height and width of the picture that a latent of either layout stands for; any other shape is refused later."""
+    shape = array.shape[-3:]
+    sides = shape[1:] if shape[0] == config.latent_channels else shape[:2]
+    return sides[0] * config.downsampling, sides[-1] * config.downsampling
+
+
+def text_table(rows: dict[str, tuple[float, float]]) -> str:
+    """The paper's text-to-image table as Markdown: its published rows, and what `evaluate_text` measured."""
+    together = {f"{name} (published)": v for name, v in PUBLISHED_TEXT.items()}
+    together |= {f"{name} (measured)": v for name, v in rows.items()}
+    return markdown(["", "FID", "Inception Score"], [[n, f"{f:.2f}", f"{i:.2f}"] for n, (f, i) in together.items()])
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

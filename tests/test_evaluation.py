@@ -16,8 +16,20 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from asymvq_jax import images
 from asymvq_jax.checkpoints import save_model
 from asymvq_jax.config import ModelConfig
-from asymvq_jax.evaluation import EvaluationError, Pair, evaluate, list_pairs, poisson_blend, read_pairs, table
+from asymvq_jax.evaluation import (
+    EvaluationError,
+    Pair,
+    evaluate,
+    evaluate_text,
+    list_pairs,
+    paper_table,
+    poisson_blend,
+    read_pairs,
+    table,
+    text_table,
+)
 from asymvq_jax.losses.lpips import load_lpips
+from asymvq_jax.metrics.distribution import statistics
 from asymvq_jax.metrics.image import all_metrics, boundary_band, boundary_error
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.parameters import merge, split
@@ -182,3 +194,55 @@ def test_command_line(tmp_path, models):
         assert done.returncode == 2
         assert f"error: {message}" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_edited_latents_beside_the_pairs_are_decoded(models, tmp_path):
+    _write_pairs(tmp_path)
+    latent = np.random.default_rng(0).normal(size=(4, 10, 13)).astype(np.float32)
+    np.save(tmp_path / "p0.npy", latent)
+    with pytest.raises(
+        EvaluationError, match=re.escape("p1.npy is missing; expected a latent of every picture or none")
+    ):
+        list_pairs(str(tmp_path))
+    np.save(tmp_path / "p1.npy", latent[:, :, :12])
+    own, edited = ([p if keep else dataclasses.replace(p, latent=None) for p in read_pairs(list_pairs(str(tmp_path)))]
+                   for keep in (False, True))  # fmt: skip
+    rows = [evaluate(*models, iter(p), 2, load_lpips("alexnet")).rows for p in (own, edited)]
+    assert rows[0]["plain"]["psnr_masked"] != rows[1]["plain"]["psnr_masked"]
+    (tmp_path / "p0.npy").write_bytes(b"none")
+    with pytest.raises(EvaluationError, match=r"p0\.npy is no readable \.npy file"):
+        list(read_pairs(list_pairs(str(tmp_path))))
+
+
+@pytest.fixture
+def inception(monkeypatch):
+    """In the place of Inception: means of 2 x 2 parts of the picture, as features and as logits."""
+
+    def network(params, images):
+        x = images.reshape(-1, 299, 299, 3)[:, :298, :298].reshape(-1, 2, 149, 2, 149, 3).mean((2, 4)).reshape(-1, 12)
+        return x, x / 50
+
+    monkeypatch.setattr("asymvq_jax.metrics.distribution.inception", network)
+    return {}
+
+
+def test_fid_of_every_row_and_the_paper_s_table(models, inception):
+    results = evaluate(*models, iter(_pairs(4)), 4, load_lpips("alexnet"), inception)
+    assert results.rows["plain"]["fid"] > results.rows["paste"]["fid"] > 0
+    assert "FID" in table(results)
+    text = paper_table(results)
+    assert "| x2 (published)      | 7.49 | 0.134 |                       2.1 |" in text.replace("  7.49", " 7.49")
+    assert "ours (measured)" in text
+
+
+def test_text_to_image_latents(models, inception, tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        np.save(tmp_path / f"{i}.npy", 0.18 * rng.normal(size=(4, 6, 7) if i % 2 else (6, 7, 4)).astype(np.float32))
+    reference = statistics(rng.normal(128, 20, (20, 12)))
+    scores = evaluate_text(*models, str(tmp_path), reference, inception)
+    assert list(scores) == ["plain", "ours"]
+    assert all(fid > 0 and score >= 1 for fid, score in scores.values())
+    assert "x2 without condition (published)" in text_table(scores)
+    with pytest.raises(EvaluationError, match=r"expected a directory of \.npy files"):
+        evaluate_text(*models, str(tmp_path / "none"), reference, inception)
