@@ -74,6 +74,12 @@ def test_a_condition_branch_grows_too():
     assert relative_error(merge(graphdef, params).decode(z, image, mask), narrow.decode(z, image, mask)) <= 1e-4
 
 
+def test_attention_in_levels_grows_too():
+    narrow = dataclasses.replace(NARROW, decoder_blocks=1, attention_levels=(3,))
+    narrow, graphdef, params = _grown(narrow, dataclasses.replace(X2, decoder_blocks=2, attention_levels=(3,)))
+    assert relative_error(merge(graphdef, params).decode(_latent()), narrow.decode(_latent())) <= 1e-4
+
+
 def test_x1_5_is_near():
     narrow, graphdef, params = _grown(NARROW, X1_5)
     z = _latent()

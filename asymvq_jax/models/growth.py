@@ -4,8 +4,8 @@ Every channel of the wide decoder is a copy of one of the narrow one, in the sam
 channel divides its weight among the copies, so that sums stay what they were; the shares differ by noise that cancels,
 so that copies get different gradients and part. With the same number of copies of every channel (x2) the groups'
 statistics stay too, and the function is the same to rounding; else (x1.5) channels with more copies weigh more in them.
-Added residual blocks end in a zero convolution and are the identity at first. Biases, scales and the condition branch,
-if the narrow decoder has one, follow the same rule.
+Added residual blocks, and attentions after them, end in a zero convolution and are the identity at first. Biases,
+scales and the condition branch, if the narrow decoder has one, follow the same rule.
 """
 
 from __future__ import annotations
@@ -42,15 +42,17 @@ def grow_decoder(narrow: ModelConfig, params: Params, wide: ModelConfig, seed: i
     for name, shape in ((n, x.shape) for n, x in structure(wide)[1].items() if n.startswith("decoder.")):
         if name in params:
             grown[name] = _widen(np.asarray(params[name]), shape, narrow.norm_groups, rng)
-        elif ".conv2." in name:
+            if ".query." in name:
+                grown[name] *= _query_scale(params[name].shape[-1], shape[-1], narrow.norm_groups)
+        elif ".conv2." in name or ".out." in name:
             grown[name] = np.zeros(shape, np.float32)
-    # Dot products of copied queries and keys are longer by the growth of the width; half of it is the scale's.
-    growth = wide.decoder_channels[-1] / narrow.decoder_channels[-1]
-    counts = _copies(narrow.decoder_channels[-1], wide.decoder_channels[-1], narrow.norm_groups)[1]
-    for leaf in ("kernel", "bias"):
-        name = f"decoder.mid.attention.query.{leaf}"
-        grown[name] = (grown[name] * growth**0.5 / counts).astype(np.float32)
     return grown
+
+
+def _query_scale(narrow: int, wide: int, groups: int) -> np.ndarray:
+    """What keeps attention scores: a product of queries and keys counts each channel as often as it was copied, and is
+    divided by the root of the width."""
+    return ((wide / narrow) ** 0.5 / _copies(narrow, wide, groups)[1]).astype(np.float32)
 
 
 def _check(narrow: ModelConfig, wide: ModelConfig) -> None:
@@ -63,12 +65,13 @@ def _check(narrow: ModelConfig, wide: ModelConfig) -> None:
         or any(w < n for n, w in zip(narrow.decoder_channels, wide.decoder_channels, strict=True))
         or wide.decoder_blocks < narrow.decoder_blocks
         or changes(narrow) != changes(wide)
+        or (narrow.attention_levels, narrow.mid_attention) != (wide.attention_levels, wide.mid_attention)
     ):
         raise ConfigError(
             f"a decoder with model.decoder_channels={narrow.decoder_channels}, decoder_blocks={narrow.decoder_blocks}, "
             f"norm_groups={narrow.norm_groups} does not grow into one with {wide.decoder_channels}, "
             f"{wide.decoder_blocks}, {wide.norm_groups}: expected as many channels or more in every level, equal ones "
-            "where they were equal, as many blocks or more, and the same groups"
+            "where they were equal, as many blocks or more, the same groups, and attention in the same places"
         )
 
 
