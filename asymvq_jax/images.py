@@ -55,13 +55,17 @@ def read(path: str | epath.Path, background: str = "white") -> np.ndarray:
     return decode(file.read_bytes(), str(path), background)
 
 
-def read_mask(path: str | epath.Path) -> np.ndarray:
-    """Reads a mask file (white = generate, black or transparent = preserve) as (h, w, 1) uint8, 0 or 1; threshold 0.5.
+def read_mask(path: str | epath.Path, *, soft: bool = False) -> np.ndarray:
+    """Reads a mask file, white = generate, black or transparent = preserve.
+
+    Returns:
+        (h, w, 1) uint8, 0 or 1, threshold 0.5; or if `soft` float32 in [0, 1], the file's greys as they are.
 
     Raises:
         ImageError: the file is missing or no picture.
     """
-    return (read(path, background="black").mean(-1, keepdims=True) >= 127.5).astype(np.uint8)
+    grey = read(path, background="black").mean(-1, keepdims=True)
+    return (grey / 255).astype(np.float32) if soft else (grey >= 127.5).astype(np.uint8)
 
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}

@@ -25,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m asymvq_jax.inpaint", description=__doc__)
     parser.add_argument("--image", required=True, help="the original picture (PNG, JPEG, WebP, ...)")
     parser.add_argument("--mask", required=True, help="a picture of the same size: white = generate, black = preserve")
+    parser.add_argument(
+        "--soft-mask", action="store_true", help="greys of the mask blend; without it the threshold is 0.5"
+    )
     parser.add_argument("--checkpoint", required=True, help="a run, one of its steps, or what asymvq_jax.convert wrote")
     parser.add_argument("--out", required=True, help="the result: .png, .jpg or .webp")
     parser.add_argument("--latent", help="an edited latent (.npy) from a diffusion model; default: the picture's own")
@@ -52,7 +55,7 @@ def _run(options: argparse.Namespace) -> None:
     check_writable(options.out, images.FORMATS)
     if options.keep == "exact" and options.out.lower().endswith((".jpg", ".jpeg")):
         raise InputError(f"--out {options.out}: JPEG changes every pixel; --keep exact needs .png or .webp")
-    image, mask = images.read(options.image), images.read_mask(options.mask)
+    image, mask = images.read(options.image), images.read_mask(options.mask, soft=options.soft_mask)
     check_mask(mask, image)
     latent = None if options.latent is None else _read_npy(options.latent)
     model = load_model(options.checkpoint, **({"dtype": options.dtype} if options.dtype else {}))

@@ -1,6 +1,5 @@
-"""Sources, masks and the pipeline: determinism, sharding by process, resuming, corrupt files, messages."""
+"""Sources and the pipeline: determinism, sharding by process, resuming, corrupt files, messages."""
 
-import dataclasses
 import io
 import re
 from collections import Counter
@@ -9,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from asymvq_jax.config import DataConfig, MaskConfig
-from asymvq_jax.data.masks import random_mask
+from asymvq_jax.config import DataConfig
 from asymvq_jax.data.pipeline import ATTEMPTS, CorruptFiles, held_out, training_batches
 from asymvq_jax.data.sources import DataError, open_source
 
@@ -158,26 +156,6 @@ def test_unusable_folders_are_named(tmp_path, make, message):
     path = make(tmp_path)
     with pytest.raises(DataError, match=re.escape(f"data.path={str(path)!r} {message}")):
         open_source(_config(str(path)), train=True)
-
-
-def test_masks_follow_their_distribution():
-    config = MaskConfig()
-    rng = np.random.default_rng(0)
-    masks = [random_mask(rng, 64, config) for _ in range(400)]
-    areas = np.array([m.mean() for m in masks])
-    assert all(m.shape == (64, 64, 1) and m.dtype == np.uint8 and set(np.unique(m)) <= {0, 1} for m in masks)
-    assert 0.42 < (areas == 1).mean() < 0.6
-    partial = areas[areas < 1]
-    assert 0.1 < partial.mean() < 0.7
-    assert partial.min() > 0
-    boxes = dataclasses.replace(config, strokes=0.0, full_probability=0.0, box_count=(1, 1))
-    for _ in range(20):
-        ys, xs, _ = np.nonzero(random_mask(rng, 256, boxes))
-        mask_area = (np.ptp(ys) + 1) * (np.ptp(xs) + 1)
-        assert mask_area == len(ys)
-        assert 30 <= np.ptp(ys) + 1 <= 150
-        assert min(ys.min(), xs.min()) >= 10
-        assert max(ys.max(), xs.max()) < 246
 
 
 def _write_array_record(path, pictures: list[bytes]) -> None:

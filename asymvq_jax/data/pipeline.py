@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from functools import partial
 
 import cv2
 import grain
 import numpy as np
 from absl import flags
+from etils import epath
 
-from asymvq_jax.config import DataConfig
-from asymvq_jax.data.masks import random_mask
+from asymvq_jax.config import DataConfig, MaskConfig
+from asymvq_jax.data.masks import find_files, random_mask
 from asymvq_jax.data.sources import DataError, Source, open_source
 from asymvq_jax.images import ImageError
 
@@ -20,6 +22,8 @@ log = logging.getLogger(__name__)
 
 # Files tried for one example before the run gives up.
 ATTEMPTS = 8
+# Masks drawn for one held-out example before the run gives up.
+MASK_ATTEMPTS = 100
 Example = dict[str, np.ndarray]
 
 
@@ -37,7 +41,7 @@ def training_batches(
         b = batch_size / process_count. Its get_state() is a dictionary that JSON can hold.
 
     Raises:
-        DataError: the source is missing, or the processes cannot share the batch evenly.
+        DataError: the source or a directory of masks is missing, or the processes cannot share the batch evenly.
     """
     if config.batch_size % process_count:
         raise DataError(f"data.batch_size={config.batch_size}: expected a multiple of the {process_count} processes")
@@ -47,7 +51,7 @@ def training_batches(
         .seed(seed)
         .shuffle()
         .repeat()
-        .random_map(partial(_example, source, config), seed=seed)
+        .random_map(partial(_example, source, find_files(config.mask), config), seed=seed)
         .batch(config.batch_size // process_count, drop_remainder=True)[process_index::process_count]
     )
     options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4 * config.prefetch)
@@ -62,11 +66,13 @@ def training_batches(
     return iter(batches)
 
 
-def _example(source: Source, config: DataConfig, index: int, rng: np.random.Generator) -> Example:
+def _example(
+    source: Source, mask_files: Sequence[epath.Path], config: DataConfig, index: int, rng: np.random.Generator
+) -> Example:
     image, skipped = _read(source, config.min_side, int(index), rng)
     return {
         "image": _crop(image, config.image_size, rng.uniform(*config.crop), rng),
-        "mask": random_mask(rng, config.image_size, config.mask),
+        "mask": random_mask(rng, config.image_size, config.mask, mask_files),
         "skipped": np.array(skipped + [-1] * (ATTEMPTS - len(skipped)), np.int32),
     }
 
@@ -112,9 +118,9 @@ def held_out(config: DataConfig, count: int, seed: int) -> Example:
         "image" (count, h, w, 3) uint8 and "mask" (count, h, w, 1) uint8; no mask is full or empty.
 
     Raises:
-        DataError: the held-out source is missing, or too much of it is unusable.
+        DataError: the held-out source or a directory of masks is missing, or too much of it is unusable.
     """
-    source = open_source(config, train=False)
+    source, mask_files = open_source(config, train=False), find_files(config.mask)
     masks = dataclasses.replace(config.mask, full_probability=0.0)
     result: dict[str, list[np.ndarray]] = {"image": [], "mask": []}
     for i in range(count):
@@ -129,11 +135,17 @@ def held_out(config: DataConfig, count: int, seed: int) -> Example:
             image = image[top : top + side, left : left + side]
         share = 1.0 if i < len(source) else rng.uniform(*config.crop)
         result["image"].append(_crop(image, config.image_size, share, rng))
-        mask = random_mask(rng, config.image_size, masks)
-        while mask.all() or not mask.any():
-            mask = random_mask(rng, config.image_size, masks)
-        result["mask"].append(mask)
+        result["mask"].append(_partial_mask(rng, config.image_size, masks, mask_files))
     return {name: np.stack(values) for name, values in result.items()}
+
+
+def _partial_mask(rng: np.random.Generator, size: int, config: MaskConfig, files: Sequence[epath.Path]) -> np.ndarray:
+    """A mask that is neither full nor empty."""
+    for _ in range(MASK_ATTEMPTS):
+        mask = random_mask(rng, size, config, files)
+        if mask.any() and not mask.all():
+            return mask
+    raise DataError(f"data.mask gave {MASK_ATTEMPTS} full or empty masks in a row; held-out pictures need others")
 
 
 class CorruptFiles:
