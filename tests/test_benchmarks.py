@@ -1,11 +1,18 @@
-"""The benchmarks' contest, and that both sides of it do the same work. Nothing here is about time."""
+"""The benchmarks' contest, that both sides of it do the same work, and the reproduction. Nothing here is about time."""
+
+import json
 
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from oracles import TINY, relative_error
 
-from benchmarks import contest, decode, large_pictures, peers, subjects
+from asymvq_jax import images
+from asymvq_jax.checkpoints import save_model
+from asymvq_jax.config import Config
+from asymvq_jax.models.autoencoder import Autoencoder
+from benchmarks import contest, decode, large_pictures, peers, reproduction, subjects
 
 
 def _count(step: float) -> contest.Run:
@@ -85,3 +92,39 @@ def test_the_peers_training_step(weights):
     )
     assert all(torch.equal(decoders[0][name], decoders[1][name]) for name in decoders[0])
     assert any(not torch.equal(discriminators[0][name], discriminators[1][name]) for name in discriminators[0])
+
+
+def test_reproduction_prints_a_row_for_every_decoder(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        images.write(tmp_path / "photos" / f"{i}.png", rng.integers(0, 256, (300, 280 + i, 3), dtype=np.uint8))
+    small = {"decoder_channels": (4, 4, 4, 4), "decoder_blocks": 1}
+    monkeypatch.setattr(reproduction, "DECODERS", {"base": ({**small, "condition": True}, True)})
+    trained = []
+
+    def train(config: Config) -> int:
+        trained.append(config)
+        save_model(config.run.directory, Autoencoder(config.model, rngs=nnx.Rngs(0)))
+        return 0
+
+    monkeypatch.setattr(reproduction, "train", train)
+    sizes = [f"--model.{half}_channels=4,4,4,4" for half in ("encoder", "decoder")]
+    arguments = [f"--photos={tmp_path / 'photos'}", f"--out={tmp_path / 'out'}", *sizes, "--model.encoder_blocks=1"]
+    assert (
+        reproduction.main([*arguments, "--model.decoder_blocks=1", "--run.eval_pictures=2", "--data.image_size=16"])
+        == 0
+    )
+    first, base = trained
+    assert first.run.train_encoder
+    assert not base.run.train_encoder
+    assert base.run.init_from == first.run.directory
+    assert base.optimizer.base_learning_rate * base.data.batch_size == first.optimizer.base_learning_rate * 8
+    assert sorted(p.name for p in (tmp_path / "out" / "held_out").iterdir()) == ["4.png"]
+    assert min(images.read(tmp_path / "out" / "train" / "5.png").shape[:2]) == 256
+    printed = capsys.readouterr().out
+    assert "| vanilla |" in printed
+    assert "| base    |" in printed
+    assert set(json.loads((tmp_path / "out" / "table.json").read_text())["rows"]) == {"vanilla", "base"}
+    assert images.read(tmp_path / "out" / "pictures.png").std() > 10
+    assert reproduction.main(["--photos", str(tmp_path / "none"), f"--out={tmp_path / 'other'}"]) == 2
+    assert "--photos=" in capsys.readouterr().err
