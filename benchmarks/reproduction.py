@@ -39,15 +39,16 @@ VANILLA = "vanilla"
 BASE = {"decoder_channels": (16, 32, 64, 64), "decoder_blocks": 2}
 X1_5 = {"decoder_channels": (24, 48, 96, 96), "decoder_blocks": 3}
 X2 = {"decoder_channels": (32, 64, 128, 128), "decoder_blocks": 5}
-# What each decoder changes of the model, and whether it starts from the plain decoder.
-DECODERS: dict[str, tuple[dict, bool]] = {
-    "plain, trained on": ({**BASE, "condition": False}, True),
-    "base": ({**BASE, "condition": True}, True),
-    "x1.5": ({**X1_5, "condition": True}, False),
-    "x2": ({**X2, "condition": True}, False),
-    "x2, grown": ({**X2, "condition": True}, True),
+# What each decoder changes of the model, whether it starts from the plain decoder, and its peak rate as a share of the
+# base's: the paper's rates follow its batches, which are 80, 32 and 16.
+DECODERS: dict[str, tuple[dict, bool, float]] = {
+    "plain, trained on": ({**BASE, "condition": False}, True, 1.0),
+    "base": ({**BASE, "condition": True}, True, 1.0),
+    "x1.5": ({**X1_5, "condition": True}, False, 0.4),
+    "x2": ({**X2, "condition": True}, False, 0.2),
+    "x2, grown": ({**X2, "condition": True}, True, 0.2),
 }
-# What started from the plain decoder takes this share of the rate, the rest the whole.
+# Base and plain start from the plain decoder's own sizes and take this share of the rate but in the condition branch.
 PRETRAINED_SCALE = 0.4
 HELD_OUT_EVERY = 5
 SHORTER_SIDE = 256
@@ -102,19 +103,21 @@ def shrink_photos(folder: str, out: Path) -> None:
 
 
 def decoders(first: Config, out: Path, steps: int, batch: int) -> dict[str, Config]:
-    """The configuration of every decoder on the first stage's encoder; the peak rate is the first stage's."""
+    """The configuration of every decoder on the first stage's encoder; the base's peak rate is the first stage's."""
     peak = first.optimizer.base_learning_rate * first.data.batch_size
     result = {}
-    for name, (changes, pretrained) in DECODERS.items():
+    for name, (changes, pretrained, share) in DECODERS.items():
         run = {"directory": str(out / name.replace(", ", "_").replace(" ", "_")), "steps": steps, "eval_every": steps}
         run |= {"train_encoder": False, "init_from": first.run.directory, "grow_decoder": pretrained}
-        scale = PRETRAINED_SCALE if pretrained else 1.0
+        scale = PRETRAINED_SCALE if pretrained and share == 1 else 1.0
         result[name] = Config(
             run=dataclasses.replace(first.run, **run),
             model=dataclasses.replace(first.model, **changes),
             loss=first.loss,
             data=dataclasses.replace(first.data, batch_size=batch),
-            optimizer=dataclasses.replace(first.optimizer, base_learning_rate=peak / batch, pretrained_scale=scale),
+            optimizer=dataclasses.replace(
+                first.optimizer, base_learning_rate=share * peak / batch, pretrained_scale=scale
+            ),
         )
     return result
 

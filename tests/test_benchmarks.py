@@ -99,7 +99,7 @@ def test_reproduction_prints_a_row_for_every_decoder(tmp_path, monkeypatch, caps
     for i in range(6):
         images.write(tmp_path / "photos" / f"{i}.png", rng.integers(0, 256, (300, 280 + i, 3), dtype=np.uint8))
     small = {"decoder_channels": (4, 4, 4, 4), "decoder_blocks": 1}
-    monkeypatch.setattr(reproduction, "DECODERS", {"base": ({**small, "condition": True}, True)})
+    monkeypatch.setattr(reproduction, "DECODERS", {"base": ({**small, "condition": True}, True, 0.5)})
     trained = []
 
     def train(config: Config) -> int:
@@ -118,7 +118,7 @@ def test_reproduction_prints_a_row_for_every_decoder(tmp_path, monkeypatch, caps
     assert first.run.train_encoder
     assert not base.run.train_encoder
     assert base.run.init_from == first.run.directory
-    assert base.optimizer.base_learning_rate * base.data.batch_size == first.optimizer.base_learning_rate * 8
+    assert base.optimizer.base_learning_rate * base.data.batch_size == first.optimizer.base_learning_rate * 4
     assert sorted(p.name for p in (tmp_path / "out" / "held_out").iterdir()) == ["4.png"]
     assert min(images.read(tmp_path / "out" / "train" / "5.png").shape[:2]) == 256
     printed = capsys.readouterr().out
