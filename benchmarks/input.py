@@ -1,13 +1,16 @@
 """Measures the input pipeline: python -m benchmarks.input [--workers 0 1 2 --seconds 20].
 
-Over JPEG files of ImageNet's usual size, made from the photographs that the packages ship: reading, decoding, random
-crop to 256 px, LaMa's masks. Prints the pictures a second, which a pod's host needs its chips' images/s of.
+Over JPEG files of ImageNet's usual size, made from the photographs that the packages ship, and over the same files as
+an ArrayRecord data set: reading, decoding, random crop to 256 px, LaMa's masks. Prints the pictures a second, which a
+pod's host needs its chips' images/s of, and how many the time of one core pays for.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -18,6 +21,7 @@ import cv2
 
 from asymvq_jax import images
 from asymvq_jax.config import DataConfig
+from asymvq_jax.data.build import build
 from asymvq_jax.data.pipeline import training_batches
 from asymvq_jax.data.sources import open_source
 from benchmarks import contest
@@ -34,14 +38,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=20, help="to measure for, each")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        _write_files(Path(folder))
-        data = DataConfig(source="folder", path=folder, min_side=256, batch_size=16)
-        print(f"{FILES} JPEG files of {SIZE[0]} x {SIZE[1]} px, crops of {data.image_size} px")
+        files = Path(folder) / "files"
+        _write_files(files)
+        build(str(files), folder, "jpeg_files")
+        sources = {
+            "folder": DataConfig(source="folder", path=str(files), min_side=256, batch_size=16),
+            "ArrayRecord": DataConfig(source="tfds", path="jpeg_files", data_dir=folder, min_side=256, batch_size=16),
+        }
+        print(f"{FILES} JPEG files of {SIZE[0]} x {SIZE[1]} px, crops of {sources['folder'].image_size} px")
         print(contest.machine())
-        print("\n| worker processes | pictures/s |\n| --- | --- |")
-        for workers in options.workers:
-            speed = _measure(dataclasses.replace(data, workers=workers), options.seconds)
-            print(f"| {workers} | {speed:.0f} |", flush=True)
+        print("\n| source | worker processes | pictures/s | pictures a second of one core |")
+        print("| --- | --- | --- | --- |")
+        for name, data in sources.items():
+            for workers in options.workers:
+                speed, per_core = _measure(dataclasses.replace(data, workers=workers), options.seconds)
+                print(f"| {name} | {workers} | {speed:.0f} | {per_core:.0f} |", flush=True)
     return 0
 
 
@@ -52,15 +63,25 @@ def _write_files(folder: Path) -> None:
         images.write(str(folder / f"{i}.jpg"), picture)
 
 
-def _measure(data: DataConfig, seconds: float) -> float:
+def _measure(data: DataConfig, seconds: float) -> tuple[float, float]:
+    """Pictures by the second of the clock, and by the second that a core worked for them."""
     batches = training_batches(data, seed=0, process_index=0, process_count=1)
     # The workers have started, and their buffers are full, once some batches have come.
     for _ in range(2 * data.prefetch * max(data.workers, 1)):
         next(batches)
-    begin, count = time.perf_counter(), 0
+    begin, worked, count = time.perf_counter(), _core_seconds(), 0
     while (elapsed := time.perf_counter() - begin) < seconds:
         count += len(next(batches)["image"])
-    return count / elapsed
+    return count / elapsed, count / (_core_seconds() - worked)
+
+
+def _core_seconds() -> float:
+    """Time that this process and its workers have had of any core, in user and system mode."""
+    ticks = 0
+    for process in multiprocessing.active_children():
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":

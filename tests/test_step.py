@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 import torch
+from diffusers import VQModel
 from flax import nnx
-from oracles import TINY, TorchLPIPS, TorchPatchGAN, asymmetric, nchw, numpy_state
+from oracles import TINY, TorchLPIPS, TorchPatchGAN, asymmetric, nchw, numpy_state, perturb_norms
 from torch.nn import functional as F
 
 from asymvq_jax import sharding
@@ -21,7 +22,7 @@ from asymvq_jax.models.parameters import split
 from asymvq_jax.training import state as states
 from asymvq_jax.training.optimizer import autoencoder_optimizer, learning_rate
 from asymvq_jax.training.state import build_networks, create_state, starting_parameters
-from asymvq_jax.training.step import _gradients, compiled_step, train_step
+from asymvq_jax.training.step import _gradients, _penalty_weights, compiled_step, train_step
 
 SIZE = 32
 
@@ -181,6 +182,80 @@ def test_first_stage_trains_everything_with_the_kl_term():
     np.testing.assert_array_equal(after.discriminator["conv_out.kernel"], state.discriminator["conv_out.kernel"])
 
 
+VQ = dataclasses.replace(
+    TINY,
+    latent_channels=3,
+    encoder_channels=(32, 32, 64),
+    decoder_channels=(32, 32, 64),
+    attention_levels=(2,),
+    codebook_size=24,
+    condition=False,
+)
+
+
+def _vq_model() -> VQModel:
+    """diffusers' model of these sizes with random weights, and codes of the latents' spread."""
+    torch.manual_seed(0)
+    model = VQModel(
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=VQ.encoder_channels,
+        layers_per_block=VQ.encoder_blocks,
+        latent_channels=VQ.latent_channels,
+        num_vq_embeddings=VQ.codebook_size,
+    )
+    torch.nn.init.normal_(model.quantize.embedding.weight, std=0.3)
+    return perturb_norms(model)
+
+
+def _vq_config(**changes) -> Config:
+    """VQGAN's loss, with means."""
+    loss = LossConfig(reduction="mean", gan_start=0, discriminator_features=16, perceptual_weight=0.0)
+    return _config(model=VQ, loss=loss, run=RunConfig(train_encoder=True, steps=100, seed=2), **changes)
+
+
+def test_vq_first_stage_step_equals_torch():
+    """The codebook's, the encoder's and the decoder's gradients, with diffusers' quantiser and its weights (legacy)."""
+    config, batch = _vq_config(), _batch(2)
+    networks = build_networks(config)
+    theirs = _vq_model()
+    state = create_state(
+        networks, _one_device(config), split(model_from_tensors(VQ, numpy_state(theirs), "diffusers"))[1]
+    )
+    assert not state.frozen
+    gan = TorchPatchGAN(16).load({**state.discriminator, **state.batch_stats}).train()
+    image = nchw(batch["image"] / np.float32(127.5) - 1)
+    quantized, penalty, (_, _, codes) = theirs.quantize(theirs.encode(image).latents)
+    recon = theirs.decoder(theirs.post_quant_conv(quantized))
+    nll, generator = (recon - image).abs().mean(), -gan(recon).mean()
+    last = theirs.decoder.conv_out.weight
+    at_nll, at_gan = (torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (nll, generator))
+    weight = config.loss.gan_weight * (at_nll.norm() / (at_gan.norm() + 1e-4)).clamp(0, 1e4)
+    (nll + penalty + weight * generator).backward()
+
+    gradients = jax.jit(partial(_gradients, networks, adversarial=True))
+    pixels, mask = jnp.asarray(batch["image"] / np.float32(127.5) - 1), jnp.asarray(batch["mask"], jnp.float32)
+    with jax.numpy_dtype_promotion("strict"):
+        grads, _, metrics = gradients(state, {}, state.batch_stats, pixels, mask, jax.random.key(0))
+    expected = {"nll": nll, "adaptive_weight": weight, "loss": nll + penalty + weight * generator}
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value.detach().numpy(), rtol=1e-4, err_msg=name)
+    np.testing.assert_allclose(1.25 * metrics["commitment"], penalty.detach().numpy(), rtol=1e-4)
+    counts = np.bincount(codes.numpy().ravel(), minlength=VQ.codebook_size)
+    assert (counts > 0).sum() > 5
+    np.testing.assert_allclose(metrics["code_shares"], counts / counts.sum(), rtol=1e-6)
+    named = dict(theirs.named_parameters())
+    _close(grads.params, {w.path: from_torch(w, named[w.name].grad.numpy()) for w in weights(VQ, "diffusers")})
+
+
+def test_the_latents_penalties_keep_their_balance_with_the_reconstruction():
+    config = _vq_config()
+    as_sum = dataclasses.replace(config, loss=dataclasses.replace(config.loss, reduction="sum"))
+    assert _penalty_weights(config, 1000) == pytest.approx({"kl": 1e-9, "codebook": 0.25, "commitment": 1.0})
+    assert _penalty_weights(as_sum, 1000) == pytest.approx({"kl": 1e-6, "codebook": 250, "commitment": 1000})
+    assert set(_penalty_weights(_config(), 1000).values()) == {0.0}
+
+
 def test_accumulated_gradients_equal_the_whole_batch():
     """Without the GAN, whose batch statistics are a micro-batch's, the sum over micro-batches is the batch's."""
     results = []
@@ -265,6 +340,37 @@ def test_sharded_steps_equal_one_device(mesh, one_device_result, monkeypatch):
     moment = state.optimizer[0].mu["decoder.levels.1.blocks.1.conv1.kernel"]
     assert moment.sharding == kernel.sharding
     assert state.params["decoder.conv_out.bias"].sharding.is_fully_replicated
+
+
+def test_a_sharded_vq_step_equals_one_device(monkeypatch):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_BYTES", 32 * 1024)
+    initial = split(model_from_tensors(VQ, numpy_state(_vq_model()), "diffusers"))[1]
+    results = []
+    for sizes, accumulate, devices in (
+        (MeshConfig(data=1), 1, jax.devices()[:1]),
+        (MeshConfig(data=2, fsdp=2, tensor=2), 2, jax.devices()),
+    ):
+        config = _vq_config(
+            mesh=sizes,
+            data=DataConfig(batch_size=8, image_size=SIZE),
+            optimizer=OptimizerConfig(base_learning_rate=MESH_RATE / 8, warmup_steps=0, accumulate=accumulate),
+        )
+        # Without the GAN, whose batch statistics are a micro-batch's.
+        config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, gan_start=-1))
+        mesh = sharding.make_mesh(sizes, devices)
+        networks = build_networks(config)
+        state = create_state(networks, mesh, initial)
+        batch = jax.device_put(_batch(8), sharding.batch_sharding(mesh))
+        with jax.set_mesh(mesh):
+            state, metrics = compiled_step(networks, state, mesh)(state, {}, batch, adversarial=False)
+        results.append((state, metrics))
+    (one, expected), (eight, metrics) = results
+    assert set(metrics) >= {"codebook", "commitment", "perplexity", "codes_used"}
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=2e-4, err_msg=name)
+    _close(eight.optimizer[0].mu, jax.device_get(one.optimizer[0].mu), 1e-3)
+    assert eight.params["codebook.embedding"].sharding.is_fully_replicated
+    assert not eight.params["encoder.levels.2.blocks.0.conv1.kernel"].sharding.is_fully_replicated
 
 
 def test_learning_rate_is_the_reference_schedule():

@@ -17,12 +17,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("source", help="JAX checkpoint, diffusers folder, or original .ckpt / .safetensors")
     parser.add_argument("target", help="what to write; must not exist")
     parser.add_argument("--to", choices=("jax", "diffusers", "ldm"), default="jax", help="form of the target")
+    scale = "of the latent of an original checkpoint, which does not say (default: {})"
+    parser.add_argument(
+        "--scaling-factor", type=float, help=scale.format("Stable Diffusion 1's 0.18215, 1 with a codebook")
+    )
+    parser.add_argument("--shift-factor", type=float, help=scale.format("0"))
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     for library in ("absl", "jax"):
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
-        model = convert(options.source, options.target, options.to)
+        model = convert(
+            options.source,
+            options.target,
+            options.to,
+            scaling_factor=options.scaling_factor,
+            shift_factor=options.shift_factor,
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

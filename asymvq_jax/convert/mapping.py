@@ -29,8 +29,7 @@ def _block(ours: str, diffusers: str, ldm: str) -> list[Row]:
     return [*same, Row(f"{ours}.shortcut", f"{diffusers}.conv_shortcut", f"{ldm}.nin_shortcut")]
 
 
-def _half(half: str) -> list[Row]:
-    attention = Row(f"{half}.mid.attention", f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1")
+def _attention(*prefixes: str) -> list[Row]:
     inside = [
         ("norm", "group_norm", "norm"),
         ("query", "to_q", "q"),
@@ -38,10 +37,14 @@ def _half(half: str) -> list[Row]:
         ("value", "to_v", "v"),
         ("out", "to_out.0", "proj_out"),
     ]
+    return [Row(*(f"{prefix}.{name}" for prefix, name in zip(prefixes, names, strict=True))) for names in inside]
+
+
+def _half(half: str) -> list[Row]:
     return [
         Row(f"{half}.conv_in", f"{half}.conv_in", f"{half}.conv_in"),
         *_block(f"{half}.mid.block1", f"{half}.mid_block.resnets.0", f"{half}.mid.block_1"),
-        *(Row(*(f"{prefix}.{name}" for prefix, name in zip(attention, names, strict=True))) for names in inside),
+        *_attention(f"{half}.mid.attention", f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1"),
         *_block(f"{half}.mid.block2", f"{half}.mid_block.resnets.1", f"{half}.mid.block_2"),
         Row(f"{half}.norm_out", f"{half}.conv_norm_out", f"{half}.norm_out"),
         Row(f"{half}.conv_out", f"{half}.conv_out", f"{half}.conv_out"),
@@ -51,15 +54,20 @@ def _half(half: str) -> list[Row]:
 TABLE: list[Row] = [
     *_half("encoder"),
     *_block("encoder.levels.{i}.blocks.{j}", "encoder.down_blocks.{i}.resnets.{j}", "encoder.down.{i}.block.{j}"),
+    *_attention(
+        "encoder.levels.{i}.attentions.{j}", "encoder.down_blocks.{i}.attentions.{j}", "encoder.down.{i}.attn.{j}"
+    ),
     Row(
         "encoder.levels.{i}.downsample",
         "encoder.down_blocks.{i}.downsamplers.0.conv",
         "encoder.down.{i}.downsample.conv",
     ),
     Row("quant_conv", "quant_conv", "quant_conv"),
+    Row("codebook", "quantize.embedding", "quantize.embedding"),
     Row("post_quant_conv", "post_quant_conv", "post_quant_conv"),
     *_half("decoder"),
     *_block("decoder.levels.{i}.blocks.{j}", "decoder.up_blocks.{i}.resnets.{j}", "decoder.up.{u}.block.{j}"),
+    *_attention("decoder.levels.{i}.attentions.{j}", "decoder.up_blocks.{i}.attentions.{j}", "decoder.up.{u}.attn.{j}"),
     Row("decoder.levels.{i}.upsample", "decoder.up_blocks.{i}.upsamplers.0.conv", "decoder.up.{u}.upsample.conv"),
     Row("decoder.condition.layers.{i}", "decoder.condition_encoder.layers.{i}", "decoder.encoder.layers.{i}"),
 ]

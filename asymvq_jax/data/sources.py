@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 import numpy as np
@@ -113,25 +113,43 @@ def _folder(config: DataConfig, train: bool) -> list[epath.Path]:
     return [p for p in paths if p not in set(held_out)] if train else held_out
 
 
+def is_picture(path: PurePath) -> bool:
+    """Whether the name ends as a picture's."""
+    return path.suffix.lower() in SUFFIXES
+
+
+def is_hidden(path: PurePath) -> bool:
+    """Whether the name of a file, or of a directory that it lies in, begins with a dot."""
+    return any(part.startswith(".") for part in path.parts)
+
+
+def visible_files(root: epath.Path) -> Iterator[epath.Path]:
+    """All files under `root`, recursively, in no order; hidden ones are passed over.
+
+    Raises:
+        DataError: a directory cannot be read.
+    """
+    for folder, _, names in root.walk(on_error=_stop):
+        yield from (folder / name for name in names if not is_hidden(folder.relative_to(root) / name))
+
+
+def _stop(error: OSError) -> None:
+    raise DataError(f"{error.filename} cannot be read: {error.strerror}")
+
+
 def list_pictures(path: str, field: str) -> list[epath.Path]:
     """All picture files under `path`, recursively, in sorted order; hidden files are passed over.
 
     Raises:
-        DataError: the directory is missing, is a file, or holds no picture.
+        DataError: the directory is missing, is a file, cannot be read, or holds no picture.
     """
     root = epath.Path(path)
     if not root.exists():
         raise DataError(f"{field}={path!r} does not exist")
     if not root.is_dir():
         raise DataError(f"{field}={path!r} is a file; expected a directory of pictures")
-    files = [
-        folder / name
-        for folder, _, names in root.walk()
-        if not any(part.startswith(".") for part in folder.relative_to(root).parts)
-        for name in names
-        if not name.startswith(".")
-    ]
-    pictures = sorted((p for p in files if p.suffix.lower() in SUFFIXES), key=str)
+    files = list(visible_files(root))
+    pictures = sorted((p for p in files if is_picture(p)), key=str)
     if not pictures:
         raise DataError(
             f"{field}={path!r} holds no pictures (found {len(files)} other files); expected {', '.join(SUFFIXES)}"
@@ -149,7 +167,10 @@ class TFDS:
         import tensorflow_datasets as tfds
 
         self._name, self._split, self._key = config.path, split, config.image_key
-        prepare = f"prepare it with: tfds build {config.path} --file_format=array_record"
+        prepare = (
+            f"prepare it with: tfds build {config.path} --file_format=array_record (what TFDS knows), or "
+            "python -m asymvq_jax.data.build (your own pictures)"
+        )
         data_dir = config.data_dir or None
         try:
             builder = tfds.builder(config.path, data_dir=data_dir)

@@ -1,4 +1,4 @@
-"""The reconstruction loss with the reference's sums."""
+"""The reconstruction loss: the reference's sums, or VQGAN's means."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from asymvq_jax.losses.lpips import LPIPS
 
 
 def reconstruction_loss(
-    image: jax.Array, target: jax.Array, lpips: LPIPS | None, perceptual_weight: float
+    image: jax.Array, target: jax.Array, lpips: LPIPS | None, perceptual_weight: float, reduction: str = "sum"
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """L1 plus LPIPS, the latter broadcast to every element, summed over each sample and averaged over the batch.
+    """L1 plus LPIPS, the latter broadcast to every element, reduced over each sample and averaged over the batch.
 
     Args:
         image: (b, h, w, 3) float32, the reconstruction.
         target: (b, h, w, 3) float32 in [-1, 1].
         lpips: the perceptual distance; None leaves it out.
         perceptual_weight: its weight.
+        reduction: "sum" or "mean".
 
     Returns:
-        The loss (the reference's nll at logvar 0), and its parts as means: "l1" per element, "lpips" per picture.
+        The loss (with "sum" the reference's nll at logvar 0), and its parts as means: "l1" per element, "lpips" per
+        picture.
     """
     l1 = jnp.mean(jnp.abs(image - target))
     parts = {"l1": l1}
@@ -30,4 +32,4 @@ def reconstruction_loss(
     if lpips is not None:
         parts["lpips"] = jnp.mean(lpips.distance(lpips.features(image), lpips.features(target)))
         total = total + perceptual_weight * parts["lpips"]
-    return total * math.prod(image.shape[1:]), parts
+    return total * (math.prod(image.shape[1:]) if reduction == "sum" else 1), parts

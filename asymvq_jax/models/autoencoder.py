@@ -8,10 +8,11 @@ from flax import nnx
 
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.models.blocks import Conv
+from asymvq_jax.models.codebook import Codebook
 from asymvq_jax.models.decoder import Decoder
 from asymvq_jax.models.encoder import Encoder
 from asymvq_jax.models.parameters import Params, split
-from asymvq_jax.models.posterior import Posterior
+from asymvq_jax.models.posterior import Latent, Posterior
 
 
 class Autoencoder(nnx.Module):
@@ -21,38 +22,47 @@ class Autoencoder(nnx.Module):
         self.config = config
         dtype, latent = jnp.dtype(config.dtype), config.latent_channels
         self.encoder = Encoder(config, rngs=rngs)
-        self.quant_conv = Conv(2 * latent, 2 * latent, 1, dtype=dtype, rngs=rngs) if config.quant_conv else None
+        outputs = config.encoder_outputs
+        self.quant_conv = Conv(outputs, outputs, 1, dtype=dtype, rngs=rngs) if config.quant_conv else None
         self.post_quant_conv = Conv(latent, latent, 1, dtype=dtype, rngs=rngs) if config.quant_conv else None
         self.decoder = Decoder(config, rngs=rngs)
+        self.codebook = Codebook(config.codebook_size, latent, rngs=rngs) if config.codebook_size else None
 
-    def encode(self, image: jax.Array) -> Posterior:
-        """(b, h, w, 3) in [-1, 1] -> the posterior over (b, h/8, w/8, latent_channels), before any scaling.
+    def encode(self, image: jax.Array) -> Latent:
+        """(b, h, w, 3) in [-1, 1] -> the latent, (b, h/8, w/8, latent_channels), before any scaling.
 
         Raises:
             ValueError: h or w is not a multiple of the model's downsampling (asymvq_jax.inference pads for you).
         """
         self._check(image, "image", self.config.image_channels, multiple=self.config.downsampling)
-        return self.posterior(self.encoder(image))
+        return self.latent(self.encoder(image))
 
-    def posterior(self, moments: jax.Array) -> Posterior:
-        """What the encoder's output, (b, h, w, 2 * latent_channels), says about the latent."""
-        return Posterior.from_moments(moments if self.quant_conv is None else self.quant_conv(moments))
+    def latent(self, x: jax.Array) -> Latent:
+        """What the encoder's output, (b, h, w, encoder_outputs), says about the latent."""
+        x = x if self.quant_conv is None else self.quant_conv(x)
+        return Posterior.from_moments(x) if self.codebook is None else self.codebook(x)
+
+    def quantize(self, z: jax.Array) -> jax.Array:
+        """The vectors of the codes nearest to `z`, (b, h, w, latent_channels); `z` itself without a codebook."""
+        return z if self.codebook is None else self.codebook(z).nearest
 
     def decode(self, z: jax.Array, image: jax.Array | None = None, mask: jax.Array | None = None) -> jax.Array:
         """Latent to image, float32, about [-1, 1] (not clipped).
 
         Args:
-            z: (b, h, w, latent_channels), as `encode` gives it (not scaled for the diffusion model).
+            z: (b, h, w, latent_channels), the mode that `encode` gives or an edited one, not scaled for the diffusion
+                model; where there is a codebook, it is quantised first.
             image: (b, 8h, 8w, 3) in [-1, 1]; with `mask`, the picture whose unmasked pixels are to be kept.
             mask: (b, 8h, 8w, 1), 1 = generate, 0 = preserve.
 
         Raises:
             ValueError: only one of image and mask, or shapes that do not agree.
         """
-        return self.decoder.to_image(self.decode_features(z, image, mask))
+        self._check(z, "z", self.config.latent_channels)
+        return self.decoder.to_image(self.decode_features(self.quantize(z), image, mask))
 
     def decode_features(self, z: jax.Array, image: jax.Array | None, mask: jax.Array | None) -> jax.Array:
-        """The features under the decoder's last convolution; arguments as in `decode`."""
+        """The features under the decoder's last convolution; arguments as in `decode`, but `z` is taken as it is."""
         self._check(z, "z", self.config.latent_channels)
         if (image is None) != (mask is None):
             raise ValueError("decode takes image and mask together, or neither (text-to-image)")

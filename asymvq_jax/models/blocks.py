@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -196,19 +197,59 @@ def _divisor_from(least: int, number: int) -> int:
 
 
 class MidBlock(nnx.Module):
-    """Residual block, attention, residual block, at the latent's resolution."""
+    """Residual block, attention (which some models lack), residual block, at the latent's resolution."""
 
-    def __init__(self, channels: int, groups: int, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, channels: int, groups: int, *, attention: bool, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs
+    ) -> None:
         self.block1 = ResBlock(channels, channels, groups, dtype=dtype, rngs=rngs)
-        self.attention = Attention(channels, groups, dtype=dtype, rngs=rngs)
+        self.attention = Attention(channels, groups, dtype=dtype, rngs=rngs) if attention else None
         self.block2 = ResBlock(channels, channels, groups, dtype=dtype, rngs=rngs)
         self.remat = remat
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(b, h, w, c) -> (b, h, w, c)."""
         for layer in (self.block1, self.attention, self.block2):
+            if layer is not None:
+                x = run_block(layer, x, remat=self.remat)
+        return x
+
+
+class Level(nnx.Module):
+    """Residual blocks at one resolution, each followed by attention where the level has it."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        groups: int,
+        *,
+        blocks: int,
+        attention: bool,
+        dtype: DTypeLike,
+        remat: bool,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.blocks = nnx.List(
+            [ResBlock(inputs if i == 0 else outputs, outputs, groups, dtype=dtype, rngs=rngs) for i in range(blocks)]
+        )
+        self.attentions = nnx.List(
+            [Attention(outputs, groups, dtype=dtype, rngs=rngs) for _ in range(blocks if attention else 0)]
+        )
+        self.remat = remat
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(b, h, w, inputs) -> (b, h, w, outputs)."""
+        for layer in self.layers():
             x = run_block(layer, x, remat=self.remat)
         return x
+
+    def layers(self) -> Iterator[ResBlock | Attention]:
+        """Blocks and attentions in the order in which they run."""
+        for i, block in enumerate(self.blocks):
+            yield block
+            if self.attentions:
+                yield self.attentions[i]
 
 
 def run_block(block: nnx.Module, x: jax.Array, *, remat: bool) -> Any:

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from asymvq_jax.config import ModelConfig
-from asymvq_jax.models.blocks import Conv, GroupNorm, MidBlock, ResBlock, UpsampleConv, run_block
+from asymvq_jax.models.blocks import Conv, GroupNorm, Level, MidBlock, UpsampleConv, run_block
 
 
 class ConditionBranch(nnx.Module):
@@ -40,25 +40,26 @@ class ConditionBranch(nnx.Module):
         return features
 
 
-class UpLevel(nnx.Module):
-    """Residual blocks at one resolution and, but for the last level, nearest upsampling and a convolution."""
+class UpLevel(Level):
+    """A level of the decoder and, but for the outermost one, nearest upsampling and a convolution."""
 
-    def __init__(
-        self, inputs: int, outputs: int, config: ModelConfig, *, upsample: bool, dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
-        self.blocks = nnx.List(
-            [
-                ResBlock(inputs if i == 0 else outputs, outputs, config.norm_groups, dtype=dtype, rngs=rngs)
-                for i in range(config.decoder_blocks + 1)
-            ]
+    def __init__(self, inputs: int, index: int, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        outputs = config.decoder_channels[index]
+        super().__init__(
+            inputs,
+            outputs,
+            config.norm_groups,
+            blocks=config.decoder_blocks + 1,
+            attention=index in config.attention_levels,
+            dtype=dtype,
+            remat=config.remat,
+            rngs=rngs,
         )
-        self.upsample = UpsampleConv(outputs, dtype=dtype, rngs=rngs) if upsample else None
-        self.remat = config.remat
+        self.upsample = UpsampleConv(outputs, dtype=dtype, rngs=rngs) if index else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(b, h, w, inputs) -> (b, 2h, 2w, outputs), or (b, h, w, outputs) at the last level."""
-        for block in self.blocks:
-            x = run_block(block, x, remat=self.remat)
+        """(b, h, w, inputs) -> (b, 2h, 2w, outputs), or (b, h, w, outputs) at the outermost level."""
+        x = super().__call__(x)
         return x if self.upsample is None else self.upsample(x)
 
 
@@ -67,13 +68,15 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         channels, groups, dtype = config.decoder_channels, config.norm_groups, jnp.dtype(config.dtype)
-        inward = channels[::-1]
-        self.conv_in = Conv(config.latent_channels, inward[0], 3, dtype=dtype, rngs=rngs)
-        self.mid = MidBlock(inward[0], groups, dtype=dtype, remat=config.remat, rngs=rngs)
+        last = len(channels) - 1
+        self.conv_in = Conv(config.latent_channels, channels[last], 3, dtype=dtype, rngs=rngs)
+        self.mid = MidBlock(
+            channels[last], groups, attention=config.mid_attention, dtype=dtype, remat=config.remat, rngs=rngs
+        )
         self.levels = nnx.List(
             [
-                UpLevel(inward[max(i - 1, 0)], outputs, config, upsample=i < len(channels) - 1, dtype=dtype, rngs=rngs)
-                for i, outputs in enumerate(inward)
+                UpLevel(channels[min(i + 1, last)], i, config, dtype=dtype, rngs=rngs)
+                for i in reversed(range(len(channels)))
             ]
         )
         self.norm_out = GroupNorm(channels[0], groups, dtype=dtype)

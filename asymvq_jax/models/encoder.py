@@ -1,4 +1,4 @@
-"""Stable Diffusion's encoder: image to the moments of the latent's posterior."""
+"""Stable Diffusion's encoder: image to the moments of the latent's posterior, or with a codebook to the latent."""
 
 from __future__ import annotations
 
@@ -8,56 +8,48 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from asymvq_jax.config import ModelConfig
-from asymvq_jax.models.blocks import Conv, GroupNorm, MidBlock, ResBlock, run_block
+from asymvq_jax.models.blocks import Conv, GroupNorm, Level, MidBlock
 
 
-class DownLevel(nnx.Module):
-    """Residual blocks at one resolution and, but for the last level, a stride-2 convolution."""
+class DownLevel(Level):
+    """A level of the encoder and, but for the last one, a stride-2 convolution."""
 
-    def __init__(
-        self, inputs: int, outputs: int, config: ModelConfig, *, downsample: bool, dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
-        self.blocks = nnx.List(
-            [
-                ResBlock(inputs if i == 0 else outputs, outputs, config.norm_groups, dtype=dtype, rngs=rngs)
-                for i in range(config.encoder_blocks)
-            ]
+    def __init__(self, inputs: int, index: int, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        outputs = config.encoder_channels[index]
+        super().__init__(
+            inputs,
+            outputs,
+            config.norm_groups,
+            blocks=config.encoder_blocks,
+            attention=index in config.attention_levels,
+            dtype=dtype,
+            remat=config.remat,
+            rngs=rngs,
         )
+        last = index == len(config.encoder_channels) - 1
         # One row and column of zeros at the bottom and the right only.
-        self.downsample = (
-            Conv(outputs, outputs, 3, stride=2, padding=(0, 1), dtype=dtype, rngs=rngs) if downsample else None
-        )
-        self.remat = config.remat
+        self.downsample = None if last else Conv(outputs, outputs, 3, stride=2, padding=(0, 1), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(b, h, w, inputs) -> (b, h/2, w/2, outputs), or (b, h, w, outputs) at the last level."""
-        for block in self.blocks:
-            x = run_block(block, x, remat=self.remat)
+        x = super().__call__(x)
         return x if self.downsample is None else self.downsample(x)
 
 
 class Encoder(nnx.Module):
-    """(b, h, w, 3) in [-1, 1] -> (b, h/8, w/8, 2 * latent_channels) for four levels."""
+    """(b, h, w, 3) in [-1, 1] -> (b, h/8, w/8, encoder_outputs) for four levels."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         channels, groups, dtype = config.encoder_channels, config.norm_groups, jnp.dtype(config.dtype)
         self.conv_in = Conv(config.image_channels, channels[0], 3, dtype=dtype, rngs=rngs)
         self.levels = nnx.List(
-            [
-                DownLevel(
-                    channels[max(i - 1, 0)],
-                    outputs,
-                    config,
-                    downsample=i < len(channels) - 1,
-                    dtype=dtype,
-                    rngs=rngs,
-                )
-                for i, outputs in enumerate(channels)
-            ]
+            [DownLevel(channels[max(i - 1, 0)], i, config, dtype=dtype, rngs=rngs) for i in range(len(channels))]
         )
-        self.mid = MidBlock(channels[-1], groups, dtype=dtype, remat=config.remat, rngs=rngs)
+        self.mid = MidBlock(
+            channels[-1], groups, attention=config.mid_attention, dtype=dtype, remat=config.remat, rngs=rngs
+        )
         self.norm_out = GroupNorm(channels[-1], groups, dtype=dtype)
-        self.conv_out = Conv(channels[-1], 2 * config.latent_channels, 3, dtype=dtype, rngs=rngs)
+        self.conv_out = Conv(channels[-1], config.encoder_outputs, 3, dtype=dtype, rngs=rngs)
 
     def __call__(self, image: jax.Array) -> jax.Array:
         x = self.conv_in(image)
@@ -66,5 +58,5 @@ class Encoder(nnx.Module):
         return self.head(x)
 
     def head(self, x: jax.Array) -> jax.Array:
-        """What follows the levels: (b, h/8, w/8, channels) -> (b, h/8, w/8, 2 * latent_channels)."""
+        """What follows the levels: (b, h/8, w/8, channels) -> (b, h/8, w/8, encoder_outputs)."""
         return self.conv_out(self.norm_out(self.mid(x)))

@@ -184,7 +184,7 @@ def _plan_decode(
     with jax.set_mesh(mesh):
         traced = jax.jit(decode, out_shardings=place).trace(params, *inputs)
     # The encoder's parameters are arguments that nothing reads, and are not passed on.
-    used = {name: x for name, x in params.items() if name.startswith(("decoder.", "post_quant_conv."))}
+    used = {name: x for name, x in params.items() if name.startswith(("decoder.", "post_quant_conv.", "codebook."))}
     flops = matmul_flops(traced.jaxpr) / mesh.size
     lowered = _Lowered(
         name=name,

@@ -138,8 +138,8 @@ def place(x: jax.Array | np.ndarray, to: NamedSharding) -> jax.Array:
 def starting_parameters(config: Config, source: ModelConfig, params: Params) -> Params:
     """What a run takes over from the model checkpoint named by run.init_from.
 
-    The encoder and the 1x1 convolutions always; the decoder where its widths and depth agree (its condition branch
-    too, if both have one), or grown to the config's with run.grow_decoder. The rest starts at random.
+    The encoder, the 1x1 convolutions and the codebook always; the decoder where its widths and depth agree (its
+    condition branch too, if both have one), or grown to the config's with run.grow_decoder. The rest starts at random.
 
     Raises:
         ConfigError: the checkpoint's encoder or latent is not the one that the config describes, or its decoder cannot
@@ -148,7 +148,8 @@ def starting_parameters(config: Config, source: ModelConfig, params: Params) -> 
     same: dict[str, Any] = {
         name: getattr(source, name)
         for name in ("image_channels", "latent_channels", "encoder_channels", "encoder_blocks", "quant_conv",
-                     "norm_groups", "scaling_factor", "shift_factor")
+                     "norm_groups", "scaling_factor", "shift_factor", "attention_levels", "mid_attention",
+                     "codebook_size")
     }  # fmt: skip
     differing = [f"model.{n}={getattr(config.model, n)!r} (there {v!r})" for n, v in same.items()
                  if getattr(config.model, n) != v]  # fmt: skip

@@ -7,6 +7,7 @@ cotangents at the image.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -15,9 +16,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from asymvq_jax.config import Config
 from asymvq_jax.images import to_float
 from asymvq_jax.losses.adversarial import adaptive_weight, discriminator_hinge, generator_term
 from asymvq_jax.losses.reconstruction import reconstruction_loss
+from asymvq_jax.models.codebook import usage
 from asymvq_jax.models.discriminator import BatchStat
 from asymvq_jax.models.parameters import Params, merge, state_of
 from asymvq_jax.sharding import constrain_activation, replicated
@@ -27,6 +30,8 @@ Metrics = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
 
 LAST_KERNEL = "decoder.conv_out.kernel"
+# Among a micro-batch's metrics: an array of which, once averaged over the batch, two metrics are made.
+CODE_SHARES = "code_shares"
 
 
 class Gradients(NamedTuple):
@@ -61,6 +66,8 @@ def train_step(
         grads, stats, metrics = gradients(state.batch_stats, image, mask, key)
     else:
         grads, stats, metrics = _accumulate(gradients, state.batch_stats, image, mask, key, count)
+    if config.model.codebook_size:
+        metrics |= usage(metrics.pop(CODE_SHARES))
 
     updates, optimizer = networks.optimizer.update(grads.params, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -137,20 +144,23 @@ def _gradients(
     """Losses and gradients of one micro-batch: image (b, h, w, 3) in [-1, 1], mask (b, h, w, 1)."""
     config = networks.config
 
-    def reconstruct(params: Params) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    def reconstruct(params: Params) -> tuple[tuple[jax.Array, Metrics], tuple[jax.Array, Metrics]]:
         model = merge(networks.autoencoder, {**state.frozen, **params})
-        posterior = model.encode(image)
+        latent = model.encode(image)
         condition = (image, mask) if config.model.condition else (None, None)
-        features = model.decode_features(posterior.sample(key), *condition)
-        return (model.decoder.to_image(features), jnp.mean(posterior.kl())), features
+        features = model.decode_features(latent.sample(key), *condition)
+        shares = {} if model.codebook is None else {CODE_SHARES: model.codebook.shares(latent.codes)}
+        return (model.decoder.to_image(features), latent.penalties()), (features, shares)
 
-    (recon, kl), pull_params, features = jax.vjp(reconstruct, state.params, has_aux=True)
+    (recon, penalties), pull_params, (features, shares) = jax.vjp(reconstruct, state.params, has_aux=True)
+    weights = _penalty_weights(config, math.prod(image.shape[1:]))
 
     lpips = None if networks.lpips is None else merge(networks.lpips, perceptual)
     (nll, parts), cotangent = jax.value_and_grad(reconstruction_loss, has_aux=True)(
-        recon, image, lpips, config.loss.perceptual_weight
+        recon, image, lpips, config.loss.perceptual_weight, config.loss.reduction
     )
-    metrics = {"nll": nll, "kl": kl, "loss": nll + config.loss.kl_weight * kl, **parts}
+    penalty = sum(weights[name] * value for name, value in penalties.items())
+    metrics = {"nll": nll, "loss": nll + penalty, **parts, **penalties, **shares}
     discriminator: Params = {}
     if adversarial:
         pull_kernel = _last_layer(networks, state, features)
@@ -160,8 +170,22 @@ def _gradients(
         metrics |= gan_metrics
         metrics |= {"adaptive_weight": weight, "loss": metrics["loss"] + weight * gan_metrics["generator"]}
 
-    (params,) = pull_params((cotangent, jnp.asarray(config.loss.kl_weight, kl.dtype)))
+    pulled = {name: jnp.asarray(weights[name], value.dtype) for name, value in penalties.items()}
+    (params,) = pull_params((cotangent, pulled))
     return Gradients(params, discriminator), stats, metrics
+
+
+def _penalty_weights(config: Config, elements: int) -> dict[str, float]:
+    """The weights of a latent's penalties; none where its encoder is frozen."""
+    c = config.loss
+    if not config.run.train_encoder:
+        return dict.fromkeys(("kl", "codebook", "commitment"), 0.0)
+    factor = elements if c.reduction == "sum" else 1
+    return {
+        "kl": c.kl_weight * factor / elements,
+        "codebook": c.codebook_weight * factor,
+        "commitment": c.commitment_weight * factor,
+    }
 
 
 def _last_layer(networks: Networks, state: TrainState, features: jax.Array) -> jax.tree_util.Partial:
@@ -217,7 +241,7 @@ def _lerp(old: jax.Array, new: jax.Array, share: float) -> jax.Array:
 def eval_step(
     params: Params, perceptual: Params, batch: Batch, *, networks: Networks, pictures: int
 ) -> tuple[Metrics, jax.Array]:
-    """Held-out losses at the posterior's mode.
+    """Held-out losses at the latent's mode.
 
     Args:
         params: all of the autoencoder's parameters.
@@ -235,7 +259,7 @@ def eval_step(
     model = merge(networks.autoencoder, params)
     recon = model.decode(model.encode(image).mode(), *((image, mask) if config.model.condition else (None, None)))
     lpips = None if networks.lpips is None else merge(networks.lpips, perceptual)
-    nll, parts = reconstruction_loss(recon, image, lpips, config.loss.perceptual_weight)
+    nll, parts = reconstruction_loss(recon, image, lpips, config.loss.perceptual_weight, config.loss.reduction)
     keep = jnp.broadcast_to(1.0 - mask, image.shape)
     error = jnp.sum(keep * jnp.square(recon - image)) / jnp.maximum(jnp.sum(keep), 1.0)
     return {"nll": nll, **parts, "preservation": error}, recon[:pictures]

@@ -1,0 +1,24 @@
+"""x2's decoder for the latents of FLUX.1's autoencoder (16 channels).
+
+Source: sizes, scale and shift of the latent from its published vae/config.json; the decoder and its training as in
+x2.py: global batch 16, peak rate 7.2e-5.
+Command: python train.py --config configs/flux_x2.py --data.data_dir=gs://bucket/tfds, after
+    python -m asymvq_jax.convert path/to/FLUX.1-dev weights/flux
+Hardware, time and result: not yet measured; the paper has Stable Diffusion 1.5 only.
+"""
+
+from pathlib import Path
+
+from asymvq_jax.config import Config, load_config
+
+
+def get_config() -> Config:
+    changes = [
+        "--run.directory=runs/flux_x2",
+        "--run.init_from=weights/flux",
+        "--model.latent_channels=16",
+        "--model.scaling_factor=0.3611",
+        "--model.shift_factor=0.1159",
+        "--model.quant_conv=false",
+    ]
+    return load_config(Path(__file__).with_name("x2.py"), changes)
