@@ -226,8 +226,11 @@ class TorchInception(nn.Module):
         self.get_submodule(parent).add_module(leaf, layer)
 
     def randomized(self) -> "TorchInception":
-        """Every batch normalisation moved off its initial 1 and 0."""
+        """Normalisations moved off their initial 1 and 0, and kernels through which a picture is still seen."""
         for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                # PyTorch's own are so small that the last features hardly depend on the picture.
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             if isinstance(module, nn.BatchNorm2d):
                 for tensor in (module.weight.data, module.running_var):
                     tensor.uniform_(0.5, 1.5)

@@ -49,7 +49,8 @@ def test_features_are_the_torch_network_s_on_one_device_and_on_eight(theirs, wei
     with torch.no_grad():
         results = [theirs(torch.from_numpy(x).permute(2, 0, 1)[None]) for x in pictures]
     pool, logits = (torch.cat(values).numpy() for values in zip(*results, strict=True))
-    assert np.ptp(pool) > 0.1
+    # The pictures differ in them, or any picture would do.
+    assert np.ptp(pool, axis=0).max() > 0.01 * np.ptp(pool)
     one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     for mesh, batch in ((one, 2), (None, 8)):
         extractor = Extractor(params, batch, mesh)
