@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -164,10 +165,15 @@ def evaluate(
         check_same_encoder(model, plain)
     values: dict[str, dict[str, list[float]]] = {}
     shown: dict[str, list[np.ndarray]] = {}
-    extractors: dict[str, Extractor] = {}
+    # None is made twice: each puts the network onto the devices.
+    extractors: defaultdict[str, Extractor] = defaultdict(lambda: Extractor(inception))
     done = 0
     for pair in tqdm(pairs, total=count, unit="picture", desc="evaluating"):
-        rows = _rows(model, plain, pair)
+        if pair.latent is None:
+            latent = inference.encode(model, images.to_float(pair.image)[None])
+        else:
+            latent = inference.read_latent(pair.latent, model.config, pair.image.shape[:2])
+        rows = compose(model, plain, pair, latent)
         for row, image in rows.items():
             measured = all_metrics(image, pair.image, pair.mask)
             measured["lpips"] = _lpips(lpips, image, pair.image)
@@ -175,12 +181,12 @@ def evaluate(
                 values.setdefault(row, {}).setdefault(name, []).append(value)
         if inception is not None:
             for row, image in {**rows, ORIGINAL: pair.image}.items():
-                extractors.setdefault(row, Extractor(inception)).add(image)
+                extractors[row].add(image)
         if done < GRID_ROWS:
             for title, picture in _shown(rows, pair).items():
                 shown.setdefault(title, []).append(picture)
         done += 1
-    means = {r: {n: _mean(n, v) for n, v in metrics.items()} for r, metrics in values.items()}
+    means = {r: {n: _mean(v) for n, v in metrics.items()} for r, metrics in values.items()}
     for row, distance in _distances(extractors).items():
         means[row]["fid"] = distance
     return Results(
@@ -198,7 +204,7 @@ def _distances(extractors: dict[str, Extractor]) -> dict[str, float]:
     return {row: frechet_distance(stats, original) for row, stats in known.items()}
 
 
-def _mean(name: str, values: list[float]) -> float:
+def _mean(values: list[float]) -> float:
     """The mean over the pictures that have the metric; a PSNR is infinite only where all of them are."""
     kept = np.array([v for v in values if not np.isnan(v)])
     finite = kept[np.isfinite(kept)]
@@ -207,14 +213,12 @@ def _mean(name: str, values: list[float]) -> float:
     return float(finite.mean()) if finite.size else float(kept[0])
 
 
-def _rows(model: Autoencoder, plain: Autoencoder | None, pair: Pair) -> dict[str, np.ndarray]:
-    pixels, mask, size = images.to_float(pair.image)[None], pair.mask[None], pair.image.shape[:2]
-    if pair.latent is None:
-        latent = inference.encode(model, pixels)
-    else:
-        latent = inference.read_latent(pair.latent, model.config, size)
-    plain_image = images.to_uint8(inference.decode(plain or model, latent, size=size)[0])
-    ours = images.to_uint8(inference.decode(model, latent, pixels, mask)[0])
+def compose(
+    model: Autoencoder, plain: Autoencoder | None, pair: Pair, latent: jax.Array | np.ndarray
+) -> dict[str, np.ndarray]:
+    """The pictures, (h, w, 3) uint8, that every row makes of one latent; arguments as in `evaluate`."""
+    plain_image = decode_plain(plain or model, pair.image, latent)
+    ours = decode_ours(model, pair.image, pair.mask, latent)
     return {
         PLAIN if plain is not None else PLAIN_OURS: plain_image,
         "paste": hard_paste(plain_image, pair.image, pair.mask),
@@ -222,6 +226,16 @@ def _rows(model: Autoencoder, plain: Autoencoder | None, pair: Pair) -> dict[str
         "ours": ours,
         "ours + paste": hard_paste(ours, pair.image, pair.mask),
     }
+
+
+def decode_plain(plain: Autoencoder, image: np.ndarray, latent: jax.Array | np.ndarray) -> np.ndarray:
+    """The decode without a condition, (h, w, 3) uint8, of the size of `image`."""
+    return images.to_uint8(inference.decode(plain, latent, size=image.shape[:2])[0])
+
+
+def decode_ours(model: Autoencoder, image: np.ndarray, mask: np.ndarray, latent: jax.Array | np.ndarray) -> np.ndarray:
+    """The decode, (h, w, 3) uint8, conditioned on `image` where the mask preserves it."""
+    return images.to_uint8(inference.decode(model, latent, images.to_float(image)[None], mask[None])[0])
 
 
 def _shown(rows: dict[str, np.ndarray], pair: Pair) -> dict[str, np.ndarray]:
@@ -316,6 +330,19 @@ def paper_table(results: Results) -> str:
     return markdown(["", "FID", "LPIPS", "preservation error x 1e-5"], cells)
 
 
+def list_latents(folder: str) -> list[epath.Path]:
+    """The .npy files of a folder.
+
+    Raises:
+        EvaluationError: the folder is missing or holds none.
+    """
+    root = epath.Path(folder)
+    paths = sorted(p for p in root.iterdir() if p.suffix == ".npy") if root.is_dir() else []
+    if not paths:
+        raise EvaluationError(f"--latents {folder}: expected a directory of .npy files")
+    return paths
+
+
 def evaluate_text(
     model: Autoencoder, plain: Autoencoder | None, folder: str, reference: Statistics, inception: Params
 ) -> dict[str, tuple[float, float]]:
@@ -331,10 +358,7 @@ def evaluate_text(
     Raises:
         EvaluationError: the folder is missing or holds no latents.
     """
-    root = epath.Path(folder)
-    paths = sorted(p for p in root.iterdir() if p.suffix == ".npy") if root.is_dir() else []
-    if not paths:
-        raise EvaluationError(f"--latents {folder}: expected a directory of .npy files")
+    paths = list_latents(folder)
     models = {PLAIN: plain, "ours": model} if plain is not None else {"ours": model}
     extractors = {row: Extractor(inception) for row in models}
     for path in tqdm(paths, unit="picture", desc="decoding"):

@@ -7,16 +7,18 @@ here is judged by both: the excess step along the contour and the PSNR of the pr
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import partial
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
 from asymvq_jax import images, inference
-from asymvq_jax.evaluation import Pair, hard_paste, markdown, poisson_blend
-from asymvq_jax.metrics.image import boundary_error, mean_squared_error, psnr
-from asymvq_jax.metrics.seam import Steps, boundary_steps, join
+from asymvq_jax.evaluation import PLAIN, Pair, compose, decode_ours, decode_plain, hard_paste, markdown
+from asymvq_jax.metrics.image import boundary_error, decibels, mean_squared_error, psnr
+from asymvq_jax.metrics.seam import Contour, Steps, join
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.outputs import write_bytes
 
@@ -58,13 +60,13 @@ def measure_seam(model: Autoencoder, plain: Autoencoder, pairs: Iterable[Pair], 
     Returns:
         By latent (`LATENTS`), by row, the metrics of `SEAM_COLUMNS`, over all pictures.
     """
-    judges = {latent: {} for latent in LATENTS}
+    judges = {latent: defaultdict(_Judge) for latent in LATENTS}
     for pair in tqdm(pairs, total=count, unit="picture", desc="seam"):
-        pixels = images.to_float(pair.image)[None]
-        own = np.asarray(inference.encode(model, pixels))
+        contour = Contour(pair.image, pair.mask)
+        own = np.asarray(inference.encode(model, images.to_float(pair.image)[None]))
         for name, z in zip(LATENTS, (own, _shifted(own, pair.mask, model.config.downsampling)), strict=True):
             for row, image in _composed(model, plain, pair, z).items():
-                judges[name].setdefault(row, _Judge()).see(image, pair)
+                judges[name][row].see(image, pair, contour)
     return {name: {row: judge.summary() for row, judge in rows.items()} for name, rows in judges.items()}
 
 
@@ -76,16 +78,14 @@ class _Judge:
         self.errors: list[float] = []
         self.gradients: list[float] = []
 
-    def see(self, image: np.ndarray, pair: Pair) -> None:
-        self.steps.append(boundary_steps(image, pair.image, pair.mask))
+    def see(self, image: np.ndarray, pair: Pair, contour: Contour) -> None:
+        self.steps.append(contour.steps(image))
         self.errors.append(mean_squared_error(image, pair.image, pair.mask[..., 0] <= 0.5))
         self.gradients.append(1e3 * boundary_error(image, pair.image, pair.mask))
 
     def summary(self) -> dict[str, float]:
-        error = float(np.nanmean(self.errors))
-        kept = float("inf") if error == 0 else float(10 * np.log10(4 / error))
         return {
-            "psnr_preserved": kept,
+            "psnr_preserved": decibels(float(np.nanmean(self.errors))),
             **join(self.steps).summary(),
             "boundary_error": float(np.nanmean(self.gradients)),
         }
@@ -100,25 +100,10 @@ def _shifted(latent: np.ndarray, mask: np.ndarray, downsampling: int) -> np.ndar
 
 
 def _composed(model: Autoencoder, plain: Autoencoder, pair: Pair, latent: np.ndarray) -> dict[str, np.ndarray]:
-    """The pictures, uint8, that every row makes of one latent."""
-    decoded, ours = _both(model, plain, pair.image, pair.mask, latent)
-    return {
-        "plain": decoded,
-        "paste": hard_paste(decoded, pair.image, pair.mask),
-        **{f"paste, blurred {radius} px": blurred_paste(decoded, pair.image, pair.mask, radius) for radius in BLURS},
-        "Poisson": poisson_blend(decoded, pair.image, pair.mask),
-        "ours": ours,
-        "ours + paste": hard_paste(ours, pair.image, pair.mask),
-    }
-
-
-def _both(
-    model: Autoencoder, plain: Autoencoder, image: np.ndarray, mask: np.ndarray, latent: np.ndarray
-) -> list[np.ndarray]:
-    """The plain decode and ours, (h, w, 3) uint8 each."""
-    plain_image = inference.decode(plain, latent, size=image.shape[:2])
-    ours = inference.decode(model, latent, images.to_float(image)[None], mask[None])
-    return [images.to_uint8(x[0]) for x in (plain_image, ours)]
+    """The evaluation's rows, the blurred pastes among them."""
+    rows = compose(model, plain, pair, latent)
+    pastes = {f"paste, blurred {r} px": blurred_paste(rows[PLAIN], pair.image, pair.mask, r) for r in BLURS}
+    return {name: rows[name] for name in (PLAIN, "paste")} | pastes | rows
 
 
 def blurred_paste(image: np.ndarray, original: np.ndarray, mask: np.ndarray, radius: float) -> np.ndarray:
@@ -137,27 +122,30 @@ def measure_drift(model: Autoencoder, plain: Autoencoder, pairs: Iterable[Pair],
         By row, for each of `PASSES` passes, the metrics of `DRIFT_COLUMNS` against the first original: the change of
         the mean lightness (0 to 100) and the share of the mean gradient that is left, both over the preserved pixels.
     """
-    ways: dict[str, Callable[[list[np.ndarray], Pair], np.ndarray]] = {
-        "plain": lambda both, pair: both[0],
-        "paste": lambda both, pair: hard_paste(both[0], pair.image, pair.mask),
-        "ours": lambda both, pair: both[1],
-        "ours + paste": lambda both, pair: hard_paste(both[1], pair.image, pair.mask),
-    }
+
+    def plainly(image: np.ndarray, mask: np.ndarray, latent: np.ndarray) -> np.ndarray:
+        return decode_plain(plain, image, latent)
+
+    ours = partial(decode_ours, model)
+    # How to decode, and whether to paste the original over it.
+    ways = {PLAIN: (plainly, False), "paste": (plainly, True), "ours": (ours, False), "ours + paste": (ours, True)}
     seen: dict[str, list[list[dict[str, float]]]] = {way: [[] for _ in range(PASSES)] for way in ways}
     for pair in tqdm(pairs, total=count, unit="picture", desc="drift"):
-        for way, choose in ways.items():
+        contour = Contour(pair.image, pair.mask)
+        for way, (decode, pasted) in ways.items():
             image = pair.image
             for step in range(PASSES):
                 latent = np.asarray(inference.encode(model, images.to_float(image)[None]))
-                image = choose(_both(model, plain, image, pair.mask, latent), pair)
-                seen[way][step].append(_drifted(image, pair))
+                image = decode(image, pair.mask, latent)
+                image = hard_paste(image, pair.image, pair.mask) if pasted else image
+                seen[way][step].append(_drifted(image, pair, contour))
     return {
         way: [{name: float(np.nanmean([m[name] for m in measured])) for name in DRIFT_COLUMNS} for measured in passes]
         for way, passes in seen.items()
     }
 
 
-def _drifted(image: np.ndarray, pair: Pair) -> dict[str, float]:
+def _drifted(image: np.ndarray, pair: Pair, contour: Contour) -> dict[str, float]:
     kept = pair.mask[..., 0] <= 0.5
     lab = [cv2.cvtColor(x.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[..., 0] for x in (image, pair.image)]
     # Only where the neighbours are preserved as well.
@@ -167,7 +155,7 @@ def _drifted(image: np.ndarray, pair: Pair) -> dict[str, float]:
         "psnr_preserved": psnr(image, pair.image, kept),
         "lightness": float((lab[0] - lab[1])[kept].mean()),
         "sharpness": float(gradients[0] / gradients[1]),
-        "seam": boundary_steps(image, pair.image, pair.mask).summary()["seam"],
+        "seam": contour.steps(image).summary()["seam"],
     }
 
 

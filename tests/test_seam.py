@@ -10,7 +10,7 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 from asymvq_jax import images
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.evaluation import Pair, hard_paste
-from asymvq_jax.metrics.seam import CELL, boundary_steps, join
+from asymvq_jax.metrics.seam import CELL, Contour, join
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.parameters import merge, split
 from asymvq_jax.seam import (
@@ -40,7 +40,7 @@ def _flat(colour=(120, 130, 140), height=64, width=80):
 def test_a_uniform_step_is_measured_as_its_colour_difference():
     original, mask = _flat()
     stepped = np.where(mask > 0, np.uint8((130, 130, 140)), original)
-    steps = boundary_steps(stepped, original, mask)
+    steps = Contour(original, mask).steps(stepped)
     expected = deltaE_ciede2000(rgb2lab(stepped[20, 30]), rgb2lab(original[0, 0]))
     np.testing.assert_allclose(steps.excess, expected, rtol=1e-6)
     assert steps.smooth.all()
@@ -50,26 +50,26 @@ def test_a_uniform_step_is_measured_as_its_colour_difference():
 
 def test_a_tone_that_is_shifted_everywhere_has_no_seam_and_one_elsewhere_does_not_count():
     original, mask = _flat()
-    assert np.abs(boundary_steps(original + np.uint8(10), original, mask).excess).max() < 1e-6
+    assert np.abs(Contour(original, mask).steps(original + np.uint8(10)).excess).max() < 1e-6
     elsewhere = original.copy()
     elsewhere[:, 70:] += np.uint8(40)
-    assert np.abs(boundary_steps(elsewhere, original, mask).excess).max() < 1e-6
+    assert np.abs(Contour(original, mask).steps(elsewhere).excess).max() < 1e-6
 
 
 def test_an_edge_of_the_picture_is_not_a_seam():
     original, mask = _flat()
     original = np.where(mask > 0, np.uint8(200), original)
-    assert boundary_steps(original, original, mask).summary()["seam"] == 0
+    assert Contour(original, mask).steps(original).summary()["seam"] == 0
     # Blurring it away is the opposite of a seam.
     flat = np.full_like(original, 120)
-    assert boundary_steps(flat, original, mask).summary()["seam"] < -5
+    assert Contour(original, mask).steps(flat).summary()["seam"] < -5
 
 
 def test_smooth_and_textured_contours_stand_apart():
     rng = np.random.default_rng(0)
     original, mask = _flat()
     original[:, 40:] = rng.integers(0, 255, (64, 40, 3))
-    steps = boundary_steps(np.where(mask > 0, original // 2, original), original, mask)
+    steps = Contour(original, mask).steps(np.where(mask > 0, original // 2, original))
     assert 0 < steps.smooth.sum() < len(steps.smooth)
     summary = steps.summary()
     together = join([steps, steps])
@@ -82,7 +82,7 @@ def test_smooth_and_textured_contours_stand_apart():
 @pytest.mark.parametrize("value", [0, 1])
 def test_no_contour_no_pieces(value):
     original, mask = _flat()
-    steps = boundary_steps(original, original, np.full_like(mask, value))
+    steps = Contour(original, np.full_like(mask, value)).steps(original)
     assert len(steps.excess) == 0
     assert np.isnan(steps.summary()["seam"])
 
@@ -92,7 +92,7 @@ def test_thin_rings_of_a_corner_are_left_out():
     mask[:] = 0
     mask[: CELL + 1, : CELL + 1] = 1
     # The cell beyond the corner holds one masked pixel.
-    assert len(boundary_steps(original, original, mask).excess) <= 3
+    assert len(Contour(original, mask).steps(original).excess) <= 3
 
 
 def test_a_blurred_paste_lies_between():
@@ -103,7 +103,7 @@ def test_a_blurred_paste_lies_between():
     assert (blurred[32, 40] == other[32, 40]).all()
     assert original[32, 20, 0] < blurred[32, 20, 0] < other[32, 20, 0]
     hard, soft = (
-        boundary_steps(x, original, mask).summary()["seam"] for x in (hard_paste(other, original, mask), blurred)
+        Contour(original, mask).steps(x).summary()["seam"] for x in (hard_paste(other, original, mask), blurred)
     )
     assert soft < hard
 

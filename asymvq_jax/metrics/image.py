@@ -29,7 +29,11 @@ def mean_squared_error(image: np.ndarray, original: np.ndarray, region: np.ndarr
 
 def psnr(image: np.ndarray, original: np.ndarray, region: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB over a (h, w) boolean region; infinite where the two are equal."""
-    error = mean_squared_error(image, original, region)
+    return decibels(mean_squared_error(image, original, region))
+
+
+def decibels(error: float) -> float:
+    """The PSNR of a mean squared error on the [-1, 1] scale."""
     return float("inf") if error == 0 else float(10 * np.log10(4.0 / error))
 
 
@@ -40,13 +44,21 @@ def ssim_map(image: np.ndarray, original: np.ndarray) -> np.ndarray:
     return full.mean(-1)
 
 
+def boundary_rings(mask: np.ndarray, width: int = BOUNDARY) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels within `width` px of the mask's edge, inside it and outside: (h, w) bool each."""
+    inside = mask[..., 0] > 0.5
+    if inside.all() or not inside.any():
+        return np.zeros_like(inside), np.zeros_like(inside)
+    inner, outer = (
+        side & (cv2.distanceTransform(side.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE) <= width)
+        for side in (inside, ~inside)
+    )
+    return inner, outer
+
+
 def boundary_band(mask: np.ndarray, width: int = BOUNDARY) -> np.ndarray:
     """The pixels within `width` px of the mask's edge, on both sides of it: (h, w) bool."""
-    inside = (mask[..., 0] > 0.5).astype(np.uint8)
-    if inside.all() or not inside.any():
-        return np.zeros(inside.shape, bool)
-    distance = [cv2.distanceTransform(side, cv2.DIST_L2, cv2.DIST_MASK_PRECISE) for side in (inside, 1 - inside)]
-    return np.maximum(*distance) <= width
+    return np.logical_or(*boundary_rings(mask, width))
 
 
 def boundary_error(image: np.ndarray, original: np.ndarray, mask: np.ndarray) -> float:

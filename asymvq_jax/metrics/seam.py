@@ -14,6 +14,8 @@ import cv2
 import numpy as np
 from skimage.color import deltaE_ciede2000, rgb2lab
 
+from asymvq_jax.metrics.image import boundary_rings
+
 # The rings are the pixels within so many px of the contour; the cells' side, px.
 RING = 4
 CELL = 16
@@ -43,32 +45,41 @@ class Steps(NamedTuple):
         }
 
 
-def boundary_steps(image: np.ndarray, original: np.ndarray, mask: np.ndarray) -> Steps:
-    """The excess step of every piece of the mask's contour.
+class Contour:
+    """The mask's contour in one original, against which any number of pictures are measured."""
 
-    Args:
-        image: (h, w, 3) uint8.
-        original: (h, w, 3) uint8.
-        mask: (h, w, 1), 1 = generate, 0 = preserve; its contour is where it crosses 0.5.
-    """
-    inside = mask[..., 0] > 0.5
-    rings = [_ring(inside, side) for side in (True, False)]
-    cell = _cells(inside)
-    cells = int(cell.max()) + 1
-    enough = np.all([np.bincount(cell[ring], minlength=cells) >= LEAST for ring in rings], axis=0)
+    def __init__(self, original: np.ndarray, mask: np.ndarray) -> None:
+        """Cuts the contour into pieces.
 
-    def means(values: np.ndarray, ring: np.ndarray) -> np.ndarray:
-        """Means over each cell's pixels of `ring`: (h, w, c) -> (n, c)."""
-        sums = np.stack([np.bincount(cell[ring], v, cells) for v in np.moveaxis(values, -1, 0)[:, ring]], -1)
-        return sums[enough] / np.bincount(cell[ring], minlength=cells)[enough, None]
+        Args:
+            original: (h, w, 3) uint8.
+            mask: (h, w, 1), 1 = generate, 0 = preserve; its contour is where it crosses 0.5.
+        """
+        self._rings = boundary_rings(mask, RING)
+        self._cell = _cells(mask[..., 0] > 0.5)
+        self._cells = int(self._cell.max()) + 1
+        self._enough = np.all([self._count(ring) >= LEAST for ring in self._rings], axis=0)
+        lab = rgb2lab(original)
+        lightness, both = lab[..., :1], np.logical_or(*self._rings)
+        variance = self._means(lightness**2, both) - self._means(lightness, both) ** 2
+        self._smooth = variance[:, 0] < SMOOTH**2
+        self._own = self._differences(lab)
 
-    def steps(lab: np.ndarray) -> np.ndarray:
-        return deltaE_ciede2000(*(means(lab, ring) for ring in rings))
+    def steps(self, image: np.ndarray) -> Steps:
+        """The excess step of every piece in (h, w, 3) uint8."""
+        return Steps(self._differences(rgb2lab(image)) - self._own, self._smooth)
 
-    lab, truth = rgb2lab(image), rgb2lab(original)
-    lightness, both = truth[..., :1], rings[0] | rings[1]
-    variance = means(lightness**2, both) - means(lightness, both) ** 2
-    return Steps(steps(lab) - steps(truth), variance[:, 0] < SMOOTH**2)
+    def _differences(self, lab: np.ndarray) -> np.ndarray:
+        return deltaE_ciede2000(*(self._means(lab, ring) for ring in self._rings))
+
+    def _means(self, values: np.ndarray, ring: np.ndarray) -> np.ndarray:
+        """Means over each piece's pixels of `ring`: (h, w, c) -> (n, c)."""
+        cell = self._cell[ring]
+        sums = np.stack([np.bincount(cell, v, self._cells) for v in np.moveaxis(values, -1, 0)[:, ring]], -1)
+        return sums[self._enough] / self._count(ring)[self._enough, None]
+
+    def _count(self, ring: np.ndarray) -> np.ndarray:
+        return np.bincount(self._cell[ring], minlength=self._cells)
 
 
 def _cells(inside: np.ndarray) -> np.ndarray:
@@ -84,14 +95,6 @@ def _cells(inside: np.ndarray) -> np.ndarray:
     of_label = np.zeros(label.max() + 1, cell.dtype)
     of_label[label[contour]] = cell[contour]
     return of_label[label]
-
-
-def _ring(inside: np.ndarray, side: bool) -> np.ndarray:
-    """The pixels within RING px of the contour that are inside it, or outside: (h, w) bool."""
-    region = inside == side
-    if region.all():
-        return np.zeros_like(region)
-    return region & (cv2.distanceTransform(region.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE) <= RING)
 
 
 def join(steps: list[Steps]) -> Steps:
