@@ -11,6 +11,7 @@ from typing import Any
 
 from asymvq_jax import images
 from asymvq_jax.checkpoints import load_model
+from asymvq_jax.commands import command
 from asymvq_jax.compilation import keep_compiled_programs
 from asymvq_jax.config import Config, UserError, flatten, load_config
 from asymvq_jax.data.pipeline import held_out
@@ -33,6 +34,7 @@ from asymvq_jax.outputs import check_writable, write_bytes
 from asymvq_jax.seam import drift_table, measure_drift, measure_seam, plot, seam_table
 
 
+@command
 def main() -> int:
     """Returns the exit code: 0, or 2 after an error message."""
     parser = argparse.ArgumentParser(description=__doc__, epilog="Any field of the config can be set: --group.field=v")
@@ -53,11 +55,7 @@ def main() -> int:
     options, overrides = parser.parse_known_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     keep_compiled_programs()
-    try:
-        _run(options, overrides)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    _run(options, overrides)
     return 0
 
 

@@ -19,6 +19,7 @@ from jax import export
 
 from asymvq_jax import images
 from asymvq_jax.checkpoints import load_model
+from asymvq_jax.commands import command
 from asymvq_jax.config import DTYPES, UserError
 from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.parameters import merge, split
@@ -74,6 +75,7 @@ def export_decoder(
     )
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after an error message."""
     parser = argparse.ArgumentParser(prog="python -m asymvq_jax.export", description=__doc__.splitlines()[0])
@@ -83,16 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=1, help="pictures a call (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, help="compute type; default: the checkpoint's")
     options = parser.parse_args(arguments)
-    try:
-        check_writable(options.file, (SUFFIX,))
-        size = images.parse_size("--size", options.size)
-        model = load_model(options.checkpoint, **({"dtype": options.dtype} if options.dtype else {}))
-        program = export_decoder(model, options.batch, size)
-        data = program.serialize()
-        write_bytes(options.file, data)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check_writable(options.file, (SUFFIX,))
+    size = images.parse_size("--size", options.size)
+    model = load_model(options.checkpoint, **({"dtype": options.dtype} if options.dtype else {}))
+    program = export_decoder(model, options.batch, size)
+    data = program.serialize()
+    write_bytes(options.file, data)
     inputs = ", ".join(f"{a.dtype}{list(a.shape)}" for a in program.in_avals)
     print(f"{options.file}: {len(data) / 1e6:.1f} MB for {', '.join(PLATFORMS)}; takes {inputs}")
     return 0

@@ -13,13 +13,15 @@ import numpy as np
 
 from asymvq_jax import images, sharding
 from asymvq_jax.checkpoints import load_model
+from asymvq_jax.commands import command
 from asymvq_jax.compilation import keep_compiled_programs
-from asymvq_jax.config import DTYPES, UserError
+from asymvq_jax.config import DTYPES
 from asymvq_jax.inference import InputError, check_condition, check_mask, decode, encode, inpaint, read_latent
 from asymvq_jax.outputs import check_writable
 from asymvq_jax.strips import decode_in_strips, encode_in_strips
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after an error message."""
     parser = argparse.ArgumentParser(prog="python -m asymvq_jax.inpaint", description=__doc__)
@@ -43,11 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, help="compute type; default: the checkpoint's")
     options = parser.parse_args(arguments)
     keep_compiled_programs()
-    try:
-        _run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    _run(options)
     return 0
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from asymvq_jax.config import DTYPES, UserError
+from asymvq_jax.config import DTYPES
 
 # Runs once and returns when the device is done, with what fetches the result to the host.
 Run = Callable[[], Callable[[], np.ndarray]]
@@ -190,15 +190,6 @@ def difference(results: Sequence[Result]) -> str:
         return "nothing to compare"
     spread = float(np.ptp(outputs[0]))
     return f"{max(float(np.abs(outputs[0] - x).max()) for x in outputs[1:]) / spread:.1e} of the range"
-
-
-def without_traceback(main: Callable[[], int]) -> int:
-    """Calls `main`; a user's mistake becomes a message and exit code 2."""
-    try:
-        return main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
 
 
 def machine() -> str:

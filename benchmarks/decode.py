@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from asymvq_jax.checkpoints import load_model
+from asymvq_jax.commands import command
 from asymvq_jax.compilation import keep_compiled_programs
 from asymvq_jax.config import ModelConfig, load_config
 from asymvq_jax.models.autoencoder import structure
@@ -20,6 +21,7 @@ from asymvq_jax.plan.counting import matmul_flops
 from benchmarks import contest, peers, subjects
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 1 if a contender failed."""
     options = contest.parser("decode", __doc__, size=256).parse_args(arguments)
@@ -70,4 +72,4 @@ def flops(config: ModelConfig, arrays: dict[str, np.ndarray]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(contest.without_traceback(main))
+    sys.exit(main())

@@ -20,6 +20,7 @@ from pathlib import Path
 import cv2
 
 from asymvq_jax import images
+from asymvq_jax.commands import command
 from asymvq_jax.config import DataConfig
 from asymvq_jax.data.build import build
 from asymvq_jax.data.pipeline import training_batches
@@ -31,6 +32,7 @@ SIZE = (500, 375)
 FILES = 200
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code, 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.input", description=__doc__)
@@ -85,4 +87,4 @@ def _core_seconds() -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(contest.without_traceback(main))
+    sys.exit(main())

@@ -19,12 +19,14 @@ from flax import nnx
 
 from asymvq_jax import inference, strips
 from asymvq_jax.checkpoints import load_model, save_model
+from asymvq_jax.commands import command
 from asymvq_jax.config import load_config
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.blocks import Conv
 from benchmarks import contest, subjects
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 1 if one of them failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.large_pictures", description=__doc__)
@@ -106,4 +108,4 @@ class _Reported:
 
 
 if __name__ == "__main__":
-    sys.exit(contest.without_traceback(main))
+    sys.exit(main())

@@ -23,8 +23,9 @@ import numpy as np
 
 from asymvq_jax import images, inference
 from asymvq_jax.checkpoints import load_model
+from asymvq_jax.commands import command
 from asymvq_jax.compilation import keep_compiled_programs
-from asymvq_jax.config import Config, UserError, load_config
+from asymvq_jax.config import Config, load_config
 from asymvq_jax.data.pipeline import Example, held_out
 from asymvq_jax.data.sources import list_pictures
 from asymvq_jax.evaluation import markdown
@@ -61,6 +62,7 @@ COLUMNS = {
 GRID_ROWS = 8
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after an error message."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reproduction", description=__doc__)
@@ -73,22 +75,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     logging.getLogger("absl").setLevel(logging.WARNING)
     keep_compiled_programs()
-    try:
-        out = Path(options.out)
-        first = load_config(
-            options.config,
-            [f"--data.path={out / 'train'}", f"--data.eval_path={out / 'held_out'}",
-             f"--run.directory={out / 'first_stage'}", *overrides],
-        )  # fmt: skip
-        shrink_photos(options.photos, out)
-        configs = decoders(first, out, options.steps, options.batch)
-        for config in (first, *configs.values()):
-            if code := train(config):
-                return code
-        report(first, configs, out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    out = Path(options.out)
+    first = load_config(
+        options.config,
+        [f"--data.path={out / 'train'}", f"--data.eval_path={out / 'held_out'}",
+         f"--run.directory={out / 'first_stage'}", *overrides],
+    )  # fmt: skip
+    shrink_photos(options.photos, out)
+    configs = decoders(first, out, options.steps, options.batch)
+    for config in (first, *configs.values()):
+        if code := train(config):
+            return code
+    report(first, configs, out)
     return 0
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from asymvq_jax import images
+from asymvq_jax.commands import command
 from asymvq_jax.config import load_config
 from benchmarks import contest, subjects
 
@@ -33,6 +34,7 @@ np.save(sys.argv[2], result)
 """
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code, 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.start_up", description=__doc__)
@@ -80,4 +82,4 @@ def _run(command: Sequence[str], cache: Path) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(contest.without_traceback(main))
+    sys.exit(main())

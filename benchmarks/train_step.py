@@ -12,6 +12,7 @@ import numpy as np
 
 from asymvq_jax import images, sharding
 from asymvq_jax.checkpoints import load_parameters
+from asymvq_jax.commands import command
 from asymvq_jax.compilation import keep_compiled_programs
 from asymvq_jax.config import Config, load_config
 from asymvq_jax.losses.lpips import load_lpips
@@ -22,6 +23,7 @@ from asymvq_jax.training.step import compiled_step
 from benchmarks import contest, peers, subjects
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 1 if a contender failed."""
     options = contest.parser("train_step", __doc__, size=128).parse_args(arguments)
@@ -85,4 +87,4 @@ def _flops(config: Config, arrays: dict[str, np.ndarray]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(contest.without_traceback(main))
+    sys.exit(main())

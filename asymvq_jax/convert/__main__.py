@@ -7,10 +7,11 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from asymvq_jax.config import UserError
+from asymvq_jax.commands import command
 from asymvq_jax.convert.convert import convert, describe
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after an error message."""
     parser = argparse.ArgumentParser(prog="python -m asymvq_jax.convert", description=__doc__)
@@ -26,17 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     for library in ("absl", "jax"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    try:
-        model = convert(
-            options.source,
-            options.target,
-            options.to,
-            scaling_factor=options.scaling_factor,
-            shift_factor=options.shift_factor,
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    model = convert(
+        options.source,
+        options.target,
+        options.to,
+        scaling_factor=options.scaling_factor,
+        shift_factor=options.shift_factor,
+    )
     print(f"{options.target}: {options.to}, {describe(model)}")
     return 0
 

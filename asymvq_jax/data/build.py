@@ -38,7 +38,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from asymvq_jax import images
-from asymvq_jax.config import DataConfig, UserError
+from asymvq_jax.commands import command
+from asymvq_jax.config import DataConfig
 from asymvq_jax.data.sources import SUFFIXES, TFDS, DataError, is_hidden, is_picture, visible_files
 from asymvq_jax.images import ImageError
 from asymvq_jax.outputs import OutputError, try_out, write_bytes, writing
@@ -54,6 +55,7 @@ KEPT_FORMATS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 GZIP = b"\x1f\x8b"
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after an error message, or 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m asymvq_jax.data.build", description=__doc__)
@@ -82,9 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 shard_mib=options.shard_mib,
                 workers=options.workers,
             )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on after the last complete shard", file=sys.stderr)
         return 130

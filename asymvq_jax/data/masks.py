@@ -15,7 +15,8 @@ import numpy as np
 from etils import epath
 
 from asymvq_jax import images
-from asymvq_jax.config import MASK_PRESETS, MaskConfig, UserError
+from asymvq_jax.commands import command
+from asymvq_jax.config import MASK_PRESETS, MaskConfig
 from asymvq_jax.data.sources import list_pictures
 from asymvq_jax.outputs import check_writable
 
@@ -168,17 +169,14 @@ def samples() -> np.ndarray:
     return images.grid(columns)
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after an error message."""
     parser = argparse.ArgumentParser(prog="python -m asymvq_jax.data.masks", description="Draws samples of the masks.")
     parser.add_argument("out", help="the picture: .png, .jpg or .webp")
     options = parser.parse_args(arguments)
-    try:
-        check_writable(options.out, images.FORMATS)
-        images.write(options.out, samples())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check_writable(options.out, images.FORMATS)
+    images.write(options.out, samples())
     return 0
 
 

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from asymvq_jax.commands import command
 from asymvq_jax.compilation import keep_compiled_programs
 from asymvq_jax.config import UserError
 from asymvq_jax.data.sources import list_pictures
@@ -29,6 +30,7 @@ from asymvq_jax.metrics.inception import load_inception
 from asymvq_jax.outputs import check_writable, write_bytes
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after an error message."""
     parser = argparse.ArgumentParser(prog="python -m asymvq_jax.metrics", description=__doc__)
@@ -41,11 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", help="write the numbers to this file")
     options = parser.parse_args(arguments)
     keep_compiled_programs()
-    try:
-        _run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    _run(options)
     return 0
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from asymvq_jax import images, sharding
+from asymvq_jax.commands import command
 from asymvq_jax.config import Config, UserError, load_config
 from asymvq_jax.outputs import check_writable, write_bytes
 from asymvq_jax.plan import report
@@ -31,6 +32,7 @@ MOST_FSDP = 8
 SEARCH_BUDGET = 6
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 (also where the plan does not fit), or 2 after an error message."""
     parser = argparse.ArgumentParser(
@@ -50,11 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     for library in ("absl", "jax"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    try:
-        _run(options, overrides)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    _run(options, overrides)
     return 0
 
 

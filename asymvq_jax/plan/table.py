@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import jax
 
+from asymvq_jax.commands import command
 from asymvq_jax.config import Config, UserError, load_config
 from asymvq_jax.plan import report
 from asymvq_jax.plan.chips import Target, open_topology
@@ -24,6 +25,7 @@ COLUMNS = ("slice", "batch", "parameters", "optimizer state", "temporaries", "pe
            "collectives", "least time", "images/s", "MFU", "decode: peak memory", "images/s")  # fmt: skip
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after an error message."""
     parser = argparse.ArgumentParser(prog="python -m asymvq_jax.plan.table", description=__doc__)
@@ -32,18 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--topologies", default=TOPOLOGIES, help="comma-separated; default: %(default)s")
     options, overrides = parser.parse_known_args(arguments)
     jax.config.update("jax_platforms", "cpu")
-    try:
-        if options.per_chip < 1:
-            raise UserError(f"--per-chip={options.per_chip}: expected at least 1")
-        config = load_config(options.config, overrides)
-        targets = [open_topology(name) for name in options.topologies.split(",")]
-        for line in (COLUMNS, ["---"] * len(COLUMNS)):
-            _print(line)
-        for target in targets:
-            _print(_row(with_batch(config, options.per_chip * ways(config, target)), target))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.per_chip < 1:
+        raise UserError(f"--per-chip={options.per_chip}: expected at least 1")
+    config = load_config(options.config, overrides)
+    targets = [open_topology(name) for name in options.topologies.split(",")]
+    for line in (COLUMNS, ["---"] * len(COLUMNS)):
+        _print(line)
+    for target in targets:
+        _print(_row(with_batch(config, options.per_chip * ways(config, target)), target))
     return 0
 
 
