@@ -19,6 +19,7 @@ from asymvq_jax.evaluation import (
     Pair,
     evaluate,
     evaluate_text,
+    list_latents,
     list_pairs,
     paper_table,
     read_pairs,
@@ -26,7 +27,7 @@ from asymvq_jax.evaluation import (
     text_table,
 )
 from asymvq_jax.losses.lpips import load_lpips
-from asymvq_jax.metrics.distribution import check_reference, read_reference
+from asymvq_jax.metrics.distribution import read_reference
 from asymvq_jax.metrics.inception import load_inception
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.parameters import Params
@@ -64,47 +65,38 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
     for path, suffixes in ((options.picture, images.FORMATS), (options.json, (".json",)), (options.seam, (".png",))):
         if path:
             check_writable(path, suffixes)
-    if options.latents:
-        if not (options.inception and options.reference):
-            raise UserError("--latents takes --inception WEIGHTS and --reference PICTURES too")
-        check_reference(options.reference)
-    else:
-        pairs, count = _pairs(options.pairs, config)
-    inception = load_inception(options.inception) if options.inception else None
-    model = load_model(options.checkpoint, dtype=config.model.dtype)
-    plain = options.plain or config.run.init_from
-    plain_model = load_model(plain, dtype=config.model.dtype) if plain else None
-    if options.latents:
-        reference, _ = read_reference(options.reference, inception)
-        scores = evaluate_text(model, plain_model, options.latents, reference, inception)
-        print(f"\n{text_table(scores)}")
-        numbers = {row: {"fid": fid, "inception_score": score} for row, (fid, score) in scores.items()}
-    else:
-        numbers = _inpainting(options, config, (model, plain_model), (pairs, count), inception)
+    numbers = _text_to_image(options, config) if options.latents else _inpainting(options, config)
     if options.json:
         numbers["config"] = flatten(config)
         write_bytes(options.json, json.dumps(_finite(numbers), indent=2).encode() + b"\n")
 
 
-def _inpainting(
-    options: argparse.Namespace,
-    config: Config,
-    models: tuple[Autoencoder, Autoencoder | None],
-    pairs: tuple[Callable[[], Iterator[Pair]], int],
-    inception: Params | None,
-) -> dict[str, Any]:
+def _text_to_image(options: argparse.Namespace, config: Config) -> dict[str, Any]:
+    """Decodes latents without condition and prints the scores; returns the numbers."""
+    if not (options.inception and options.reference):
+        raise UserError("--latents takes --inception WEIGHTS and --reference PICTURES too")
+    list_latents(options.latents)
+    model, plain, inception = _load(options, config)
+    reference, _ = read_reference(options.reference, inception)
+    scores = evaluate_text(model, plain, options.latents, reference, inception)
+    print(f"\n{text_table(scores)}")
+    return {row: {"fid": fid, "inception_score": score} for row, (fid, score) in scores.items()}
+
+
+def _inpainting(options: argparse.Namespace, config: Config) -> dict[str, Any]:
     """Measures pairs and prints their tables; returns the numbers."""
-    (model, plain), (read, count) = models, pairs
+    pairs, count = _pairs(options.pairs, config)
+    model, plain, inception = _load(options, config)
     lpips = load_lpips("vgg16", config.loss.perceptual_weights)
-    results = evaluate(model, plain, read(), count, lpips, inception)
+    results = evaluate(model, plain, pairs(), count, lpips, inception)
     print(f"\n{results.pictures} pictures from {options.pairs or f'the held-out half of {config.data.source!r}'}")
     print(table(results))
     numbers = {"pictures": results.pictures, "rows": results.rows, "counts": results.counts}
     if inception is not None:
         print(f"\n{paper_table(results)}")
     if options.seam:
-        numbers["seam"] = measure_seam(model, plain or model, read(), count)
-        numbers["drift"] = measure_drift(model, plain or model, read(), count)
+        numbers["seam"] = measure_seam(model, plain or model, pairs(), count)
+        numbers["drift"] = measure_drift(model, plain or model, pairs(), count)
         for latent, rows in numbers["seam"].items():
             print(f"\nthe seam, {latent}\n{seam_table(rows)}")
         print(f"\ndrift over passes of encode and decode\n{drift_table(numbers['drift'])}")
@@ -112,6 +104,14 @@ def _inpainting(
     if options.picture:
         images.write(options.picture, results.grid())
     return numbers
+
+
+def _load(options: argparse.Namespace, config: Config) -> tuple[Autoencoder, Autoencoder | None, Params | None]:
+    """Our model, the plain one and FID's network, the latter two where there are any."""
+    inception = load_inception(options.inception) if options.inception else None
+    model = load_model(options.checkpoint, dtype=config.model.dtype)
+    plain = options.plain or config.run.init_from
+    return model, load_model(plain, dtype=config.model.dtype) if plain else None, inception
 
 
 def _pairs(folder: str | None, config: Config) -> tuple[Callable[[], Iterator[Pair]], int]:

@@ -246,28 +246,17 @@ _THICK_256 = {
 # LaMa's published distributions (its configs/data_gen/random_*.yaml). Its code draws up to one stroke more than
 # max_times there.
 MASK_PRESETS: dict[str, dict[str, Any]] = {
-    "thin_256": {**_THICK_256, "boxes": 0.0, "stroke_count": (4, 51), "stroke_length": 40, "stroke_width": 10},
-    "medium_256": {
-        **_THICK_256,
-        **{"stroke_count": (4, 6), "stroke_length": 100, "stroke_width": 50},
-        **{"box_count": (1, 5), "box_side": (10, 50), "box_margin": 0},
-    },
+    "thin_256": _THICK_256 | {"boxes": 0.0, "stroke_count": (4, 51), "stroke_length": 40, "stroke_width": 10},
+    "medium_256": _THICK_256 | {"stroke_count": (4, 6), "stroke_length": 100, "stroke_width": 50,
+                                "box_count": (1, 5), "box_side": (10, 50), "box_margin": 0},
     "thick_256": _THICK_256,
-    "thin_512": {
-        **_THICK_256,
-        **{"resolution": 512, "boxes": 0.0, "stroke_count": (4, 71), "stroke_length": 100, "stroke_width": 20},
-    },
-    "medium_512": {
-        **_THICK_256,
-        **{"resolution": 512, "stroke_count": (4, 11), "stroke_length": 200, "stroke_width": 100},
-        **{"box_count": (1, 5), "box_side": (30, 150), "box_margin": 0},
-    },
-    "thick_512": {
-        **_THICK_256,
-        **{"resolution": 512, "stroke_count": (1, 6), "stroke_length": 450, "stroke_width": 250},
-        **{"box_count": (1, 4), "box_side": (30, 300), "box_margin": 10},
-    },
-}
+    "thin_512": _THICK_256 | {"resolution": 512, "boxes": 0.0, "stroke_count": (4, 71), "stroke_length": 100,
+                              "stroke_width": 20},
+    "medium_512": _THICK_256 | {"resolution": 512, "stroke_count": (4, 11), "stroke_length": 200, "stroke_width": 100,
+                                "box_count": (1, 5), "box_side": (30, 150), "box_margin": 0},
+    "thick_512": _THICK_256 | {"resolution": 512, "stroke_count": (1, 6), "stroke_length": 450, "stroke_width": 250,
+                               "box_count": (1, 4), "box_side": (30, 300), "box_margin": 10},
+}  # fmt: skip
 
 
 SOURCES = ("photos", "folder", "tfds")

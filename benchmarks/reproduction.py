@@ -28,7 +28,7 @@ from asymvq_jax.compilation import keep_compiled_programs
 from asymvq_jax.config import Config, load_config
 from asymvq_jax.data.pipeline import Example, held_out
 from asymvq_jax.data.sources import list_pictures
-from asymvq_jax.evaluation import markdown
+from asymvq_jax.evaluation import COLUMNS, GRID_ROWS, markdown
 from asymvq_jax.metrics.image import all_metrics
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.parameters import split
@@ -53,13 +53,7 @@ DECODERS: dict[str, tuple[dict, bool, float]] = {
 PRETRAINED_SCALE = 0.4
 HELD_OUT_EVERY = 5
 SHORTER_SIDE = 256
-COLUMNS = {
-    "preservation_error": ("preservation error x 1e-5", 1e5),
-    "boundary_error": ("boundary error x 1e-3", 1e3),
-    "psnr_preserved": ("PSNR kept, dB", 1.0),
-    "psnr_masked": ("PSNR masked, dB", 1.0),
-}
-GRID_ROWS = 8
+SHOWN = {n: COLUMNS[n] for n in ("preservation_error", "boundary_error", "psnr_preserved", "psnr_masked")}
 
 
 @command
@@ -128,9 +122,9 @@ def report(first: Config, configs: dict[str, Config], out: Path) -> None:
     for name, config in {VANILLA: first, **configs}.items():
         rows[name], decoded = _measure(load_model(config.run.directory), examples)
         columns[name] = list(decoded[:GRID_ROWS])
-    header = ["", *(title for title, _ in COLUMNS.values()), "parameters of the decoder, M", "decode, images/s"]
+    header = ["", *(title for title, _ in SHOWN.values()), "parameters of the decoder, M", "decode, images/s"]
     cells = [
-        [name, *(f"{row[c] * scale:.4g}" for c, (_, scale) in COLUMNS.items()),
+        [name, *(f"{row[c] * scale:.4g}" for c, (_, scale) in SHOWN.items()),
          f"{row['parameters'] / 1e6:.2f}", f"{row['images_per_second']:.3g}"]
         for name, row in rows.items()
     ]  # fmt: skip
@@ -149,7 +143,7 @@ def _measure(model: Autoencoder, examples: Example) -> tuple[dict[str, float], n
     condition = (image, mask) if model.config.condition else (None, None)
     decoded = images.to_uint8(inference.decode(model, latent, *condition))
     measured = [all_metrics(*arrays) for arrays in zip(decoded, *examples.values(), strict=True)]
-    values = {name: float(np.mean([m[name] for m in measured])) for name in COLUMNS}
+    values = {name: float(np.mean([m[name] for m in measured])) for name in SHOWN}
     values["parameters"] = sum(math.prod(x.shape) for n, x in split(model)[1].items() if n.startswith("decoder."))
     return values | {"images_per_second": _speed(model, latent, condition)}, decoded
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from asymvq_jax.checkpoints import CheckpointError, find_step, load_model, save_model
 from asymvq_jax.config import ModelConfig, UserError
-from asymvq_jax.convert.files import read_json, read_tensors, write_tensors
+from asymvq_jax.convert.files import misfits, read_json, read_tensors, write_tensors
 from asymvq_jax.convert.mapping import OLD_ATTENTION, Format, dump_tensors, model_from_tensors, weights
 from asymvq_jax.models.autoencoder import Autoencoder
 
@@ -383,15 +383,7 @@ def ldm_to_config(tensors: Mapping[str, np.ndarray], path: Path) -> ModelConfig:
 
 def _build(config: ModelConfig, tensors: Mapping[str, np.ndarray], form: Format, source: Path) -> Autoencoder:
     """A model with all of `tensors` in it; lists every one that is missing, unexpected or misshapen."""
-    expected = {w.name: w.torch_shape for w in weights(config, form)}
-    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in tensors]
-    problems += [f"unexpected: {name} {value.shape}" for name, value in tensors.items() if name not in expected]
-    problems += [
-        f"misshapen: {name} {tensors[name].shape}, expected {shape}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if problems:
+    if problems := misfits(tensors, {w.name: w.torch_shape for w in weights(config, form)}):
         raise ConvertError(f"{source}: {len(problems)} tensors do not fit the model:\n  " + "\n  ".join(problems))
     return model_from_tensors(config, tensors, form)
 

@@ -76,6 +76,18 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
             for name, value in tensors.items()}  # fmt: skip
 
 
+def misfits(tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is wrong with `tensors`, a line each, where `expected` has the name and shape of every one."""
+    missing = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in tensors]
+    unexpected = [f"unexpected: {name} {value.shape}" for name, value in tensors.items() if name not in expected]
+    misshapen = [
+        f"misshapen: {name} {tensors[name].shape}, expected {shape}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    return missing + unexpected + misshapen
+
+
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a .safetensors file, or a .ckpt as torch.save({"state_dict": ...}), which needs torch."""
     if path.suffix == ".safetensors":

@@ -22,14 +22,13 @@ import sqlite3
 import sys
 import tarfile
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -40,11 +39,9 @@ from tqdm import tqdm
 from asymvq_jax import images
 from asymvq_jax.commands import command
 from asymvq_jax.config import DataConfig
-from asymvq_jax.data.sources import SUFFIXES, TFDS, DataError, is_hidden, is_picture, visible_files
+from asymvq_jax.data.sources import SUFFIXES, TFDS, DataError, in_order, is_hidden, is_picture, visible_files
 from asymvq_jax.images import ImageError
 from asymvq_jax.outputs import OutputError, try_out, write_bytes, writing
-
-T = TypeVar("T")
 
 VERSION = "1.0.0"
 MANIFESTS = "manifests"
@@ -509,7 +506,7 @@ def _write_shard(shard: _Shard, min_side: int, pool: ThreadPoolExecutor, ahead: 
     try:
         # Grain wants groups of one record.
         writer = ArrayRecordWriter(str(partial_file), "group_size:1")
-        for picture, future in _in_order(pool, partial(_record, min_side=min_side), shard.pictures, ahead):
+        for picture, future in in_order(pool, partial(_record, min_side=min_side), shard.pictures, ahead):
             bar.update()
             try:
                 record = future.result()
@@ -539,18 +536,6 @@ def _write_shard(shard: _Shard, min_side: int, pool: ThreadPoolExecutor, ahead: 
         partial_file.replace(shard.path)
     _write_json(_manifest(shard.path), manifest)
     return _Content.of(manifest)
-
-
-def _in_order(
-    pool: ThreadPoolExecutor, function: Callable[[T], Any], items: Iterable[T], ahead: int
-) -> Iterator[tuple[T, Future]]:
-    """Items with their futures, of which no more than `ahead` have begun before they are asked for."""
-    waiting: deque[tuple[T, Future]] = deque()
-    for item in items:
-        waiting.append((item, pool.submit(function, item)))
-        if len(waiting) > ahead:
-            yield waiting.popleft()
-    yield from waiting
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -597,7 +582,7 @@ def check(target: str, name: str, *, workers: int = 1) -> None:
                 damages.append(f"dataset_info.json counts other {split} pictures than the manifests")
                 continue
             source = TFDS(DataConfig(source="tfds", path=name, data_dir=target), split)
-            reads = _in_order(pool, partial(_use, source, min_side), range(len(source)), 4 * workers)
+            reads = in_order(pool, partial(_use, source, min_side), range(len(source)), 4 * workers)
             for _, future in tqdm(reads, f"reading {split}", len(source), unit=" pictures"):
                 if damage := future.result():
                     damages.append(damage)

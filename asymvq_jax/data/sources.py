@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePath
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from etils import epath
@@ -15,6 +17,8 @@ from asymvq_jax import images
 from asymvq_jax.config import DataConfig, UserError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class DataError(UserError):
@@ -203,3 +207,15 @@ class TFDS:
     def read(self, index: int) -> np.ndarray:
         """See `Source.read`."""
         return images.decode(self._source[index][self._key], self.name(index))
+
+
+def in_order(
+    pool: ThreadPoolExecutor, function: Callable[[T], Any], items: Iterable[T], ahead: int
+) -> Iterator[tuple[T, Future]]:
+    """Items with their futures, of which no more than `ahead` have begun before they are asked for."""
+    waiting: deque[tuple[T, Future]] = deque()
+    for item in items:
+        waiting.append((item, pool.submit(function, item)))
+        if len(waiting) > ahead:
+            yield waiting.popleft()
+    yield from waiting

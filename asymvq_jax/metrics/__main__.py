@@ -17,7 +17,6 @@ from asymvq_jax.config import UserError
 from asymvq_jax.data.sources import list_pictures
 from asymvq_jax.metrics.distribution import (
     KID_SUBSET,
-    check_reference,
     folder_features,
     frechet_distance,
     inception_score,
@@ -54,12 +53,11 @@ def _run(options: argparse.Namespace) -> None:
     if options.batch < 1:
         raise UserError(f"--batch={options.batch}: expected at least 1")
     list_pictures(options.generated, "GENERATED")
-    check_reference(options.reference)
     params = load_inception(options.inception)
     reference, pool = read_reference(options.reference, params, options.batch)
     if options.save_statistics and pool is not None:
         save_statistics(options.save_statistics, pool)
-    generated = folder_features(options.generated, params, options.batch)
+    generated = folder_features(options.generated, "GENERATED", params, options.batch)
     numbers: dict[str, float] = {"pictures": len(generated.pool)}
     numbers["fid"] = frechet_distance(statistics(generated.pool), reference)
     if pool is not None:

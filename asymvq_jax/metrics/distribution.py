@@ -6,9 +6,8 @@ Pictures pass through in batches that are split over all devices; what stays is 
 from __future__ import annotations
 
 import io
-import itertools
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from asymvq_jax import images, sharding
 from asymvq_jax.config import MeshConfig, UserError
-from asymvq_jax.data.sources import list_pictures
+from asymvq_jax.data.sources import in_order, list_pictures
 from asymvq_jax.metrics.inception import inception, resize
 from asymvq_jax.models.parameters import Params
 from asymvq_jax.outputs import write_bytes
@@ -75,10 +74,8 @@ class Extractor:
     def add_all(self, pictures: Iterable[np.ndarray], threads: int = 8) -> None:
         """Takes many, resizing some ahead in threads."""
         with ThreadPoolExecutor(threads) as pool:
-            # Batch by batch, as the pool would read all of an iterable ahead.
-            for part in _batched(pictures, self._batch):
-                for resized in pool.map(resize, part):
-                    self._add_resized(resized)
+            for _, resized in in_order(pool, resize, pictures, 2 * threads):
+                self._add_resized(resized.result())
 
     def _add_resized(self, picture: np.ndarray) -> None:
         self._waiting.append(picture)
@@ -98,12 +95,6 @@ class Extractor:
         if self._waiting:
             self._flush()
         return Features(*(np.concatenate(parts) for parts in zip(*self._done, strict=True)))
-
-
-def _batched(pictures: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
-    rest = iter(pictures)
-    while part := list(itertools.islice(rest, size)):
-        yield part
 
 
 def statistics(pool: np.ndarray) -> Statistics:
@@ -208,25 +199,17 @@ def load_statistics(path: str) -> tuple[Statistics, np.ndarray | None]:
     return Statistics(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)), arrays.get("features")
 
 
-def check_reference(path: str) -> None:
-    """Raises UserError unless `path` is a readable .npz of statistics, or a folder of pictures."""
-    if path.endswith(".npz"):
-        load_statistics(path)
-    else:
-        list_pictures(path, "REFERENCE")
-
-
 def read_reference(path: str, params: Params, batch: int = 64) -> tuple[Statistics, np.ndarray | None]:
     """Statistics and, where known, the features of a folder of real pictures or of a .npz (see `load_statistics`)."""
     if path.endswith(".npz"):
         return load_statistics(path)
-    pool = folder_features(path, params, batch).pool
+    pool = folder_features(path, "REFERENCE", params, batch).pool
     return statistics(pool), pool
 
 
-def folder_features(folder: str, params: Params, batch: int = 64) -> Features:
-    """Of all pictures in a directory tree, with a progress bar."""
+def folder_features(folder: str, name: str, params: Params, batch: int = 64) -> Features:
+    """Of all pictures in a directory tree, with a progress bar; messages call the folder `name`."""
     extractor = Extractor(params, batch)
-    paths = list_pictures(folder, folder)
+    paths = list_pictures(folder, name)
     extractor.add_all(images.read(path) for path in tqdm(paths, unit="picture", desc=folder))
     return extractor.features()

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from asymvq_jax.config import UserError
-from asymvq_jax.convert.files import read_tensors
+from asymvq_jax.convert.files import misfits, read_tensors
 from asymvq_jax.models.parameters import Params
 
 SIZE = 299
@@ -198,14 +198,7 @@ def load_inception(path: str | Path) -> Params:
     for name, (height, width, inputs, outputs) in convolutions.items():
         expected[f"{name}.conv.weight"] = (outputs, inputs, height, width)
         expected |= {f"{name}.bn.{leaf}": (outputs,) for leaf in NORM}
-    problems = [f"missing: {n} {shape}" for n, shape in expected.items() if n not in tensors]
-    problems += [f"unexpected: {n} {x.shape}" for n, x in tensors.items() if n not in expected]
-    problems += [
-        f"misshapen: {n} {tensors[n].shape}, expected {shape}"
-        for n, shape in expected.items()
-        if n in tensors and tensors[n].shape != shape
-    ]
-    if problems:
+    if problems := misfits(tensors, expected):
         shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise InceptionError(
             f"{path} is not the Inception-v3 of FID (pytorch-fid's or torch-fidelity's weights file):\n  "
