@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +16,14 @@ from asymvq_jax.models.parameters import merge, split
 Format = Literal["diffusers", "ldm"]
 
 
+class Shaped(Protocol):
+    """An array, or its shape alone."""
+
+    shape: tuple[int, ...]
+
+
 class Row(NamedTuple):
-    """One kind of module under its three names; {i} is the level, {u} the level counted from the other end."""
+    """One kind of layer under its three names; {i} is the level, {u} the level counted from the other end."""
 
     ours: str
     diffusers: str
@@ -75,11 +81,6 @@ TABLE: list[Row] = [
 # Names that diffusers wrote before 0.18 (Stable Diffusion's published VAE folders have them), read only.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
-_PATTERNS = [
-    (re.compile(re.escape(row.ours).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)")), row)
-    for row in TABLE
-]
-
 
 class Weight(NamedTuple):
     """One parameter: its name in our model, its shape there, and its name and shape in a PyTorch file."""
@@ -92,44 +93,74 @@ class Weight(NamedTuple):
 
 def weights(config: ModelConfig, form: Format) -> list[Weight]:
     """All parameters of the model that `config` describes, with their names in `form`."""
-    _, shapes = structure(config)
     levels = len(config.encoder_channels)
+    named = name_parameters(structure(config)[1], TABLE, form, lambda i: {"u": levels - 1 - i.get("i", 0)})
+    if form == "ldm":
+        return named
+    # diffusers' attention has linear layers where ours and the original have 1x1 convolutions.
+    return [w._replace(torch_shape=w.torch_shape[:2]) if ".attentions." in w.name else w for w in named]
+
+
+def name_parameters(
+    params: Mapping[str, Shaped],
+    table: Sequence[Row],
+    form: str,
+    derive: Callable[[dict[str, int]], dict[str, int]] = lambda indices: {},
+) -> list[Weight]:
+    """The names and shapes that parameters have in a PyTorch file.
+
+    Args:
+        params: (abstract) arrays by our names: layers' kernel, scale, embedding and bias, or arrays of their own.
+        table: rows of layers, by their name without the last part, and of arrays of their own, by their whole name.
+        form: the field of Row to read.
+        derive: from the indices of a name ({i}, {j}), the others that the names in `form` have.
+    """
+    patterns = [(re.compile(re.sub(r"\\{(\w)\\}", r"(?P<\1>\\d+)", re.escape(row.ours))), row) for row in table]
     result = []
-    for ours, leaf in shapes.items():
-        joined, _, kind = ours.rpartition(".")
-        match, row = next((m, row) for pattern, row in _PATTERNS if (m := pattern.fullmatch(joined)))
-        indices = {k: int(v) for k, v in match.groupdict().items()}
-        name = getattr(row, form).format(**indices, u=levels - 1 - indices.get("i", 0))
-        shape = tuple(leaf.shape)
-        full_name = f"{name}.{'bias' if kind == 'bias' else 'weight'}"
-        result.append(Weight(ours, shape, full_name, _torch_shape(shape, linear=_is_linear(row, form))))
+    for path, leaf in params.items():
+        layer, _, kind = path.rpartition(".")
+        suffix = ".bias" if kind == "bias" else ".weight"
+        name = _name(path, patterns, form, derive) or _name(layer, patterns, form, derive, suffix)
+        if name is None:
+            raise KeyError(f"no row for {path}")
+        result.append(Weight(path, tuple(leaf.shape), name, _torch_shape(tuple(leaf.shape), kind)))
     return result
 
 
+def _name(
+    ours: str,
+    patterns: Sequence[tuple[re.Pattern, Row]],
+    form: str,
+    derive: Callable[[dict[str, int]], dict[str, int]],
+    suffix: str = "",
+) -> str | None:
+    for pattern, row in patterns:
+        if match := pattern.fullmatch(ours):
+            indices = {k: int(v) for k, v in match.groupdict().items()}
+            return getattr(row, form).format(**indices, **derive(indices)) + suffix
+    return None
+
+
+def _torch_shape(shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
+    if kind != "kernel":
+        return shape
+    *window, inputs, outputs = shape
+    return (outputs, inputs, *window)
+
+
 def to_torch(weight: Weight, array: np.ndarray) -> np.ndarray:
-    """A parameter in PyTorch's layout: (h, w, in, out) becomes (out, in, h, w), or (out, in) for a linear layer."""
-    if array.ndim == 4:
-        array = array.transpose(3, 2, 0, 1)
+    """A parameter in PyTorch's layout: a kernel (h, w, in, out) becomes (out, in, h, w), and (in, out) (out, in)."""
+    if weight.path.endswith(".kernel"):
+        array = np.moveaxis(array, (-1, -2), (0, 1))
     return np.ascontiguousarray(array.reshape(weight.torch_shape))
 
 
 def from_torch(weight: Weight, array: np.ndarray) -> np.ndarray:
     """The inverse of `to_torch`."""
-    if len(weight.shape) == 4:
-        h, w, i, o = weight.shape
-        array = array.reshape(o, i, h, w).transpose(2, 3, 1, 0)
+    if weight.path.endswith(".kernel"):
+        *window, inputs, outputs = weight.shape
+        array = np.moveaxis(array.reshape(outputs, inputs, *window), (0, 1), (-1, -2))
     return np.ascontiguousarray(array)
-
-
-def _is_linear(row: Row, form: Format) -> bool:
-    return form == "diffusers" and ".attentions." in row.diffusers
-
-
-def _torch_shape(shape: tuple[int, ...], *, linear: bool) -> tuple[int, ...]:
-    if len(shape) != 4:
-        return shape
-    h, w, i, o = shape
-    return (o, i) if linear else (o, i, h, w)
 
 
 def model_from_tensors(config: ModelConfig, tensors: Mapping[str, np.ndarray], form: Format) -> Autoencoder:
