@@ -39,10 +39,10 @@ def asymmetric(config: ModelConfig, seed: int = 0) -> AsymmetricAutoencoderKL:
 
 
 def perturb_norms(model: nn.Module) -> nn.Module:
-    """Random affine parameters for every group normalisation, so that a mix-up shows."""
+    """Random affine parameters for every normalisation, so that a mix-up shows."""
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.GroupNorm):
+            if isinstance(module, nn.GroupNorm | nn.LayerNorm):
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.uniform_(-0.5, 0.5)
     return model

@@ -16,7 +16,7 @@ import numpy as np
 
 from asymvq_jax.checkpoints import CheckpointError, find_step, load_model, save_model
 from asymvq_jax.config import ModelConfig, UserError
-from asymvq_jax.convert.files import misfits, read_json, read_tensors, write_tensors
+from asymvq_jax.convert.files import misfits, read_folder, read_json, read_tensors, write_tensors
 from asymvq_jax.convert.mapping import OLD_ATTENTION, Format, dump_tensors, model_from_tensors, weights
 from asymvq_jax.models.autoencoder import Autoencoder
 
@@ -102,7 +102,7 @@ def read_model(source: Path, told: Mapping[str, float] | None = None) -> Autoenc
 def _read_diffusers(folder: Path) -> Autoencoder:
     stored = read_json(folder / "config.json")
     config = diffusers_to_config(stored, folder / "config.json")
-    tensors = {_modern(name): value for name, value in _read_folder(folder).items()}
+    tensors = {_modern(name): value for name, value in read_folder(folder, WEIGHTS).items()}
     # 1x1 convolutions and linear layers hold the same numbers; old files have the former in the attention.
     tensors = {
         name: value[:, :, 0, 0] if ".attentions." in name and value.shape[2:] == (1, 1) else value
@@ -115,17 +115,6 @@ def _read_diffusers(folder: Path) -> Autoencoder:
 def _modern(name: str) -> str:
     match = re.fullmatch(r"(.*\.attentions\.\d+\.)(\w+)(\..*)", name)
     return match[1] + OLD_ATTENTION[match[2]] + match[3] if match and match[2] in OLD_ATTENTION else name
-
-
-def _read_folder(folder: Path) -> dict[str, np.ndarray]:
-    index = folder / f"{WEIGHTS}.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(read_json(index).get("weight_map", {}).values()))
-        return {name: value for file in files for name, value in read_tensors(folder / file).items()}
-    for suffix in (".safetensors", ".bin"):
-        if (folder / (WEIGHTS + suffix)).is_file():
-            return read_tensors(folder / (WEIGHTS + suffix))
-    raise ConvertError(f"{folder} has a config.json but no {WEIGHTS}.safetensors")
 
 
 def _expect(config: Mapping[str, Any], path: Path, **expected: Any) -> None:
@@ -322,7 +311,20 @@ def _check_ldm(config: ModelConfig, told: Mapping[str, float]) -> None:
 
 
 def _read_ldm(path: Path, told: Mapping[str, float]) -> Autoencoder:
-    tensors = read_tensors(path)
+    return ldm_model(read_tensors(path), path, told)
+
+
+def ldm_model(tensors: Mapping[str, np.ndarray], path: Path, told: Mapping[str, float]) -> Autoencoder:
+    """The autoencoder of an original checkpoint's tensors, which may be those of a whole Stable Diffusion.
+
+    Args:
+        tensors: by their names in the file.
+        path: the file, for messages.
+        told: the fields of the configuration that a file cannot tell.
+
+    Raises:
+        ConvertError: the tensors of an autoencoder are not complete or do not fit.
+    """
     if any(name.startswith(PREFIX) for name in tensors):
         outside = [name for name in tensors if not name.startswith(PREFIX)]
         log.info("%s: %d tensors outside %s* are no part of the autoencoder", path, len(outside), PREFIX)

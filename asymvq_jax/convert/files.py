@@ -76,6 +76,26 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
             for name, value in tensors.items()}  # fmt: skip
 
 
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """The files of a Hugging Face folder's weights: whole, of half precision, or in shards; safetensors or pickled.
+
+    Raises:
+        TensorFileError: there are none.
+    """
+    for suffix in (".safetensors", ".fp16.safetensors", ".bin"):
+        index = folder / f"{stem}{suffix}.index.json"
+        if index.is_file():
+            return [folder / file for file in sorted(set(read_json(index).get("weight_map", {}).values()))]
+        if (folder / (stem + suffix)).is_file():
+            return [folder / (stem + suffix)]
+    raise TensorFileError(f"{folder} has a config.json but no {stem}.safetensors")
+
+
+def read_folder(folder: Path, stem: str) -> dict[str, np.ndarray]:
+    """All tensors of a Hugging Face folder, as `read_tensors` reads them, from the files that `weight_files` finds."""
+    return {name: value for file in weight_files(folder, stem) for name, value in read_tensors(file).items()}
+
+
 def misfits(tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
     """What is wrong with `tensors`, a line each, where `expected` has the name and shape of every one."""
     missing = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in tensors]

@@ -97,13 +97,16 @@ def _merge(kernel: jax.Array, axis: int) -> list[jax.Array]:
 
 
 class GroupNorm(nnx.Module):
-    """Group normalisation (eps 1e-6) with an optional SiLU; statistics and the affine map in float32."""
+    """Group normalisation with an optional SiLU; statistics and the affine map in float32."""
 
-    def __init__(self, channels: int, groups: int, *, silu: bool = True, dtype: DTypeLike) -> None:
+    def __init__(
+        self, channels: int, groups: int, *, silu: bool = True, epsilon: float = 1e-6, dtype: DTypeLike
+    ) -> None:
         self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
         self.groups = groups
         self.silu = silu
+        self.epsilon = epsilon
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -114,7 +117,7 @@ class GroupNorm(nnx.Module):
         """The same with the `channel_moments` of a whole of which `x` may be a part."""
         b, _, _, c = x.shape
         mean, square = moments.reshape(2, b, self.groups, c // self.groups).mean(-1)
-        inverse = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + 1e-6)
+        inverse = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + self.epsilon)
         mean, inverse = (jnp.repeat(s, c // self.groups, axis=-1) for s in (mean, inverse))
         scale = inverse * self.scale[...][None]
         shift = self.bias[...][None] - mean * scale

@@ -1,0 +1,411 @@
+"""Reads Stable Diffusion, a diffusers folder or an original checkpoint; all configuration before any weight."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from asymvq_jax.config import ModelConfig, UserError
+from asymvq_jax.convert.convert import diffusers_to_config, ldm_model, ldm_to_config, read_model
+from asymvq_jax.convert.files import PICKLES, misfits, read_folder, read_json, read_tensors, weight_files
+from asymvq_jax.convert.mapping import Weight, from_torch
+from asymvq_jax.diffusion import clip, mapping, schedulers, unet
+from asymvq_jax.diffusion.clip import ImageConfig, ImageEncoder, TextConfig, TextEncoder, TransformerConfig
+from asymvq_jax.diffusion.schedulers import Kind, SchedulerConfig
+from asymvq_jax.diffusion.tokens import Tokenizer, read_tokenizer
+from asymvq_jax.diffusion.unet import UNet, UNetConfig
+from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.parameters import merge, split
+
+log = logging.getLogger(__name__)
+
+Task = Literal["text", "inpaint", "edit"]
+UNET_WEIGHTS, CLIP_WEIGHTS = "diffusion_pytorch_model", ("model", "pytorch_model")
+# The parts of a folder that each task takes, by the file that has to be there.
+PARTS: dict[Task, tuple[str, ...]] = {
+    "text": ("text_encoder/config.json", "tokenizer"),
+    "inpaint": ("text_encoder/config.json", "tokenizer"),
+    "edit": ("image_encoder/config.json",),
+}
+COMMON_PARTS = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+
+
+class PipelineError(UserError):
+    """A folder or file that is no pipeline for the task; the message names the part and what was expected."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a pipeline is, from its configuration files alone."""
+
+    path: Path
+    task: Task
+    unet: UNetConfig
+    autoencoder: ModelConfig
+    scheduler: SchedulerConfig
+    encoder: TextConfig | ImageConfig
+    example: clip.ExampleConfig | None
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Stable Diffusion for one task, its weights on the default device."""
+
+    task: Task
+    unet: UNet
+    # The one whose encoder the UNet was trained with; its own decoder is the plain one.
+    autoencoder: Autoencoder
+    scheduler: SchedulerConfig
+    # text and inpaint have the first two, edit the others.
+    text_encoder: TextEncoder | None = None
+    tokenizer: Tokenizer | None = None
+    image_encoder: ImageEncoder | None = None
+    example: clip.ExampleConfig | None = None
+
+
+def describe(path: str | Path, task: Task, scheduler: Kind | None = None) -> Description:
+    """Reads the configuration of a diffusers pipeline folder, and checks that it can do the task.
+
+    Args:
+        path: the folder.
+        task: what it is wanted for.
+        scheduler: another sampler than the folder's own, on its noise schedule.
+
+    Raises:
+        UserError: no pipeline, a missing part, or one of a kind that we do not have; no weight has been read.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise PipelineError(f"no pipeline at {path}: expected a diffusers pipeline folder (or an original checkpoint)")
+    missing = [part for part in (*COMMON_PARTS, *PARTS[task]) if not (path / part).exists()]
+    if missing:
+        whole = len(missing) == len(COMMON_PARTS) + len(PARTS[task])
+        raise PipelineError(
+            f"{path} {'is no diffusers pipeline folder' if whole else 'is not complete'} for {task!r}: "
+            f"missing {', '.join(missing)}"
+        )
+
+    def stored(part: str) -> tuple[dict[str, Any], str]:
+        return read_json(path / part), str(path / part)
+
+    encoder_file = PARTS[task][0]
+    read_encoder = clip.read_image_config if task == "edit" else clip.read_text_config
+    description = Description(
+        path=path,
+        task=task,
+        unet=unet.read_config(*stored("unet/config.json")),
+        autoencoder=diffusers_to_config(read_json(path / "vae/config.json"), path / "vae/config.json"),
+        scheduler=schedulers.read_config(*stored("scheduler/scheduler_config.json"), scheduler),
+        encoder=read_encoder(*stored(encoder_file)),
+        example=_example(path) if task == "edit" else None,
+    )
+    _check_channels(task, description.unet, description.autoencoder, str(path / "unet/config.json"))
+    _check_context(description.unet, description.encoder, str(path))
+    weight_files(path / "unet", UNET_WEIGHTS)
+    weight_files(path / "vae", UNET_WEIGHTS)
+    _clip_stem((path / encoder_file).parent)
+    return description
+
+
+def _example(path: Path) -> clip.ExampleConfig:
+    file = path / "feature_extractor" / "preprocessor_config.json"
+    return clip.read_example_config(read_json(file) if file.is_file() else {}, str(file))
+
+
+def _check_channels(task: Task, config: UNetConfig, autoencoder: ModelConfig, name: str) -> None:
+    latent = autoencoder.latent_channels
+    expected = latent if task == "text" else 2 * latent + 1
+    if config.out_channels != latent:
+        raise PipelineError(f"{name}: out_channels={config.out_channels}; the autoencoder's latents have {latent}")
+    if config.in_channels != expected:
+        kind = {latent: "a text-to-image model", 2 * latent + 1: "an inpainting model"}.get(
+            config.in_channels, "another"
+        )
+        raise PipelineError(
+            f"{name}: in_channels={config.in_channels}, which is {kind}; {task!r} needs {expected}: "
+            + ("noisy latent" if task == "text" else "noisy latent, mask, and the masked picture's latent")
+        )
+
+
+def _check_context(config: UNetConfig, encoder: TextConfig | ImageConfig, name: str) -> None:
+    width = encoder.outputs if isinstance(encoder, ImageConfig) else encoder.transformer.channels
+    if config.context != width:
+        raise PipelineError(
+            f"{name}: the UNet attends to features of {config.context} channels, and the encoder gives {width}"
+        )
+
+
+def load(description: Description, dtype: str = "float32") -> Pipeline:
+    """Reads the weights of a described pipeline.
+
+    Args:
+        description: from `describe`.
+        dtype: in which everything is computed, and kernels are kept; norms stay in float32.
+
+    Raises:
+        UserError: tensors that are missing, unexpected or misshapen, all of them listed.
+    """
+    path = description.path
+    parts: dict[str, Any] = {}
+    if description.task == "edit":
+        parts["image_encoder"] = read_image_encoder(path / "image_encoder", dtype)
+        parts["example"] = description.example
+    else:
+        parts["tokenizer"] = read_tokenizer(path / "tokenizer", description.encoder)
+        parts["text_encoder"] = read_text_encoder(path / "text_encoder", dtype)
+    return Pipeline(
+        task=description.task,
+        unet=read_unet(path / "unet", dtype),
+        autoencoder=_in_dtype(read_model(path / "vae"), dtype),
+        scheduler=description.scheduler,
+        **parts,
+    )
+
+
+def _in_dtype(autoencoder: Autoencoder, dtype: str) -> Autoencoder:
+    config = replace(autoencoder.config, dtype=dtype)
+    abstract = nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
+    return merge(split(abstract)[0], split(autoencoder)[1])
+
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def _build(
+    make: Callable[[], M],
+    name: Callable[[M], Sequence[Weight]],
+    tensors: Mapping[str, np.ndarray],
+    source: Path | str,
+    dtype: DTypeLike,
+) -> M:
+    """The module that `make` makes, filled with `tensors`; kernels and embeddings are kept in `dtype`."""
+    abstract = nnx.eval_shape(make)
+    named = name(abstract)
+    if problems := misfits(tensors, {w.name: w.torch_shape for w in named}):
+        raise PipelineError(f"{source}: {len(problems)} tensors do not fit the model:\n  " + "\n  ".join(problems))
+    params = {}
+    for weight in named:
+        array = from_torch(weight, tensors[weight.name])
+        params[weight.path] = jnp.asarray(array, dtype if weight.path.endswith((".kernel", ".embedding")) else None)
+    return merge(split(abstract)[0], params)
+
+
+def read_unet(folder: Path, dtype: str = "float32") -> UNet:
+    """Reads the folder of a diffusers UNet2DConditionModel.
+
+    Raises:
+        UserError: a UNet that we do not have, or tensors that do not fit.
+    """
+    config = unet.read_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    return _unet(config, mapping.flatten_projections(read_folder(folder, UNET_WEIGHTS)), "diffusers", folder, dtype)
+
+
+def _unet(config: UNetConfig, tensors: Mapping[str, np.ndarray], form: str, source: Path | str, dtype: str) -> UNet:
+    return _build(
+        lambda: UNet(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)),
+        lambda model: mapping.unet_weights(model, form),
+        tensors,
+        source,
+        dtype,
+    )
+
+
+def _clip_stem(folder: Path) -> str:
+    """The name of the weights, of which transformers has had two."""
+    for stem in CLIP_WEIGHTS[1:]:
+        if list(folder.glob(f"{stem}.*")):
+            return stem
+    weight_files(folder, CLIP_WEIGHTS[0])
+    return CLIP_WEIGHTS[0]
+
+
+def _read_clip(folder: Path, prefix: str) -> dict[str, np.ndarray]:
+    """Tensors under transformers' present names; older ones had a prefix, and the positions' numbers as a tensor."""
+    tensors = read_folder(folder, _clip_stem(folder))
+    return {name.replace(prefix, "", 1): x for name, x in tensors.items() if not name.endswith("position_ids")}
+
+
+def read_text_encoder(folder: Path, dtype: str = "float32") -> TextEncoder:
+    """Reads the folder of a transformers CLIPTextModel.
+
+    Raises:
+        UserError: an encoder that we do not have, or tensors that do not fit.
+    """
+    config = clip.read_text_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    return _text_encoder(config, _read_clip(folder, "text_model."), "diffusers", folder, dtype)
+
+
+def _text_encoder(
+    config: TextConfig, tensors: Mapping[str, np.ndarray], form: str, source: Path | str, dtype: str
+) -> TextEncoder:
+    return _build(
+        lambda: TextEncoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)),
+        lambda model: mapping.text_weights(model, form),
+        tensors,
+        source,
+        dtype,
+    )
+
+
+def read_image_encoder(folder: Path, dtype: str = "float32") -> ImageEncoder:
+    """Reads the folder of Paint-by-Example's image encoder.
+
+    Raises:
+        UserError: an encoder that we do not have, or tensors that do not fit.
+    """
+    config = clip.read_image_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    return _build(
+        lambda: ImageEncoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)),
+        mapping.image_weights,
+        _read_clip(folder, "vision_model."),
+        folder,
+        dtype,
+    )
+
+
+# An original checkpoint's parts by the beginning of their names, and what is no part of the function.
+CHECKPOINT_UNET, CHECKPOINT_TEXT, CHECKPOINT_VAE = "model.diffusion_model.", "cond_stage_model.", "first_stage_model."
+TRANSFORMERS_PREFIX, OPEN_CLIP_PREFIX = "transformer.text_model.", "model."
+CHECKPOINT_UNUSED = re.compile(
+    r"model_ema\..*|betas|alphas_cumprod(_prev)?|sqrt_.*alphas_cumprod|log_one_minus_alphas_cumprod|sqrt_recip.*|"
+    r"posterior_.*|logvar|lvlb_weights|scale_factor|cond_stage_model\.model\.(text_projection|logit_scale|attn_mask)|"
+    r"cond_stage_model\.logit_scale|.*\.position_ids"
+)
+# Stable Diffusion's noise schedule, which a checkpoint does not name.
+NOISE_SCHEDULE = {
+    "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False,
+}  # fmt: skip
+
+
+def load_checkpoint(
+    path: str | Path,
+    task: Task,
+    tokenizer: str,
+    *,
+    scheduler: Kind | None = None,
+    prediction_type: str | None = None,
+    dtype: str = "float32",
+) -> Pipeline:
+    """Reads an original Stable Diffusion 1 or 2 checkpoint, with all its parts in one file.
+
+    Args:
+        path: .ckpt or .safetensors.
+        task: "text" or "inpaint".
+        tokenizer: a folder with CLIP's tokenizer, which a checkpoint does not have.
+        scheduler: the sampler; DDIM by default.
+        prediction_type: "epsilon" or "v_prediction"; Stable Diffusion 1 has the first, 2 must be told.
+        dtype: as in `load`.
+
+    Raises:
+        UserError: the file is no such checkpoint, or cannot do the task; or something has to be told.
+    """
+    path = Path(path)
+    if task == "edit":
+        raise PipelineError(f"{path}: 'edit' takes a diffusers pipeline folder of Paint-by-Example")
+    tensors = {n: x for n, x in read_tensors(path).items() if not CHECKPOINT_UNUSED.fullmatch(n)}
+    parts = {p: {} for p in (CHECKPOINT_UNET, CHECKPOINT_TEXT, CHECKPOINT_VAE)}
+    outside = []
+    for name, value in tensors.items():
+        prefix = next((p for p in parts if name.startswith(p)), None)
+        if prefix is None:
+            outside.append(name)
+        else:
+            parts[prefix][name.removeprefix(prefix)] = value
+    missing = [f"{p}*" for p, part in parts.items() if not part]
+    if missing or outside:
+        raise PipelineError(
+            f"{path} is no original Stable Diffusion checkpoint: "
+            + "; ".join(f"{what} {', '.join(x)}" for what, x in (("missing", missing), ("unexpected", outside)) if x)
+        )
+    config, two = _unet_sizes(parts[CHECKPOINT_UNET], path)
+    if two and prediction_type is None:
+        raise PipelineError(
+            f"{path} is a Stable Diffusion 2, which predicts the noise or v, and the file does not say which: give "
+            "--prediction-type epsilon (such as 2-base) or v_prediction (such as 2.1 for 768 px)"
+        )
+    prediction = prediction_type or "epsilon"
+    if two and prediction == "v_prediction":
+        config = replace(config, sample_size=96)
+    _check_channels(task, config, ldm_to_config(parts[CHECKPOINT_VAE], path), str(path))
+    stored = {**NOISE_SCHEDULE, "prediction_type": prediction}
+    text, form, text_config = _checkpoint_text(parts[CHECKPOINT_TEXT], path)
+    _check_context(config, text_config, str(path))
+    return Pipeline(
+        task=task,
+        tokenizer=read_tokenizer(Path(tokenizer), text_config),
+        unet=_unet(config, mapping.flatten_projections(parts[CHECKPOINT_UNET]), "ldm", path, dtype),
+        text_encoder=_text_encoder(text_config, text, form, path, dtype),
+        autoencoder=_in_dtype(ldm_model(parts[CHECKPOINT_VAE], path, {}), dtype),
+        scheduler=schedulers.read_config(stored, str(path), scheduler),
+    )
+
+
+def _unet_sizes(tensors: Mapping[str, np.ndarray], path: Path) -> tuple[UNetConfig, bool]:
+    """The sizes of an original checkpoint's UNet, and whether it is Stable Diffusion 2's."""
+    halvings = sorted(int(m[1]) for n in tensors if (m := re.fullmatch(r"input_blocks\.(\d+)\.0\.op\.weight", n)))
+    key = next((n for n in tensors if n.endswith("attn2.to_k.weight")), None)
+    if not halvings or key is None or "input_blocks.0.0.weight" not in tensors or "out.2.weight" not in tensors:
+        raise PipelineError(f"{path}: the UNet is not Stable Diffusion's: no halvings, cross-attention or ends")
+    per_level, levels = halvings[0], len(halvings) + 1
+    firsts = [1 + i * per_level for i in range(levels)]
+    widths = [f"input_blocks.{n}.0.out_layers.3.weight" for n in firsts]
+    if absent := [name for name in widths if name not in tensors]:
+        raise PipelineError(f"{path}: the UNet is not Stable Diffusion's: missing {', '.join(absent)}")
+    channels = tuple(tensors[name].shape[0] for name in widths)
+    two = tensors["middle_block.1.proj_in.weight"].ndim == 2
+    config = UNetConfig(
+        in_channels=tensors["input_blocks.0.0.weight"].shape[1],
+        out_channels=tensors["out.2.weight"].shape[0],
+        channels=channels,
+        blocks=per_level - 1,
+        attention=tuple(f"input_blocks.{n}.1.norm.weight" in tensors for n in firsts),
+        # 1 has eight heads everywhere, 2 heads of 64 channels.
+        heads=tuple(c // 64 for c in channels) if two else (8,) * levels,
+        context=tensors[key].shape[1],
+    )
+    return config, two
+
+
+def _checkpoint_text(tensors: Mapping[str, np.ndarray], path: Path) -> tuple[dict[str, np.ndarray], str, TextConfig]:
+    """The text encoder's tensors, the form of their names, and its sizes."""
+    open_clip = any(".resblocks." in name for name in tensors)
+    prefix = OPEN_CLIP_PREFIX if open_clip else TRANSFORMERS_PREFIX
+    stripped = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    block = r"transformer\.resblocks\.(\d+)\." if open_clip else r"encoder\.layers\.(\d+)\."
+    numbers = {int(m[1]) for n in stripped if (m := re.match(block, n))}
+    tokens = stripped.get("token_embedding.weight" if open_clip else "embeddings.token_embedding.weight")
+    positions = stripped.get("positional_embedding" if open_clip else "embeddings.position_embedding.weight")
+    if not numbers or tokens is None or positions is None:
+        raise PipelineError(f"{path}: {CHECKPOINT_TEXT}* is no text encoder of CLIP or OpenCLIP")
+    layers, inner = len(numbers), ("transformer.resblocks.0.mlp.c_fc" if open_clip else "encoder.layers.0.mlp.fc1")
+    if open_clip:
+        # Stable Diffusion 2 takes the last block but one's result, so the last is no part of the function.
+        layers -= 1
+        last = f"transformer.resblocks.{layers}."
+        stripped = mapping.split_joint({n: x for n, x in stripped.items() if not n.startswith(last)})
+    transformer = TransformerConfig(
+        channels=tokens.shape[1],
+        inner=len(stripped.get(f"{inner}.bias", ())),
+        layers=layers,
+        heads=max(1, tokens.shape[1] // 64),
+        activation="gelu" if open_clip else "quick_gelu",
+        epsilon=1e-5,
+    )
+    form = "ldm" if open_clip else "diffusers"
+    return stripped, form, TextConfig(transformer, vocabulary=tokens.shape[0], length=positions.shape[0])
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether `path` is an original checkpoint's file, and no folder."""
+    return Path(path).is_file() and Path(path).suffix in (".safetensors", *PICKLES)

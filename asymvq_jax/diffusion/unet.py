@@ -1,0 +1,279 @@
+"""The denoising UNet of Stable Diffusion 1 and 2: 4 channels in, or 9 for inpainting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from asymvq_jax.config import UserError
+from asymvq_jax.diffusion.layers import FeedForward, LayerNorm, MultiHeadAttention, linear
+from asymvq_jax.models.blocks import Conv, GroupNorm, UpsampleConv
+
+
+class UNetError(UserError):
+    """A UNet of a kind that we do not have; the message names the fields."""
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Sizes of a UNet; level 0 is the outermost."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    # Residual blocks a level on the way down; on the way up there is one more.
+    blocks: int = 2
+    # Which levels attend, and the heads of each level's attention.
+    attention: tuple[bool, ...] = (True, True, True, False)
+    heads: tuple[int, ...] = (8, 8, 8, 8)
+    # Channels of the text's (or example's) features.
+    context: int = 768
+    norm_groups: int = 32
+    norm_epsilon: float = 1e-5
+    # Height and width of the latents that it was trained on.
+    sample_size: int = 64
+
+    @property
+    def downsampling(self) -> int:
+        """By how much the innermost level is smaller than the latent."""
+        return 2 ** (len(self.channels) - 1)
+
+
+# Of diffusers' options, those that change what is computed, with the values that Stable Diffusion 1 and 2 have.
+EXPECTED: dict[str, Any] = {
+    "act_fn": "silu",
+    "addition_embed_type": None,
+    "attention_type": "default",
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": None,
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "num_attention_heads": None,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "time_cond_proj_dim": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "transformer_layers_per_block": 1,
+}
+
+
+def read_config(stored: Mapping[str, Any], name: str) -> UNetConfig:
+    """Translates the config.json of a diffusers UNet2DConditionModel.
+
+    Args:
+        stored: its content.
+        name: its path, for messages.
+
+    Raises:
+        UNetError: another class, or a field with a value that our UNet does not have.
+    """
+    if stored.get("_class_name") != "UNet2DConditionModel":
+        raise UNetError(f"{name}: _class_name is {stored.get('_class_name')!r}; expected 'UNet2DConditionModel'")
+    needed = ("block_out_channels", "cross_attention_dim", "down_block_types", "up_block_types")
+    if missing := [field for field in needed if field not in stored]:
+        raise UNetError(f"{name}: missing {', '.join(missing)}")
+    channels, levels = tuple(stored["block_out_channels"]), len(stored["block_out_channels"])
+    attention = tuple(block == "CrossAttnDownBlock2D" for block in stored["down_block_types"])
+    expected = EXPECTED | {
+        "down_block_types": [("CrossAttn" if a else "") + "DownBlock2D" for a in attention],
+        "up_block_types": [("CrossAttn" if a else "") + "UpBlock2D" for a in reversed(attention)],
+    }
+    wrong = [f"{n}={stored[n]!r} (expected {v!r})" for n, v in expected.items() if n in stored and stored[n] != v]
+    wrong += [
+        f"{n}={stored[n]!r} (expected a number)"
+        for n in ("layers_per_block", "cross_attention_dim")
+        if not isinstance(stored.get(n, 2), int)
+    ]
+    if wrong:
+        raise UNetError(f"{name}: this UNet is of a kind that is not supported: {', '.join(wrong)}")
+    # diffusers' name is wrong, as its source says: it is the number of heads.
+    heads = stored.get("attention_head_dim", 8)
+    return UNetConfig(
+        in_channels=stored.get("in_channels", 4),
+        out_channels=stored.get("out_channels", 4),
+        channels=channels,
+        blocks=stored.get("layers_per_block", 2),
+        attention=attention,
+        heads=tuple(heads) if isinstance(heads, list | tuple) else (heads,) * levels,
+        context=stored["cross_attention_dim"],
+        norm_groups=stored.get("norm_num_groups", 32),
+        norm_epsilon=stored.get("norm_eps", 1e-5),
+        sample_size=stored.get("sample_size") or 64,
+    )
+
+
+class TimedBlock(nnx.Module):
+    """Residual block to whose middle the time's features are added."""
+
+    def __init__(self, inputs: int, outputs: int, config: UNetConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        norm = {"epsilon": config.norm_epsilon, "dtype": dtype}
+        self.norm1 = GroupNorm(inputs, config.norm_groups, **norm)
+        self.conv1 = Conv(inputs, outputs, 3, dtype=dtype, rngs=rngs)
+        self.time = linear(4 * config.channels[0], outputs, dtype=dtype, rngs=rngs)
+        self.norm2 = GroupNorm(outputs, config.norm_groups, **norm)
+        self.conv2 = Conv(outputs, outputs, 3, dtype=dtype, rngs=rngs)
+        self.shortcut = Conv(inputs, outputs, 1, dtype=dtype, rngs=rngs) if inputs != outputs else None
+
+    def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
+        """(b, h, w, inputs), (b, 4 * channels[0]) after its SiLU -> (b, h, w, outputs)."""
+        h = self.conv1(self.norm1(x)) + self.time(time)[:, None, None]
+        h = self.conv2(self.norm2(h))
+        return h + (x if self.shortcut is None else self.shortcut(x))
+
+
+class Transformer(nnx.Module):
+    """Over all pixels: attention to each other, attention to the context, gated feed-forward; with a residual."""
+
+    def __init__(self, channels: int, heads: int, config: UNetConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        same = {"dtype": dtype, "rngs": rngs}
+        self.norm = GroupNorm(channels, config.norm_groups, silu=False, dtype=dtype)
+        self.proj_in = linear(channels, channels, **same)
+        self.norm1 = LayerNorm(channels, dtype=dtype)
+        self.self_attention = MultiHeadAttention(channels, channels, heads, bias=False, **same)
+        self.norm2 = LayerNorm(channels, dtype=dtype)
+        self.cross_attention = MultiHeadAttention(channels, config.context, heads, bias=False, **same)
+        self.norm3 = LayerNorm(channels, dtype=dtype)
+        self.feed_forward = FeedForward(channels, 4 * channels, gated=True, **same)
+        self.proj_out = linear(channels, channels, **same)
+
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        """(b, h, w, channels), (b, m, config.context) -> (b, h, w, channels)."""
+        b, height, width, c = x.shape
+        h = self.proj_in(self.norm(x).reshape(b, height * width, c))
+        h = h + self.self_attention(self.norm1(h))
+        h = h + self.cross_attention(self.norm2(h), context)
+        h = h + self.feed_forward(self.norm3(h))
+        return x + self.proj_out(h).reshape(x.shape)
+
+
+class UNetLevel(nnx.Module):
+    """What one resolution has on the way down or up: residual blocks, each with a transformer where it attends."""
+
+    def __init__(self, inputs: list[int], level: int, config: UNetConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        """`inputs` are the channels that each of the blocks takes."""
+        channels, same = config.channels[level], {"config": config, "dtype": dtype, "rngs": rngs}
+        self.blocks = nnx.List([TimedBlock(n, channels, **same) for n in inputs])
+        attentions = len(inputs) if config.attention[level] else 0
+        self.attentions = nnx.List([Transformer(channels, config.heads[level], **same) for _ in range(attentions)])
+
+    def run(self, i: int, x: jax.Array, time: jax.Array, context: jax.Array) -> jax.Array:
+        """The i-th block and its transformer."""
+        x = self.blocks[i](x, time)
+        return self.attentions[i](x, context) if self.attentions else x
+
+
+class DownLevel(UNetLevel):
+    """A level on the way down, which all but the innermost end by halving the resolution."""
+
+    def __init__(self, level: int, config: UNetConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        channels = config.channels[level]
+        first = config.channels[max(level - 1, 0)]
+        super().__init__([first] + [channels] * (config.blocks - 1), level, config, dtype=dtype, rngs=rngs)
+        last = level == len(config.channels) - 1
+        self.downsample = (
+            None if last else Conv(channels, channels, 3, stride=2, padding=(1, 1), dtype=dtype, rngs=rngs)
+        )
+
+    def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array) -> list[jax.Array]:
+        """(b, h, w, c) -> the results of all its layers, for the way up; the last goes on down."""
+        results = []
+        for i in range(len(self.blocks)):
+            x = self.run(i, x, time, context)
+            results.append(x)
+        return results if self.downsample is None else [*results, self.downsample(x)]
+
+
+class UpLevel(UNetLevel):
+    """A level on the way up, whose blocks take the way down's results, and which all but the outermost end by doubling
+    the resolution."""
+
+    def __init__(self, level: int, config: UNetConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        channels = config.channels[level]
+        below = config.channels[min(level + 1, len(config.channels) - 1)]
+        skips = [channels] * config.blocks + [config.channels[max(level - 1, 0)]]
+        inputs = [x + skip for x, skip in zip([below] + [channels] * config.blocks, skips, strict=True)]
+        super().__init__(inputs, level, config, dtype=dtype, rngs=rngs)
+        self.upsample = None if level == 0 else UpsampleConv(channels, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, skips: list[jax.Array], time: jax.Array, context: jax.Array) -> jax.Array:
+        """(b, h, w, c), the way down's results in the order of their making, of which it takes the last."""
+        for i in range(len(self.blocks)):
+            x = self.run(i, jnp.concatenate([x, skips.pop()], -1), time, context)
+        return x if self.upsample is None else self.upsample(x)
+
+
+class UNet(nnx.Module):
+    """Predicts the noise of a latent (or v), given the time and the features of a text or an example."""
+
+    def __init__(self, config: UNetConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.dtype = dtype
+        first, last, same = config.channels[0], config.channels[-1], {"dtype": dtype, "rngs": rngs}
+        self.time1 = linear(first, 4 * first, **same)
+        self.time2 = linear(4 * first, 4 * first, **same)
+        self.conv_in = Conv(config.in_channels, first, 3, **same)
+        levels = range(len(config.channels))
+        self.down = nnx.List([DownLevel(i, config, **same) for i in levels])
+        self.mid_block1 = TimedBlock(last, last, config, **same)
+        self.mid_attention = Transformer(last, config.heads[-1], config, **same)
+        self.mid_block2 = TimedBlock(last, last, config, **same)
+        # From the innermost on.
+        self.up = nnx.List([UpLevel(i, config, **same) for i in reversed(levels)])
+        self.norm_out = GroupNorm(first, config.norm_groups, epsilon=config.norm_epsilon, dtype=dtype)
+        self.conv_out = Conv(first, config.out_channels, 3, **same)
+
+    def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array) -> jax.Array:
+        """The prediction, float32.
+
+        Args:
+            x: (b, h, w, in_channels), noisy latents; for inpainting followed by the mask and the masked picture's
+                latent. Height and width are multiples of `config.downsampling`.
+            time: (b,) timesteps of training.
+            context: (b, m, config.context).
+
+        Returns:
+            (b, h, w, out_channels).
+
+        Raises:
+            ValueError: `x` is of another shape.
+        """
+        multiple, channels = self.config.downsampling, self.config.in_channels
+        if x.ndim != 4 or x.shape[-1] != channels or x.shape[1] % multiple or x.shape[2] % multiple:
+            raise ValueError(f"x has shape {x.shape}: expected (b, h, w, {channels}), h and w multiples of {multiple}")
+        time = self.time2(jax.nn.silu(self.time1(embed_time(time, self.config.channels[0]).astype(self.dtype))))
+        time, context = jax.nn.silu(time), context.astype(self.dtype)
+        x = self.conv_in(x)
+        skips = [x]
+        for level in self.down:
+            skips += level(skips[-1], time, context)
+        x = self.mid_block1(skips[-1], time)
+        x = self.mid_block2(self.mid_attention(x, context), time)
+        for level in self.up:
+            x = level(x, skips, time, context)
+        return self.conv_out(self.norm_out(x)).astype(jnp.float32)
+
+
+def embed_time(time: jax.Array, channels: int) -> jax.Array:
+    """Cosines and sines of the times at geometric frequencies from 1 to 1 / 10000: (b,) -> (b, channels) float32."""
+    half = channels // 2
+    frequency = jnp.exp(-jnp.log(10000.0) / half * jnp.arange(half, dtype=jnp.float32))
+    angle = time.astype(jnp.float32)[:, None] * frequency[None]
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
