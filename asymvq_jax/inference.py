@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import cv2
 import jax
@@ -16,6 +16,9 @@ from asymvq_jax import images, sharding
 from asymvq_jax.config import ModelConfig, UserError
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.parameters import merge, split
+
+
+M = TypeVar("M", bound=nnx.Module)
 
 
 class InputError(UserError):
@@ -95,7 +98,7 @@ def decode(
     return result if size is None else result[:, : size[0], : size[1]]
 
 
-def place(model: Autoencoder, mesh: Mesh) -> Autoencoder:
+def place(model: M, mesh: Mesh) -> M:
     """The model with its weights on every device of `mesh`, so that `encode` and `decode` need not copy them there."""
     graphdef, params = split(model)
     return merge(graphdef, jax.device_put(params, sharding.replicated(mesh)))

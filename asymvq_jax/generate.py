@@ -1,0 +1,362 @@
+"""Stable Diffusion in JAX, with the asymmetric decoder: python -m asymvq_jax.generate text|inpaint|edit PIPELINE ...
+
+One picture, or a folder of prompts (name.txt), and for inpaint and edit of pictures (name.png), masks (name_mask.png,
+white = generate) and examples (name_example.png). Pictures that are there already are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import cv2
+import jax
+import numpy as np
+from etils import epath
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from asymvq_jax import images, sharding
+from asymvq_jax.checkpoints import load_model
+from asymvq_jax.commands import command
+from asymvq_jax.compilation import keep_compiled_programs
+from asymvq_jax.config import DTYPES, MeshConfig, UserError
+from asymvq_jax.data.sources import SUFFIXES
+from asymvq_jax.diffusion import sampling
+from asymvq_jax.diffusion.pipeline import Pipeline, describe, is_checkpoint, load, load_checkpoint
+from asymvq_jax.diffusion.schedulers import CHOICES, DEFAULTS
+from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.parameters import split
+from asymvq_jax.outputs import check_name, check_writable, try_out, write_bytes, writing
+
+log = logging.getLogger(__name__)
+
+# diffusers' defaults for the strength of guidance.
+GUIDANCE = {"text": 7.5, "inpaint": 7.5, "edit": 5.0}
+
+
+class GenerateError(UserError):
+    """Options or files that do not belong together; the message names them."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to make: what it is made of, and where it goes."""
+
+    name: str
+    out: epath.Path
+    seed: int
+    prompt: str = ""
+    image: str = ""
+    mask: str = ""
+    example: str = ""
+    # Height and width, px.
+    size: tuple[int, int] = (0, 0)
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after an error message."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    for library in ("absl", "jax", "httpx"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    keep_compiled_programs()
+    _run(options)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m asymvq_jax.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tasks = parser.add_subparsers(dest="task", required=True)
+    for task, summary in (
+        ("text", "pictures that a text describes"),
+        ("inpaint", "the masked region of a picture anew, as a text describes it"),
+        ("edit", "the content of an example picture into the masked region (Paint-by-Example)"),
+    ):
+        _add_options(tasks.add_parser(task, help=summary, description=summary), task)
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, task: str) -> None:
+    add = parser.add_argument
+    add("pipeline", help="a diffusers pipeline folder, or an original checkpoint (.ckpt, .safetensors)")
+    add("--folder", help="what to make, many at once: see above")
+    add("--out", required=True, help="the picture (.png, .jpg, .webp); a directory with --folder or --count")
+    if task != "edit":
+        add("--prompt", help="the text")
+        add("--negative", default="", help="what guidance leads away from")
+    if task != "text":
+        add("--image", help="the original picture")
+        add("--mask", help="a picture of the same size: white = generate, black = keep")
+    if task == "edit":
+        add("--example", help="the picture whose content is painted in")
+    size = "of the pictures" if task == "text" else "to which picture and mask are scaled; default: their own"
+    add("--size", metavar="HEIGHTxWIDTH", help=f"{size}, px")
+    add("--guidance", type=float, default=GUIDANCE[task], help="strength of the condition; 1: none")
+    add("--steps", type=int, default=50, help="of the sampler")
+    add("--scheduler", choices=DEFAULTS, help="the sampler; default: the pipeline's own")
+    add("--seed", type=int, default=0, help="of the first picture; the next have the next ones")
+    add("--count", type=int, default=1, help="pictures of one prompt")
+    add("--batch", type=int, help="pictures at once; default: one a device")
+    add("--decoder", metavar="CHECKPOINT", help="an asymmetric decoder: a run, or what asymvq_jax.convert wrote")
+    add("--decode", choices=("plain", "asymmetric", "both"), help="both: side by side; default: asymmetric if given")
+    add(
+        "--save-latents", metavar="DIR", help="also write each latent (.npy), as eval.py and asymvq_jax.inpaint read it"
+    )
+    add("--dtype", choices=DTYPES, default="bfloat16", help="in which everything is computed")
+    add("--tokenizer", metavar="DIR", help="of an original checkpoint: a folder with CLIP's vocab.json and merges.txt")
+    add("--prediction-type", choices=CHOICES["prediction_type"], help="of an original Stable Diffusion 2 checkpoint")
+
+
+def _run(options: argparse.Namespace) -> None:
+    for name in ("steps", "count", "batch"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise GenerateError(f"--{name} {value}: expected 1 or more")
+    jobs = list_jobs(options)
+    described = None if is_checkpoint(options.pipeline) else describe(options.pipeline, options.task, options.scheduler)
+    if described is None and options.tokenizer is None:
+        raise GenerateError(
+            f"{options.pipeline} is an original checkpoint, which has no tokenizer: name one by --tokenizer"
+        )
+    if options.decode in ("asymmetric", "both") and not options.decoder and described:
+        if not described.autoencoder.condition:
+            raise GenerateError(f"--decode {options.decode}: name the asymmetric decoder's checkpoint by --decoder")
+    waiting = [job for job in jobs if not job.out.exists()]
+    if len(waiting) < len(jobs):
+        log.info("%d of %d pictures are there already", len(jobs) - len(waiting), len(jobs))
+    if not waiting:
+        return
+    decoder = load_model(options.decoder, dtype=options.dtype) if options.decoder else None
+    if described is None:
+        told = {"scheduler": options.scheduler, "prediction_type": options.prediction_type, "dtype": options.dtype}
+        pipeline = load_checkpoint(options.pipeline, options.task, options.tokenizer, **told)
+    else:
+        pipeline = load(described, options.dtype)
+    decoders = _decoders(pipeline, decoder, options)
+    generate(pipeline, decoders, _sized(waiting, pipeline, options), options)
+
+
+def _decoders(pipeline: Pipeline, decoder: Autoencoder | None, options: argparse.Namespace) -> dict[str, Autoencoder]:
+    """The autoencoders to decode with, by the title of their pictures."""
+    own = pipeline.autoencoder
+    if decoder is None and own.config.condition:
+        decoder = own
+    if decoder is not None:
+        _check_latents(decoder, own, options)
+    way = options.decode or ("plain" if decoder is None else "asymmetric")
+    if decoder is None and way != "plain":
+        raise GenerateError(f"--decode {way}: name the asymmetric decoder's checkpoint by --decoder")
+    both = {"plain": own, "asymmetric": decoder}
+    return both if way == "both" else {way: both[way]}
+
+
+def _check_latents(decoder: Autoencoder, own: Autoencoder, options: argparse.Namespace) -> None:
+    """Raises GenerateError unless both have the same latents; warns where they are only alike."""
+    fields = ("latent_channels", "downsampling", "scaling_factor", "shift_factor")
+    theirs = [f"{n}={getattr(decoder.config, n)} (the pipeline's: {getattr(own.config, n)})" for n in fields
+              if getattr(decoder.config, n) != getattr(own.config, n)]  # fmt: skip
+    if theirs:
+        raise GenerateError(f"--decoder {options.decoder} is of other latents: {', '.join(theirs)}")
+    ours, known = split(decoder)[1], split(own)[1]
+    name = "encoder.conv_in.kernel"
+    if ours[name].shape != known[name].shape or not np.allclose(ours[name], known[name], atol=1e-2):
+        log.warning("--decoder %s was trained with another encoder than the pipeline's", options.decoder)
+
+
+def list_jobs(options: argparse.Namespace) -> list[Job]:
+    """What is to be made, every file checked to be there and of the right size.
+
+    Raises:
+        UserError: options or files that are missing or do not fit.
+    """
+    task = options.task
+    needed = {"text": ("prompt",), "inpaint": ("prompt", "image", "mask"), "edit": ("image", "mask", "example")}[task]
+    given = [name for name in ("prompt", "image", "mask", "example") if getattr(options, name, None) is not None]
+    size = images.parse_size("--size", options.size) if options.size else (0, 0)
+    if options.save_latents:
+        with writing(options.save_latents):
+            try_out(epath.Path(options.save_latents))
+    if options.folder is not None:
+        if given:
+            raise GenerateError(f"--folder {options.folder}: takes the place of {', '.join('--' + n for n in given)}")
+        jobs = _folder_jobs(options, needed)
+    else:
+        if missing := [name for name in needed if name not in given]:
+            raise GenerateError(f"{task} needs {', '.join('--' + n for n in missing)}, or --folder")
+        sources = {name: getattr(options, name) for name in needed}
+        if options.count == 1:
+            check_writable(options.out, images.FORMATS)
+            jobs = [Job(epath.Path(options.out).stem, epath.Path(options.out), options.seed, **sources)]
+        else:
+            outs = [_directory(options.out) / f"{i:04d}.png" for i in range(options.count)]
+            jobs = [Job(out.stem, out, options.seed + i, **sources) for i, out in enumerate(outs)]
+    return [_with_size(job, size, options) for job in jobs]
+
+
+def _directory(out: str) -> epath.Path:
+    path = epath.Path(out)
+    if path.suffix.lower() in images.FORMATS or path.is_file():
+        raise GenerateError(f"--out {out}: expected a directory for more than one picture")
+    with writing(path):
+        try_out(path)
+    return path
+
+
+def _folder_jobs(options: argparse.Namespace, needed: Sequence[str]) -> list[Job]:
+    root, out = epath.Path(options.folder), _directory(options.out)
+    if not root.is_dir():
+        raise GenerateError(f"--folder {options.folder} is not a directory")
+    files = sorted(root.iterdir())
+    pictures = {p.stem: str(p) for p in files if p.suffix.lower() in SUFFIXES}
+    texts = {p.stem: p for p in files if p.suffix == ".txt"}
+    if out.resolve() == root.resolve():
+        raise GenerateError(f"--out {options.out}: name another directory than --folder")
+    names = sorted(texts) if needed == ("prompt",) else [n for n in pictures if not n.endswith(("_mask", "_example"))]
+    if not names:
+        raise GenerateError(f"--folder {options.folder} holds no {'name.txt' if needed == ('prompt',) else 'name.png'}")
+    jobs, missing = [], []
+    for i, name in enumerate(names):
+        found = {
+            "prompt": texts[name].read_text().strip() if name in texts else None,
+            "image": pictures.get(name),
+            "mask": pictures.get(f"{name}_mask"),
+            "example": pictures.get(f"{name}_example"),
+        }
+        ends = {"prompt": ".txt", "image": ".png", "mask": "_mask.png", "example": "_example.png"}
+        missing += [name + ends[part] for part in needed if found[part] is None]
+        jobs.append(Job(name, out / f"{name}.png", options.seed + i, **{part: found[part] for part in needed}))
+    if missing:
+        raise GenerateError(f"--folder {options.folder}: missing {', '.join(missing)}")
+    return jobs
+
+
+def _with_size(job: Job, size: tuple[int, int], options: argparse.Namespace) -> Job:
+    """The job with its size, after a look at its pictures' heads."""
+    if options.task != "text":
+        found, mask = _picture_size(job.image), _picture_size(job.mask)
+        if found != mask:
+            (h, w), (mh, mw) = found, mask
+            raise GenerateError(f"{job.image} is {w} x {h} px and {job.mask} {mw} x {mh} px; they must be of one size")
+        size = size if any(size) else found
+    if job.example:
+        _picture_size(job.example)
+    return Job(**{**vars(job), "size": size})
+
+
+def _picture_size(path: str) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            # Orientations from 5 on are turned by 90 degrees.
+            turned = image.getexif().get(0x0112, 1) >= 5
+            return image.size if turned else image.size[::-1]
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise images.ImageError(f"no readable picture at {path}: {error}") from None
+
+
+def _sized(jobs: Sequence[Job], pipeline: Pipeline, options: argparse.Namespace) -> list[Job]:
+    """The jobs, those without a size in the one that the pipeline was trained on; by size, for batches."""
+    side = pipeline.unet.config.sample_size * pipeline.autoencoder.config.downsampling
+    jobs = [job if any(job.size) else Job(**{**vars(job), "size": (side, side)}) for job in jobs]
+    if options.task == "text":
+        for job in jobs:
+            sampling.check_size(pipeline, job.size)
+    return sorted(jobs, key=lambda job: job.size)
+
+
+def generate(
+    pipeline: Pipeline, decoders: dict[str, Autoencoder], jobs: Sequence[Job], options: argparse.Namespace
+) -> None:
+    """Makes the jobs' pictures, batch by batch, each written when it is done."""
+    devices = jax.local_devices()
+    batch = min(options.batch or len(devices), len(jobs))
+    # The largest number of devices that a batch splits evenly over.
+    used = max(n for n in range(1, len(devices) + 1) if batch % n == 0)
+    mesh = sharding.make_mesh(MeshConfig(), devices[:used]) if used > 1 else None
+    log.info(
+        "%d pictures, %d steps, %d at once on %d devices; the first batch is compiled",
+        len(jobs),
+        options.steps,
+        batch,
+        used,
+    )
+    begin = time.perf_counter()
+    with tqdm(total=len(jobs), unit="picture", desc=options.task) as progress:
+        for part in _batches(jobs, batch):
+            # A last batch is filled up, so that one program does for all.
+            filled = [*part, *[part[-1]] * (batch - len(part))]
+            image, mask = _pictures(filled) if options.task != "text" else (None, None)
+            latent = _latents(pipeline, filled, image, mask, options, mesh)
+            latent = jax.device_put(latent, devices[0])
+            decoded = {title: sampling.decode(model, latent, image, mask) for title, model in decoders.items()}
+            for i, job in enumerate(part):
+                _write(job, np.asarray(latent[i]), {title: pictures[i] for title, pictures in decoded.items()}, options)
+            progress.update(len(part))
+    log.info("%s: %d pictures in %.1f s with compilation", options.out, len(jobs), time.perf_counter() - begin)
+
+
+def _batches(jobs: Sequence[Job], batch: int) -> Iterator[Sequence[Job]]:
+    """Parts of at most `batch` neighbours of one size."""
+    start = 0
+    for i in range(1, len(jobs) + 1):
+        if i == len(jobs) or i - start == batch or jobs[i].size != jobs[start].size:
+            yield jobs[start:i]
+            start = i
+
+
+def _pictures(jobs: Sequence[Job]) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures and masks, (b, h, w, 3) and (b, h, w, 1) uint8, at the jobs' size."""
+    pictures, masks = [], []
+    for job in jobs:
+        image, mask = images.read(job.image), images.read_mask(job.mask)
+        if image.shape[:2] != job.size:
+            shrinks = job.size[0] * job.size[1] < image.shape[0] * image.shape[1]
+            way = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+            image = cv2.resize(image, job.size[::-1], interpolation=way)
+            mask = cv2.resize(mask, job.size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)[..., None]
+        pictures.append(image)
+        masks.append(mask)
+    return np.stack(pictures), np.stack(masks)
+
+
+def _latents(
+    pipeline: Pipeline,
+    jobs: Sequence[Job],
+    image: np.ndarray | None,
+    mask: np.ndarray | None,
+    options: argparse.Namespace,
+    mesh: jax.sharding.Mesh | None,
+) -> jax.Array:
+    """Of a batch, by the task."""
+    seeds, prompts = [job.seed for job in jobs], [job.prompt for job in jobs]
+    shared = {"guidance": options.guidance, "steps": options.steps, "mesh": mesh}
+    if options.task == "edit":
+        return sampling.edit(pipeline, [images.read(job.example) for job in jobs], image, mask, seeds, **shared)
+    make = sampling.text_to_image if image is None else partial(sampling.inpaint, image=image, mask=mask)
+    size = {"size": jobs[0].size} if image is None else {}
+    return make(pipeline, prompts, seeds=seeds, negative=options.negative, **size, **shared)
+
+
+def _write(job: Job, latent: np.ndarray, decoded: dict[str, np.ndarray], options: argparse.Namespace) -> None:
+    """The latent first: a picture that is there has its latent too."""
+    if options.save_latents:
+        buffer = io.BytesIO()
+        np.save(buffer, latent)
+        write_bytes(epath.Path(options.save_latents) / f"{job.name}.npy", buffer.getvalue())
+    pictures = list(decoded.items())
+    check_name(job.out, images.FORMATS)
+    images.write(job.out, pictures[0][1] if len(pictures) == 1 else images.grid([(t, [p]) for t, p in pictures]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
