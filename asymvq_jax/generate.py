@@ -129,9 +129,8 @@ def _run(options: argparse.Namespace) -> None:
         raise GenerateError(
             f"{options.pipeline} is an original checkpoint, which has no tokenizer: name one by --tokenizer"
         )
-    if options.decode in ("asymmetric", "both") and not options.decoder and described:
-        if not described.autoencoder.condition:
-            raise GenerateError(f"--decode {options.decode}: name the asymmetric decoder's checkpoint by --decoder")
+    if described is not None and not described.autoencoder.condition:
+        _check_decode(options)
     waiting = [job for job in jobs if not job.out.exists()]
     if len(waiting) < len(jobs):
         log.info("%d of %d pictures are there already", len(jobs) - len(waiting), len(jobs))
@@ -155,10 +154,16 @@ def _decoders(pipeline: Pipeline, decoder: Autoencoder | None, options: argparse
     if decoder is not None:
         _check_latents(decoder, own, options)
     way = options.decode or ("plain" if decoder is None else "asymmetric")
-    if decoder is None and way != "plain":
-        raise GenerateError(f"--decode {way}: name the asymmetric decoder's checkpoint by --decoder")
+    if decoder is None:
+        _check_decode(options)
     both = {"plain": own, "asymmetric": decoder}
     return both if way == "both" else {way: both[way]}
+
+
+def _check_decode(options: argparse.Namespace) -> None:
+    """Raises GenerateError where an asymmetric decoder is wanted and none is named."""
+    if options.decoder is None and options.decode in ("asymmetric", "both"):
+        raise GenerateError(f"--decode {options.decode}: name the asymmetric decoder's checkpoint by --decoder")
 
 
 def _check_latents(decoder: Autoencoder, own: Autoencoder, options: argparse.Namespace) -> None:
@@ -279,7 +284,8 @@ def generate(
 ) -> None:
     """Makes the jobs' pictures, batch by batch, each written when it is done."""
     devices = jax.local_devices()
-    batch = min(options.batch or len(devices), len(jobs))
+    # Also where there are fewer jobs, so that a resumed run's pictures have the same bits.
+    batch = options.batch or len(devices)
     # The largest number of devices that a batch splits evenly over.
     used = max(n for n in range(1, len(devices) + 1) if batch % n == 0)
     mesh = sharding.make_mesh(MeshConfig(), devices[:used]) if used > 1 else None
@@ -293,7 +299,6 @@ def generate(
     begin = time.perf_counter()
     with tqdm(total=len(jobs), unit="picture", desc=options.task) as progress:
         for part in _batches(jobs, batch):
-            # A last batch is filled up, so that one program does for all.
             filled = [*part, *[part[-1]] * (batch - len(part))]
             image, mask = _pictures(filled) if options.task != "text" else (None, None)
             latent = _latents(pipeline, filled, image, mask, options, mesh)

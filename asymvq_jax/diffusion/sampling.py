@@ -210,7 +210,7 @@ def _masked_latent(pipeline: Pipeline, image: np.ndarray, mask: np.ndarray) -> t
     """
     config, multiple = pipeline.autoencoder.config, _multiple(pipeline)
     mask = inference.pad(mask.astype(np.float32), multiple)
-    masked = inference.pad(images.to_float(image), multiple) * (mask < 0.5)
+    masked = inference.pad(images.to_float(image), multiple) * (mask < 0.5).astype(jnp.float32)
     latent = (inference.encode(pipeline.autoencoder, masked) - config.shift_factor) * config.scaling_factor
     return latent, mask[:, :: config.downsampling, :: config.downsampling]
 

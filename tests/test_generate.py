@@ -1,0 +1,467 @@
+"""Whole pipelines against diffusers', on tiny random ones that the tests make; and the command."""
+
+import dataclasses
+import json
+import shutil
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.loaders import single_file_utils
+from diffusers.pipelines.deprecated.paint_by_example import PaintByExamplePipeline
+from flax import nnx
+from oracles import asymmetric, nchw, nhwc, perturb_norms
+from safetensors.numpy import save_file
+from test_diffusion import TEXTS, torch_image_encoder
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from asymvq_jax import images, sharding
+from asymvq_jax.checkpoints import save_model
+from asymvq_jax.config import MeshConfig, ModelConfig
+from asymvq_jax.convert.convert import convert
+from asymvq_jax.convert.mapping import dump_tensors, to_torch
+from asymvq_jax.diffusion import clip, mapping, sampling
+from asymvq_jax.diffusion.pipeline import PipelineError, describe, load, load_checkpoint
+from asymvq_jax.diffusion.tokens import TokenizerError, read_tokenizer
+from asymvq_jax.diffusion.unet import UNet, UNetConfig
+from asymvq_jax.generate import main
+from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.parameters import split
+
+# diffusers hands torch tensors to NumPy 2 in the old way (as of 0.42).
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+AUTOENCODER = ModelConfig(
+    encoder_channels=(8, 16, 16, 16),
+    decoder_channels=(16, 32, 64, 64),
+    encoder_blocks=1,
+    decoder_blocks=1,
+    norm_groups=8,
+)
+NOISE_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+PROMPTS = ["a red fox", "an old oak tree in the evening"]
+SIZE = (64, 128)
+
+
+def make_tokenizer(folder):
+    """CLIP's in form: letters, some merges, and the two marks."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    merges = ["a n", "an d</w>", "o l", "t r", "e e</w>", "tr ee</w>", "r e", "re d</w>"]
+    tokens = [*letters, *(f"{c}</w>" for c in letters), *(m.replace(" ", "") for m in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    return CLIPTokenizer.from_pretrained(str(folder), model_max_length=20, pad_token="<|endoftext|>")
+
+
+def make_vae():
+    """The posterior has no spread, so that its sample, which diffusers takes, is its mode, which we take."""
+    vae = perturb_norms(asymmetric(AUTOENCODER)).eval()
+    with torch.no_grad():
+        vae.quant_conv.weight[4:] = 0
+        vae.quant_conv.bias[4:] = -60
+    return vae
+
+
+def make_unet(**config):
+    torch.manual_seed(1)
+    config = {"block_out_channels": (16, 32), "norm_num_groups": 8, "layers_per_block": 1, "sample_size": 8, **config}
+    kinds = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    return perturb_norms(UNet2DConditionModel(attention_head_dim=4, **kinds, **config)).eval()
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    """diffusers' pipelines by task, and the folder that holds each of them."""
+    root = tmp_path_factory.mktemp("pipelines")
+    tokenizer = make_tokenizer(root / "tokenizer")
+    torch.manual_seed(2)
+    text = CLIPTextConfig(**TEXTS["1"], num_hidden_layers=2, vocab_size=62, max_position_embeddings=20)
+    shared = {
+        "vae": make_vae(),
+        "text_encoder": perturb_norms(CLIPTextModel(text)).eval(),
+        "tokenizer": tokenizer,
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+    ddim = DDIMScheduler(**NOISE_SCHEDULE, clip_sample=False, set_alpha_to_one=False, prediction_type="v_prediction")
+    pndm = PNDMScheduler(**NOISE_SCHEDULE, skip_prk_steps=True)
+    made = {
+        "text": StableDiffusionPipeline(unet=make_unet(cross_attention_dim=48), scheduler=ddim, **shared),
+        "inpaint": StableDiffusionInpaintPipeline(
+            unet=make_unet(cross_attention_dim=48, in_channels=9), scheduler=pndm, **shared
+        ),
+        "edit": PaintByExamplePipeline(
+            vae=shared["vae"],
+            image_encoder=torch_image_encoder(),
+            unet=make_unet(cross_attention_dim=24, in_channels=9),
+            scheduler=DPMSolverMultistepScheduler(**NOISE_SCHEDULE),
+            safety_checker=None,
+            feature_extractor=CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+            requires_safety_checker=False,
+        ),
+    }
+    for task, pipeline in made.items():
+        pipeline.set_progress_bar_config(disable=True)
+        for part in ("vae", "unet", "scheduler", "text_encoder", "tokenizer", "image_encoder"):
+            if (component := getattr(pipeline, part, None)) is not None:
+                component.save_pretrained(root / task / part)
+        if task == "edit":
+            pipeline.feature_extractor.save_pretrained(root / task / "feature_extractor")
+    return SimpleNamespace(root=root, **made)
+
+
+@pytest.fixture(scope="module")
+def decoder(pipelines, tmp_path_factory):
+    """The pipelines' asymmetric autoencoder as a checkpoint of ours."""
+    path = tmp_path_factory.mktemp("decoder") / "jax"
+    convert(pipelines.root / "text/vae", path)
+    return path
+
+
+def picture_and_mask(size=SIZE, count=2):
+    rng = np.random.default_rng(5)
+    image = rng.integers(0, 256, (count, size[0] // 8, size[1] // 8, 3)).repeat(8, 1).repeat(8, 2).astype(np.uint8)
+    mask = np.zeros((count, *size, 1), np.uint8)
+    mask[0, 10:50, 20:70] = 1
+    mask[-1, 30:, 5:40] = 1
+    return image, mask
+
+
+def noise_of(seeds, size=SIZE):
+    shape = (size[0] // 8, size[1] // 8, 4)
+    return nchw(np.stack([jax.random.normal(jax.random.key(seed), shape) for seed in seeds]))
+
+
+def to_uint8(image):
+    return np.round((np.clip(image, -1, 1) + 1) * 127.5).astype(np.int32)
+
+
+def assert_same_picture(ours, theirs):
+    assert ours.shape == theirs.shape
+    assert np.ptp(theirs) > 100
+    assert np.abs(ours.astype(np.int32) - theirs).max() <= 1
+
+
+@pytest.mark.parametrize(("guidance", "negative"), [(7.5, "red"), (1.0, "")])
+def test_text_to_image(pipelines, guidance, negative):
+    ours = load(describe(pipelines.root / "text", "text"))
+    latent = sampling.text_to_image(ours, PROMPTS, [3, 4], SIZE, negative=negative, guidance=guidance, steps=5)
+    options = {"guidance_scale": guidance, "num_inference_steps": 5, "output_type": "latent"}
+    expected = pipelines.text(
+        PROMPTS, *SIZE, negative_prompt=[negative] * 2, latents=noise_of([3, 4]), **options
+    ).images
+    np.testing.assert_allclose(
+        np.asarray(latent), nhwc(expected), rtol=0, atol=1e-4 * float(expected.max() - expected.min())
+    )
+    with torch.no_grad():
+        decoded = pipelines.text.vae.decode(expected / AUTOENCODER.scaling_factor).sample
+    assert_same_picture(sampling.decode(ours.autoencoder, latent), to_uint8(nhwc(decoded)))
+
+
+def test_inpainting(pipelines):
+    """diffusers' pipeline with the asymmetric decoder at its end, which gets picture and mask."""
+    ours = load(describe(pipelines.root / "inpaint", "inpaint"))
+    image, mask = picture_and_mask()
+    latent = sampling.inpaint(ours, PROMPTS, image, mask, [3, 4], steps=6)
+    expected = pipelines.inpaint(
+        PROMPTS,
+        image=nchw(image / np.float32(255)),
+        mask_image=nchw(mask.astype(np.float32)),
+        height=SIZE[0],
+        width=SIZE[1],
+        latents=noise_of([3, 4]),
+        num_inference_steps=6,
+        output_type="pt",
+    ).images
+    result = sampling.decode(ours.autoencoder, latent, image, mask)
+    assert_same_picture(result, np.round(nhwc(expected) * 255).astype(np.int32))
+
+
+def test_editing_by_example(pipelines):
+    ours = load(describe(pipelines.root / "edit", "edit"))
+    image, mask = picture_and_mask()
+    examples = list(np.random.default_rng(6).integers(0, 256, (2, 40, 56, 3), np.uint8))
+    latent = sampling.edit(ours, examples, image, mask, [3, 4], steps=7)
+    for i in range(2):
+        # One by one: with guidance diffusers mixes up a batch's unconditional features.
+        expected = pipelines.edit(
+            example_image=torch.from_numpy(clip.prepare_example(examples[i], ours.example))[None].permute(0, 3, 1, 2),
+            image=nchw(image[i : i + 1] / np.float32(127.5) - 1),
+            mask_image=nchw(mask[i : i + 1].astype(np.float32)),
+            latents=noise_of([3 + i]),
+            num_inference_steps=7,
+            output_type="latent",
+        ).images
+        with torch.no_grad():
+            z = expected / AUTOENCODER.scaling_factor
+            pixels, m = nchw(image[i : i + 1] / np.float32(127.5) - 1), nchw(mask[i : i + 1].astype(np.float32))
+            decoded = pipelines.edit.vae.decode(z, image=pixels, mask=m).sample
+        result = sampling.decode(ours.autoencoder, latent[i : i + 1], image[i : i + 1], mask[i : i + 1])
+        assert_same_picture(result, to_uint8(nhwc(decoded)))
+
+
+@pytest.mark.parametrize("shape", [(40, 56), (56, 40), (28, 28), (20, 33)])
+def test_preparation_of_an_example(shape):
+    config = clip.ExampleConfig(size=28)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    image = np.random.default_rng(7).integers(0, 256, (*shape, 3), np.uint8)
+    expected = processor(image, return_tensors="np").pixel_values[0].transpose(1, 2, 0)
+    np.testing.assert_allclose(clip.prepare_example(image, config), expected, rtol=0, atol=1e-5)
+
+
+def test_same_on_eight_devices_and_in_any_batch(pipelines):
+    ours = load(describe(pipelines.root / "inpaint", "inpaint"))
+    image, mask = (x.repeat(4, 0) for x in picture_and_mask((32, 32)))
+    seeds, prompts = list(range(8)), [PROMPTS[i % 2] for i in range(8)]
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices())
+    split = sampling.inpaint(ours, prompts, image, mask, seeds, steps=3, mesh=mesh)
+    assert len({s.device for s in split.addressable_shards}) == 8
+    assert split.addressable_shards[0].data.shape[0] == 1
+    alone = sampling.inpaint(ours, prompts[5:6], image[5:6], mask[5:6], seeds[5:6], steps=3)
+    np.testing.assert_allclose(np.asarray(split)[5:6], np.asarray(alone), rtol=0, atol=1e-5 * np.ptp(np.asarray(alone)))
+
+
+def test_any_size_of_picture(pipelines):
+    ours = load(describe(pipelines.root / "inpaint", "inpaint"))
+    image, mask = picture_and_mask((72, 104))
+    latent = sampling.inpaint(ours, PROMPTS, image[:, :67, :99], mask[:, :67, :99], [1, 2], steps=2)
+    assert latent.shape == (2, 9, 13, 4)
+    assert sampling.decode(ours.autoencoder, latent, image[:, :67, :99], mask[:, :67, :99]).shape == (2, 67, 99, 3)
+
+
+def run(*arguments):
+    return main([str(a) for a in arguments])
+
+
+def test_command_text(pipelines, decoder, tmp_path):
+    shared = ("--steps", 2, "--size", "32x48", "--batch", 2, "--dtype", "float32", "--decoder", decoder)
+    assert run("text", pipelines.root / "text", "--prompt", "a fox", "--out", tmp_path / "fox.png", *shared) == 0
+    assert images.read(tmp_path / "fox.png").shape == (32, 48, 3)
+    options = ("--count", 3, "--out", tmp_path / "many", "--save-latents", tmp_path / "latents", "--decode", "both")
+    assert run("text", pipelines.root / "text", "--prompt", "a fox", *options, *shared) == 0
+    assert sorted(p.name for p in (tmp_path / "many").glob("*.png")) == ["0000.png", "0001.png", "0002.png"]
+    assert np.load(tmp_path / "latents/0002.npy").shape == (4, 6, 4)
+    first = images.read(tmp_path / "many/0000.png")
+    assert first.shape[1] > 2 * 48
+    # A run that was cut off makes the missing picture, and that one alone, as it would have been.
+    third = (tmp_path / "many/0002.png").read_bytes()
+    (tmp_path / "many/0002.png").unlink()
+    (tmp_path / "many/0000.png").write_bytes(b"kept")
+    assert run("text", pipelines.root / "text", "--prompt", "a fox", *options, *shared) == 0
+    assert (tmp_path / "many/0002.png").read_bytes() == third
+    assert (tmp_path / "many/0000.png").read_bytes() == b"kept"
+
+
+def test_command_folder(pipelines, decoder, tmp_path):
+    """Pictures of two sizes; the latents beside the pairs are what eval.py takes."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for name, size in (("a", (40, 48)), ("b", (64, 64)), ("c", (40, 48))):
+        image, mask = picture_and_mask((64, 64))
+        images.write(folder / f"{name}.png", image[0, : size[0], : size[1]])
+        images.write(folder / f"{name}_mask.png", (mask[0, : size[0], : size[1]] * 255).repeat(3, -1))
+        (folder / f"{name}.txt").write_text("a fox\n")
+    options = ("--folder", folder, "--out", tmp_path / "out", "--steps", 2, "--batch", 2, "--save-latents", folder)
+    assert run("inpaint", pipelines.root / "inpaint", *options, "--decoder", decoder) == 0
+    assert images.read(tmp_path / "out/c.png").shape == (40, 48, 3)
+    assert np.load(folder / "b.npy").shape == (8, 8, 4)
+
+
+def test_command_edit(pipelines, tmp_path):
+    image, mask = picture_and_mask((32, 32))
+    images.write(tmp_path / "image.png", image[0])
+    images.write(tmp_path / "mask.png", mask[0].repeat(3, -1) * 255)
+    inputs = ("--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png", "--example", tmp_path / "image.png")
+    assert (
+        run(
+            "edit",
+            pipelines.root / "edit",
+            *inputs,
+            "--steps",
+            2,
+            "--batch",
+            1,
+            "--size",
+            "48x32",
+            "--out",
+            tmp_path / "o.png",
+        )
+        == 0
+    )
+    assert images.read(tmp_path / "o.png").shape == (48, 32, 3)
+
+
+def save_checkpoint(path, unet, text, *, open_clip):
+    """A whole original checkpoint: our parameters under the table's names, and what else such files hold."""
+    sizes = {"encoder_channels": (32,) * 4, "decoder_channels": (32,) * 4, "condition": False, "norm_groups": 32}
+    vae = Autoencoder(dataclasses.replace(AUTOENCODER, **sizes), rngs=nnx.Rngs(2))
+    tensors = {f"first_stage_model.{n}": x for n, x in dump_tensors(vae, "ldm").items()}
+    form, prefix = ("ldm", "model.") if open_clip else ("diffusers", "transformer.text_model.")
+    for start, model, named in (
+        ("model.diffusion_model.", unet, mapping.unet_weights(unet, "ldm")),
+        (f"cond_stage_model.{prefix}", text, mapping.text_weights(text, form)),
+    ):
+        params = split(model)[1]
+        tensors |= {start + w.name: to_torch(w, np.asarray(params[w.path])) for w in named}
+    for name in tensors:
+        if not open_clip and name.startswith("model.") and name.endswith(("proj_in.weight", "proj_out.weight")):
+            tensors[name] = tensors[name][:, :, None, None]
+    if open_clip:
+        blocks = "cond_stage_model.model.transformer.resblocks."
+        for i in range(2):
+            for kind in ("weight", "bias"):
+                parts = [tensors.pop(f"{blocks}{i}.attn.{p}_proj.{kind}") for p in "qkv"]
+                tensors[f"{blocks}{i}.attn.in_proj_{kind}"] = np.concatenate(parts)
+        last = {n.replace(f"{blocks}1.", f"{blocks}2."): x for n, x in tensors.items() if n.startswith(f"{blocks}1.")}
+        tensors |= {n: x + 1 for n, x in last.items()}
+        tensors["cond_stage_model.model.text_projection"] = np.zeros((64, 64), np.float32)
+    save_file({"betas": np.zeros(3, np.float32), **tensors}, path)
+    return {n: torch.from_numpy(x.copy()) for n, x in tensors.items()}
+
+
+@pytest.mark.parametrize("open_clip", [False, True], ids=["1", "2"])
+def test_original_checkpoint(pipelines, open_clip, tmp_path):
+    """Sizes are read off the tensors; the names are those that diffusers knows."""
+    config = UNetConfig(
+        in_channels=9,
+        channels=(64, 128),
+        blocks=1,
+        attention=(True, False),
+        heads=(1, 2) if open_clip else (8, 8),
+        context=64,
+        sample_size=96 if open_clip else 64,
+    )
+    transformer = clip.TransformerConfig(64, 96, 2, 1, "gelu" if open_clip else "quick_gelu", 1e-5)
+    unet = UNet(config, rngs=nnx.Rngs(0))
+    text = clip.TextEncoder(clip.TextConfig(transformer, 62, 20), rngs=nnx.Rngs(1))
+    path, tokenizer = tmp_path / "sd.safetensors", str(pipelines.root / "tokenizer")
+    tensors = save_checkpoint(path, unet, text, open_clip=open_clip)
+    told = {"prediction_type": "v_prediction"} if open_clip else {}
+    read = load_checkpoint(path, "inpaint", tokenizer, **told)
+    assert (read.unet.config, read.text_encoder.config) == (config, text.config)
+    assert read.scheduler.prediction_type == ("v_prediction" if open_clip else "epsilon")
+    for ours, original in ((read.unet, unet), (read.text_encoder, text)):
+        expected = split(original)[1]
+        for name, value in split(ours)[1].items():
+            np.testing.assert_array_equal(np.asarray(value), np.asarray(expected[name]), err_msg=name)
+    theirs = {
+        "layers_per_block": 1,
+        "class_embed_type": None,
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    }
+    names = set(single_file_utils.convert_ldm_unet_checkpoint(dict(tensors), theirs))
+    assert names == {w.name for w in mapping.unet_weights(unet, "diffusers")}
+    if open_clip:
+        model = SimpleNamespace(config=SimpleNamespace(hidden_size=64))
+        converted = single_file_utils.convert_open_clip_checkpoint(model, tensors)
+        named = {w.name for w in mapping.text_weights(text, "diffusers")}
+        assert named <= {n.removeprefix("text_model.") for n in converted}
+        with pytest.raises(PipelineError, match="--prediction-type epsilon"):
+            load_checkpoint(path, "inpaint", tokenizer)
+    with pytest.raises(PipelineError, match="in_channels=9, which is an inpainting model; 'text' needs 4"):
+        load_checkpoint(path, "text", tokenizer, **told)
+
+
+def set_json(file, **values):
+    def change(folder):
+        stored = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**stored, **values}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        ("text", lambda f: [shutil.rmtree(p) for p in f.iterdir()], "is no diffusers pipeline folder"),
+        ("text", lambda f: shutil.rmtree(f / "tokenizer"), "is not complete for 'text': missing tokenizer"),
+        ("inpaint", lambda f: shutil.rmtree(f / "text_encoder"), "missing text_encoder/config.json"),
+        ("edit", lambda f: shutil.rmtree(f / "image_encoder"), "missing image_encoder/config.json"),
+        ("text", lambda f: [p.unlink() for p in (f / "unet").glob("*.safetensors")], "but no diffusion_pytorch_model"),
+        ("text", set_json("scheduler/scheduler_config.json", prediction_type="sample"), "prediction_type='sample'"),
+        ("text", set_json("scheduler/scheduler_config.json", _class_name="EulerDiscreteScheduler"), "--scheduler ddim"),
+        ("inpaint", set_json("unet/config.json", in_channels=4), "in_channels=4, which is a text-to-image model"),
+        ("text", set_json("unet/config.json", in_channels=9), "in_channels=9, which is an inpainting model"),
+        ("text", set_json("unet/config.json", cross_attention_dim=99), "features of 99 channels"),
+    ],
+)
+def test_pipelines_that_cannot_do_the_task(pipelines, tmp_path, monkeypatch, capsys, task, change, message):
+    """Before any weight is read."""
+    monkeypatch.setattr("asymvq_jax.generate.load", lambda *_: pytest.fail("weights were read"))
+    image, mask = picture_and_mask((32, 32))
+    images.write(tmp_path / "image.png", image[0])
+    images.write(tmp_path / "mask.png", mask[0].repeat(3, -1) * 255)
+    inputs = ["--example", tmp_path / "image.png"] if task == "edit" else ["--prompt", "a fox"]
+    if task != "text":
+        inputs += ["--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png"]
+    folder = tmp_path / "pipeline"
+    shutil.copytree(pipelines.root / task, folder)
+    change(folder)
+    assert run(task, folder, *inputs, "--out", tmp_path / "o.png") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bad_input(pipelines, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("asymvq_jax.generate.load", lambda *_: pytest.fail("weights were read"))
+    image, mask = picture_and_mask((32, 32))
+    images.write(tmp_path / "image.png", image[0])
+    images.write(tmp_path / "mask.png", mask[0, :24].repeat(3, -1) * 255)
+    (tmp_path / "prompts").mkdir()
+    prompt, out = ("--prompt", "a fox"), ("--out", tmp_path / "o.png")
+    text, pairs = ("text", pipelines.root / "text"), ("inpaint", pipelines.root / "inpaint")
+    picture = ("--image", tmp_path / "image.png")
+    for arguments, message in (
+        ((*pairs, *prompt, *out, *picture, "--mask", tmp_path / "mask.png"), "must be of one size"),
+        ((*pairs, *prompt, *out, *picture), "inpaint needs --mask, or --folder"),
+        ((*pairs, *prompt, *out, *picture, "--mask", tmp_path / "none.png"), "no readable picture at"),
+        ((*text, *out), "text needs --prompt, or --folder"),
+        ((*text, *prompt, "--out", tmp_path / "o.gif"), "expected a name that ends in one of"),
+        ((*text, *prompt, *out, "--count", 2), "expected a directory for more than one picture"),
+        ((*text, *prompt, *out, "--steps", 0), "--steps 0: expected 1 or more"),
+        ((*text, *prompt, *out, "--size", "64"), "expected HEIGHTxWIDTH"),
+        ((*text, *prompt, *out, "--folder", tmp_path), "takes the place of --prompt"),
+        ((*text, "--out", tmp_path / "d", "--folder", tmp_path / "prompts"), "holds no name.txt"),
+        (("text", tmp_path / "none", *prompt, *out), "no pipeline at"),
+    ):
+        assert run(*arguments) == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run(*text, *prompt, *out, "--size", "33x64") == 2
+    assert "expected multiples of 16 px, such as 32 x 64" in capsys.readouterr().err
+
+
+def test_decoder_of_other_latents(pipelines, tmp_path, capsys):
+    other = dataclasses.replace(AUTOENCODER, scaling_factor=0.5)
+    save_model(tmp_path / "other", Autoencoder(other, rngs=nnx.Rngs(0)))
+    inputs = ("--prompt", "a fox", "--decoder", tmp_path / "other", "--out", tmp_path / "o.png")
+    assert run("text", pipelines.root / "text", *inputs) == 2
+    assert "scaling_factor=0.5 (the pipeline's: 0.18215)" in capsys.readouterr().err
+
+
+def test_long_text_is_cut_with_a_warning(pipelines, caplog):
+    config = clip.TextConfig(clip.TransformerConfig(8, 8, 1, 1, "gelu", 1e-5), vocabulary=62, length=20)
+    tokens = read_tokenizer(pipelines.root / "tokenizer", config)(["a fox", "a tree " * 12 + "red"])
+    assert tokens.shape == (2, 20)
+    assert "is cut: lost is" in caplog.text
+    with pytest.raises(TokenizerError, match="has 62 tokens, and the text encoder knows 50"):
+        read_tokenizer(pipelines.root / "tokenizer", dataclasses.replace(config, vocabulary=50))
+    with pytest.raises(TokenizerError, match="expected a folder with"):
+        read_tokenizer(pipelines.root / "text", config)
