@@ -17,7 +17,6 @@ from asymvq_jax.config import ModelConfig, UserError
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.parameters import merge, split
 
-
 M = TypeVar("M", bound=nnx.Module)
 
 
