@@ -2,20 +2,34 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from asymvq_jax import sharding
 from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, RunConfig
+from asymvq_jax.diffusion.unet import UNet
+from asymvq_jax.diffusion.unet import read_config as read_unet_config
 from asymvq_jax.inference import InputError
+from asymvq_jax.models.parameters import merge, split
 from asymvq_jax.plan import __main__ as command
 from asymvq_jax.plan import table
 from asymvq_jax.plan.chips import CHIPS, GIB, Target, largest_fit, open_topology, roofline
-from asymvq_jax.plan.compile import Memory, Program, out_of_memory, plan_decode, plan_picture, plan_step
+from asymvq_jax.plan.compile import (
+    Memory,
+    Program,
+    out_of_memory,
+    plan_decode,
+    plan_denoising,
+    plan_picture,
+    plan_step,
+)  # fmt: skip
 from asymvq_jax.plan.counting import collectives, matmul_flops
+from asymvq_jax.plan.generate import main as generate_plan
 
 SMALL = ModelConfig(encoder_channels=(32, 32), decoder_channels=(32, 64), encoder_blocks=1, decoder_blocks=1)
 BATCH = 8
@@ -409,3 +423,32 @@ def test_variants_say_what_to_set():
         "--mesh.data=1 --mesh.fsdp=8",
         "--optimizer.accumulate=2",
     ]
+
+
+def test_generation(tmp_path, capsys):
+    """The whole loop of a small UNet on the devices present: its FLOPs are the network's, times the steps."""
+    stored = {
+        "_class_name": "UNet2DConditionModel",
+        "block_out_channels": [16, 32],
+        "cross_attention_dim": 24,
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "in_channels": 9,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    config = read_unet_config(stored, "config.json")
+    target = open_topology("local")
+    few, many = (plan_denoising(config, target, (8, 8, 16), steps, 7) for steps in (2, 6))
+    assert many.flops == pytest.approx(3 * few.flops)
+    graphdef, shapes = split(nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0))))
+    arguments = jnp.zeros((2, 8, 16, 9)), jnp.zeros((2,)), jnp.zeros((2, 7, 24))
+    once = matmul_flops(jax.make_jaxpr(lambda p, *a: merge(graphdef, p)(*a))(shapes, *arguments))
+    assert few.flops == pytest.approx(2 * once)
+    count = sum(math.prod(x.shape) for x in shapes.values())
+    assert 2 * count < few.memory.parameters < 2.2 * count
+    assert generate_plan(["--unet", str(tmp_path), "--size", "64x128", "--steps", "2"]) == 0
+    assert "8 pictures of 128 x 64 px, 2 steps with guidance" in capsys.readouterr().out
+    assert generate_plan(["--unet", str(tmp_path), "--size", "60x128"]) == 2
+    assert "expected multiples of 16 px" in capsys.readouterr().err

@@ -73,7 +73,7 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     config = _split_batch(config, target)
     print(report.heading(config, target, options.config))
     programs = {"train step": plan_step(config, target)}
-    print(report.listing("train step", programs["train step"], config, target), flush=True)
+    print(report.listing("train step", programs["train step"], config.data.batch_size, target), flush=True)
     numbers: dict[str, Any] = {}
     if not report.fits(programs["train step"], target):
         changes = _variants(config, target)
@@ -84,9 +84,9 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     if options.search:
         numbers["largest batch per chip"] = _search(config, target)
     programs["decode"] = plan_decode(config, target)
-    print(report.listing("decode", programs["decode"], config, target))
+    print(report.listing("decode", programs["decode"], config.data.batch_size, target))
     if options.json:
-        numbers |= {name: report.numbers(program, config, target) for name, program in programs.items()}
+        numbers |= {name: report.numbers(program, config.data.batch_size, target) for name, program in programs.items()}
         about = {
             "config": options.config,
             "overrides": list(overrides),
@@ -105,9 +105,9 @@ def _picture(options: argparse.Namespace, config: Config, target: Target) -> Non
     program = plan_picture(one, target, (height, width))
     print(f"{options.config} on {target.name}: one picture of {width} x {height} px, {config.model.dtype}")
     print(f"compiled with {target.compiler}")
-    print(report.listing("decode", program, one, target))
+    print(report.listing("decode", program, 1, target))
     if options.json:
-        write_bytes(options.json, (json.dumps(report.numbers(program, one, target), indent=2) + "\n").encode())
+        write_bytes(options.json, (json.dumps(report.numbers(program, 1, target), indent=2) + "\n").encode())
 
 
 def _split_batch(config: Config, target: Target) -> Config:
@@ -145,7 +145,7 @@ def _suggest(changes: dict[str, Config], target: Target) -> dict[str, Any]:
     for flags, config in changes.items():
         program = plan_step(config, target)
         print(f"  with {flags}: {report.verdict(program, target)}", flush=True)
-        result[flags] = report.numbers(program, config, target)
+        result[flags] = report.numbers(program, config.data.batch_size, target)
     return result
 
 

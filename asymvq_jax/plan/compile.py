@@ -22,7 +22,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from asymvq_jax import sharding
-from asymvq_jax.config import Config
+from asymvq_jax.config import Config, MeshConfig
+from asymvq_jax.diffusion.sampling import denoise
+from asymvq_jax.diffusion.schedulers import SchedulerConfig, Solver, make_solver
+from asymvq_jax.diffusion.unet import UNet, UNetConfig
 from asymvq_jax.inference import InputError
 from asymvq_jax.losses.lpips import LPIPS
 from asymvq_jax.models.autoencoder import structure
@@ -193,6 +196,50 @@ def _plan_decode(
         parameters=_local_bytes(used),
         optimizer=0,
         arguments=_local_bytes((used, inputs)),
+        flops=flops,
+        model_flops=flops,
+    )
+    return _compile(lowered, target)
+
+
+def plan_denoising(unet: UNetConfig, target: Target, shape: tuple[int, int, int], steps: int, tokens: int) -> Program:
+    """The whole loop of a sampler, DPM-Solver++, with guidance, in bfloat16; weights on every chip, the batch split.
+
+    Args:
+        unet: sizes of the network.
+        target: the chips.
+        shape: (pictures, height, width) of the latents; the pictures split evenly over the chips.
+        steps: of the sampler.
+        tokens: of a text.
+    """
+    mesh = sharding.make_mesh(MeshConfig(), target.devices)
+    place, whole, dtype = sharding.batch_sharding(mesh), sharding.replicated(mesh), jnp.bfloat16
+
+    def maps(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+
+    graphdef, shapes = split(nnx.eval_shape(lambda: UNet(unet, dtype=dtype, rngs=nnx.Rngs(0))))
+    params = {
+        n: jax.ShapeDtypeStruct(x.shape, dtype if n.endswith(".kernel") else x.dtype, sharding=whole)
+        for n, x in shapes.items()
+    }
+    solver = Solver(*map(jnp.asarray, make_solver(SchedulerConfig(kind="dpm++"), steps)))
+    fixed = unet.in_channels - unet.out_channels
+    inputs = [maps(*shape, unet.out_channels), maps(shape[0], 2, tokens, unet.context)]
+    inputs += [maps(*shape, fixed)] if fixed else []
+
+    def loop(params: Params, noise: jax.Array, context: jax.Array, fixed: jax.Array | None = None) -> jax.Array:
+        return denoise(merge(graphdef, params), solver, noise, context, fixed, jnp.float32(7.5))
+
+    traced = jax.jit(loop, out_shardings=place).trace(params, *inputs)
+    flops = matmul_flops(traced.jaxpr) / mesh.size
+    lowered = _Lowered(
+        name="denoising",
+        lowered=traced.lower(),
+        mesh=mesh,
+        parameters=_local_bytes(params),
+        optimizer=0,
+        arguments=_local_bytes((params, inputs)),
         flops=flops,
         model_flops=flops,
     )

@@ -50,9 +50,9 @@ def heading(config: Config, target: Target, path: str) -> str:
     )
 
 
-def listing(name: str, program: Program, config: Config, target: Target) -> str:
-    """A program's numbers, one a line."""
-    memory, values = program.memory, numbers(program, config, target)
+def listing(name: str, program: Program, batch: int, target: Target) -> str:
+    """A program's numbers, one a line; `batch` pictures are what one run makes on all chips."""
+    memory, values = program.memory, numbers(program, batch, target)
     rows = [
         ("parameters", binary(memory.parameters)),
         ("optimizer state", binary(memory.optimizer)),
@@ -78,7 +78,7 @@ def listing(name: str, program: Program, config: Config, target: Target) -> str:
     return "\n".join([f"\n{name}, on each chip"] + [f"  {label:<20}{value}" for label, value in rows])
 
 
-def numbers(program: Program, config: Config, target: Target) -> dict[str, Any]:
+def numbers(program: Program, batch: int, target: Target) -> dict[str, Any]:
     """All numbers of a program: bytes, FLOPs and seconds on one chip, images a second on all."""
     values = dataclasses.asdict(program)
     values["memory"]["peak"] = program.memory.peak
@@ -89,7 +89,7 @@ def numbers(program: Program, config: Config, target: Target) -> dict[str, Any]:
         values |= {
             "seconds": least.seconds,
             "compute bound": least.compute_bound,
-            "images per second": config.data.batch_size / least.seconds,
+            "images per second": batch / least.seconds,
             "mfu": least.mfu,
         }
     return values

@@ -70,7 +70,7 @@ def _row(config: Config, target: Target) -> list[str]:
 
 def _speed(program: Program, config: Config, target: Target) -> list[str]:
     """The least time, the images a second of all chips, and the MFU; empty where the program does not fit."""
-    values = report.numbers(program, config, target)
+    values = report.numbers(program, config.data.batch_size, target)
     if "seconds" not in values:
         return ["", "", ""]
     return [
