@@ -7,7 +7,13 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import torch
-from diffusers import AsymmetricAutoencoderKL
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.utils import logging
 from torch.nn import functional as F
 
@@ -140,3 +146,50 @@ def _lpips_parameters() -> dict[str, np.ndarray]:
     # Only to read the published weights; this process leaves the accelerator to torch.
     jax.config.update("jax_platforms", "cpu")
     return {name: np.asarray(value) for name, value in split(load_lpips("vgg16"))[1].items()}
+
+
+def random_stable_diffusion(folder: str) -> None:
+    """diffusers' UNet and autoencoder at Stable Diffusion 1.5's sizes, by their own initialisation, in a folder."""
+    torch.manual_seed(0)
+    UNet2DConditionModel(cross_attention_dim=768, sample_size=64).save_pretrained(f"{folder}/unet")
+    AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        sample_size=512,
+    ).save_pretrained(f"{folder}/vae")
+
+
+def generate(folder: str, arrays: dict[str, np.ndarray], *, steps: int, dtype: str, compiled: bool) -> Run:
+    """diffusers' pipeline with the weights of `folder`, from noise and features in `arrays` (NHWC; b, 2, n, d)."""
+    device, torch_dtype = _device(), getattr(torch, dtype)
+    torch.backends.cudnn.benchmark = True
+    place = {"device": device, "dtype": torch_dtype, "memory_format": torch.channels_last}
+    unet = UNet2DConditionModel.from_pretrained(f"{folder}/unet").to(**place).eval()
+    vae = AutoencoderKL.from_pretrained(f"{folder}/vae").to(**place).eval()
+    scheduler = DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+    )
+    pipeline = StableDiffusionPipeline(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.unet = _compiled(unet, compiled)
+    pipeline.vae.decode = _compiled(vae.decode, compiled)
+    noise = nchw(arrays["noise"]).to(device, torch_dtype)
+    nothing, text = torch.from_numpy(arrays["context"]).to(device, torch_dtype).unbind(1)
+
+    def run() -> Callable[[], np.ndarray]:
+        with torch.inference_mode():
+            y = pipeline(
+                prompt_embeds=text,
+                negative_prompt_embeds=nothing,
+                latents=noise.clone(),
+                num_inference_steps=steps,
+                guidance_scale=7.5,
+                output_type="latent",
+            ).images
+            y = pipeline.vae.decode(y / vae.config.scaling_factor).sample
+        _settle(device)
+        return lambda: y.float().permute(0, 2, 3, 1).cpu().numpy()
+
+    return run

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from flax import nnx
 from oracles import TINY, relative_error
 
@@ -12,7 +13,7 @@ from asymvq_jax import images
 from asymvq_jax.checkpoints import save_model
 from asymvq_jax.config import Config
 from asymvq_jax.models.autoencoder import Autoencoder
-from benchmarks import contest, decode, large_pictures, peers, reproduction, subjects
+from benchmarks import contest, decode, generate, large_pictures, peers, reproduction, subjects
 
 
 def _count(step: float) -> contest.Run:
@@ -128,3 +129,26 @@ def test_reproduction_prints_a_row_for_every_decoder(tmp_path, monkeypatch, caps
     assert images.read(tmp_path / "out" / "pictures.png").std() > 10
     assert reproduction.main(["--photos", str(tmp_path / "none"), f"--out={tmp_path / 'other'}"]) == 2
     assert "--photos=" in capsys.readouterr().err
+
+
+def test_both_sides_generate_the_same(tmp_path):
+    """On a small UNet and autoencoder."""
+    torch.manual_seed(0)
+    sizes = {"block_out_channels": (16, 32), "norm_num_groups": 8, "layers_per_block": 1, "sample_size": 8}
+    UNet2DConditionModel(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=24,
+        attention_head_dim=4,
+        **sizes,
+    ).save_pretrained(tmp_path / "unet")
+    ends = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    AutoencoderKL(**sizes, **ends).save_pretrained(tmp_path / "vae")
+    rng = np.random.default_rng(0)
+    arrays = {
+        "noise": rng.normal(size=(1, 8, 8, 4)).astype(np.float32),
+        "context": rng.normal(size=(1, 2, 7, 24)).astype(np.float32),
+    }
+    shared = {"folder": str(tmp_path), "arrays": arrays, "steps": 4, "dtype": "float32"}
+    ours = generate.generate(**shared)()()
+    assert relative_error(ours, peers.generate(**shared, compiled=False)()()) < 1e-4

@@ -1,0 +1,106 @@
+"""Times text-to-image beside diffusers': python -m benchmarks.generate [--size 512 --batch 1 --steps 20].
+
+The denoising loop with guidance (DPM-Solver++) and the plain decode, at Stable Diffusion 1.5's sizes with random
+weights, from the same noise and the same random features of texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from asymvq_jax import inference
+from asymvq_jax.commands import command
+from asymvq_jax.compilation import keep_compiled_programs
+from asymvq_jax.config import DTYPES, ModelConfig, UserError
+from asymvq_jax.convert.convert import read_model
+from asymvq_jax.diffusion.pipeline import read_unet
+from asymvq_jax.diffusion.sampling import denoise
+from asymvq_jax.diffusion.schedulers import SchedulerConfig, Solver, make_solver
+from asymvq_jax.diffusion.unet import UNet, UNetConfig
+from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.parameters import merge, split
+from asymvq_jax.plan.counting import matmul_flops
+from benchmarks import contest, peers
+
+SCALE, TOKENS = ModelConfig().scaling_factor, 77
+GUIDANCE = 7.5
+# The noise schedule of Stable Diffusion, for both sides.
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 if a contender failed, or 2 after an error message."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.generate", description=__doc__)
+    parser.add_argument("--size", type=int, default=512, help="height and width, px")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--skip-compiled", action="store_true", help="without torch.compile, where memory is short")
+    options = parser.parse_args(arguments)
+    config = UNetConfig()
+    if options.size % (8 * config.downsampling) or options.size < 1:
+        raise UserError(f"--size {options.size}: expected a multiple of {8 * config.downsampling}")
+    rng = np.random.default_rng(0)
+    side = options.size // 8
+    arrays = {
+        "noise": rng.normal(size=(options.batch, side, side, config.out_channels)).astype(np.float32),
+        "context": rng.normal(size=(options.batch, 2, TOKENS, config.context)).astype(np.float32),
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        peers.random_stable_diffusion(directory)
+        shared = {"folder": directory, "arrays": arrays, "steps": options.steps, "dtype": options.dtype}
+        ways = {"PyTorch eager": False} | ({} if options.skip_compiled else {"PyTorch compiled": True})
+        theirs = [contest.Contender(n, peers.generate, {**shared, "compiled": way}) for n, way in ways.items()]
+        results = contest.hold([contest.Contender("ours", generate, shared), *theirs], options.rounds, warm_up=1)
+    print(f"\ntext-to-image, {options.batch} x {options.size} px, {options.steps} steps, {options.dtype}")
+    print(contest.machine())
+    print(f"ours differs from PyTorch's by at most {contest.difference(results)}\n")
+    print(contest.table(results, options.batch, flops(config, arrays, options.steps)))
+    return int(any(result.failure for result in results))
+
+
+def generate(folder: str, arrays: dict[str, np.ndarray], *, steps: int, dtype: str) -> contest.Run:
+    """Our pictures, in [-1, 1]."""
+    keep_compiled_programs()
+    unet, autoencoder = read_unet(Path(folder) / "unet", dtype), read_model(Path(folder) / "vae")
+    config = dataclasses.replace(autoencoder.config, dtype=dtype)
+    abstract = nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
+    autoencoder = merge(split(abstract)[0], split(autoencoder)[1])
+    table = make_solver(SchedulerConfig(kind="dpm++", timestep_spacing="linspace", **SCHEDULE), steps)
+    solver = Solver(*map(jnp.asarray, table))
+    noise, context = jax.device_put((arrays["noise"], arrays["context"]))
+
+    def run() -> Callable[[], np.ndarray]:
+        latent = denoise(unet, solver, noise, context, None, jnp.float32(GUIDANCE))
+        y = jax.block_until_ready(inference.decode(autoencoder, latent / SCALE))
+        return lambda: np.asarray(y)
+
+    return run
+
+
+def flops(config: UNetConfig, arrays: dict[str, np.ndarray], steps: int) -> float:
+    """Of one run's UNet, by its shapes."""
+    batch, side = arrays["noise"].shape[:2]
+    graphdef, shapes = split(nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0))))
+    inputs = (
+        jax.ShapeDtypeStruct((2 * batch, side, side, config.in_channels), jnp.float32),
+        jax.ShapeDtypeStruct((2 * batch,), jnp.float32),
+        jax.ShapeDtypeStruct((2 * batch, TOKENS, config.context), jnp.float32),
+    )
+    return steps * matmul_flops(jax.make_jaxpr(lambda params, *x: merge(graphdef, params)(*x))(shapes, *inputs))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
