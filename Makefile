@@ -20,6 +20,14 @@ DEMO := runs/demo
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@
 
+# For the test of the web page: a Chromium that is there already, Playwright's, or the distribution's.
+.venv/browser: .venv/test
+	command -v chromium || command -v chromium-browser || command -v google-chrome || \
+		$(BIN)/python -m playwright install $(if $(filter 0,$(shell id -u)),--with-deps) chromium || \
+		{ apt-get update -qq && apt-get install -qq -y chromium; } || \
+		echo "No Chromium could be installed: the test of the web page will be skipped."
+	touch $@
+
 # Each line is a command that a user would type; training that is already done is not repeated.
 demo: .venv/runtime
 	$(BIN)/python train.py --config configs/demo_first_stage.py
@@ -35,7 +43,7 @@ demo: .venv/runtime
 	@echo "picture         $(DEMO)/picture.png"
 	@echo "PyTorch folder  $(DEMO)/diffusers (loaded back into $(DEMO)/from_diffusers)"
 
-test: .venv/test lint
+test: .venv/browser lint
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/test

@@ -1,0 +1,340 @@
+"""The page's arithmetic and messages, and the page itself in a headless browser, if the machine has one."""
+
+import dataclasses
+import io
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
+
+from asymvq_jax import demo, images, inference
+from asymvq_jax.checkpoints import save_model
+from asymvq_jax.config import ModelConfig
+from asymvq_jax.demo import Decoded, compare, describe, load, main, read_painting
+from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.parameters import merge, split
+
+CONFIG = ModelConfig(encoder_channels=(32, 32, 32), decoder_channels=(32, 32, 32), encoder_blocks=1, decoder_blocks=1)
+DEADLINE = 300
+# Starts the page and names whatever it connects to or looks up.
+LAUNCHER = """
+import runpy, sys
+sys.addaudithook(lambda event, args: print(event, args, flush=True) if event in LOOKED_AT else None)
+LOOKED_AT = ("socket.connect", "socket.getaddrinfo")
+runpy.run_module("asymvq_jax.demo", run_name="__main__")
+"""
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+# No sandbox, because root can have none; and no errands of Chromium's own.
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A model, and a plain one of the same encoder whose decoder is another."""
+    model = Autoencoder(CONFIG, rngs=nnx.Rngs(0))
+    graphdef, other = split(Autoencoder(dataclasses.replace(CONFIG, condition=False), rngs=nnx.Rngs(1)))
+    params = split(model)[1]
+    plain = {name: value if name.startswith("decoder.") else params[name] for name, value in other.items()}
+    return model, merge(graphdef, plain)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    paths = [folder / "model", folder / "plain"]
+    for path, model in zip(paths, models, strict=True):
+        save_model(path, model)
+    return [str(path) for path in paths]
+
+
+def _picture(height=37, width=51):
+    rng = np.random.default_rng(0)
+    mask = np.zeros((height, width, 1), np.float32)
+    mask[10:20, 12:30] = 1
+    # Blue, as none of the page's own pictures is.
+    return rng.integers((0, 0, 200), (100, 100, 256), (height, width, 3)).astype(np.uint8), mask
+
+
+def _png(path: Path, array: np.ndarray) -> str:
+    Image.fromarray(array).save(path)
+    return str(path)
+
+
+def test_the_three_ways_and_their_numbers(models):
+    image, mask = _picture()
+    model, plain = models
+    ways = compare(model, plain, image, mask)
+    pixels = images.to_float(image)[None]
+    decoded = images.to_uint8(inference.decode(plain, inference.encode(plain, pixels), size=image.shape[:2])[0])
+    np.testing.assert_array_equal(ways[0].image, decoded)
+    np.testing.assert_array_equal(ways[1].image, np.where(mask == 1, decoded, image))
+    np.testing.assert_array_equal(ways[2].image, inference.inpaint(model, image, mask).image)
+    kept = mask[..., 0] == 0
+    for way in (ways[0], ways[2]):
+        np.testing.assert_allclose(way.psnr, peak_signal_noise_ratio(image[kept], way.image[kept]))
+        np.testing.assert_allclose(10 * np.log10(4 / way.preservation_error), way.psnr)
+        difference = np.abs(way.image.astype(float) - image.astype(float)).mean(-1)
+        np.testing.assert_allclose(way.error_map[..., 1], np.minimum(4 * difference, 255), atol=1)
+    assert ways[1].preservation_error == 0
+    assert not ways[1].error_map[kept].any()
+    assert ways[1].error_map[~kept].any()
+
+
+def test_without_a_plain_autoencoder_ours_stands_in(models):
+    image, mask = _picture()
+    model, plain = models
+    alone = compare(model, None, image, mask)
+    latent = inference.encode(model, images.to_float(image)[None])
+    decoded = images.to_uint8(inference.decode(model, latent, size=image.shape[:2])[0])
+    np.testing.assert_array_equal(alone[0].image, decoded)
+    assert (alone[0].image != compare(model, plain, image, mask)[0].image).any()
+
+
+def test_numbers_as_text(models):
+    picture, _ = _picture()
+    assert "**25.0 dB**" in describe(Decoded(picture, picture, 0.0126491, 25.0))
+    assert "**1,264.9** x 1e-5" in describe(Decoded(picture, picture, 0.0126491, 25.0))
+    assert "**∞ dB**" in describe(Decoded(picture, picture, 0.0, float("inf")))
+    full = compare(models[0], None, picture, np.ones((*picture.shape[:2], 1), np.float32))
+    assert all("covers the whole picture" in describe(way) for way in full)
+
+
+def test_large_pictures_are_scaled_down_and_small_ones_are_not(tmp_path):
+    image, _ = _picture()
+    np.testing.assert_array_equal(load(_png(tmp_path / "a.png", image)), image)
+    flat = np.full((1500, 3000, 3), (10, 20, 30), np.uint8)
+    assert load(_png(tmp_path / "b.png", flat)).shape == (512, 1024, 3)
+    assert (load(_png(tmp_path / "b.png", flat)) == (10, 20, 30)).all()
+    assert load(_png(tmp_path / "c.png", flat[:, :1])).shape == (1024, 1, 3)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(images.ImageError, match=r"^broken\.png is not a readable picture"):
+        load(str(tmp_path / "broken.png"))
+
+
+def test_what_was_painted(tmp_path):
+    image, mask = _picture()
+    layers = [np.zeros((37, 51, 4), np.uint8) for _ in range(2)]
+    layers[0][10:20, 12:20] = 255
+    layers[1][10:20, 20:30] = (255, 255, 255, 140)
+    layers[1][0, 0] = (255, 255, 255, 100)
+    background = _png(tmp_path / "image.png", image)
+    paths = [_png(tmp_path / f"{i}.png", layer) for i, layer in enumerate(layers)]
+    picture, painted = read_painting({"background": background, "layers": paths, "composite": None})
+    np.testing.assert_array_equal(picture, image)
+    np.testing.assert_array_equal(painted, mask)
+    clear = _png(tmp_path / "clear.png", 0 * layers[0])
+    for nothing in ([], [clear]):
+        with pytest.raises(inference.InputError, match="Nothing is painted yet"):
+            read_painting({"background": background, "layers": nothing, "composite": None})
+    white = _png(tmp_path / "white.png", np.full((37, 51, 4), 255, np.uint8))
+    for none in (None, {"background": None, "layers": paths}, {"background": white, "layers": paths}):
+        with pytest.raises(inference.InputError, match="There is no picture yet"):
+            read_painting(none)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """The arguments of `serve`, in the place of serving; Gradio passes for installed."""
+    calls = []
+    monkeypatch.setattr(demo, "serve", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    return calls
+
+
+def test_command_line_finds_what_the_demo_left(models, checkpoints, served, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([]) == 2
+    assert "no checkpoint at runs/demo/asymmetric: run `make demo`" in capsys.readouterr().err
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    shutil.copytree(checkpoints[0], tmp_path / "runs/demo/asymmetric")
+    shutil.copytree(checkpoints[1], tmp_path / "runs/demo/first_stage")
+    assert main(["--port=1234", "--dtype=bfloat16"]) == 0
+    model, plain, *address = served.pop()
+    assert address == ["127.0.0.1", 1234]
+    assert model.config == dataclasses.replace(CONFIG, dtype="bfloat16")
+    assert plain.config == dataclasses.replace(model.config, condition=False)
+    for loaded, original in zip((model, plain), models, strict=True):
+        expected = split(original)[1]
+        for name, value in split(loaded)[1].items():
+            np.testing.assert_array_equal(value, expected[name])
+    assert main([f"--checkpoint={checkpoints[0]}"]) == 0
+    model, plain, *_ = served.pop()
+    assert model.config == CONFIG
+    assert plain is None
+
+
+def test_command_line_messages(checkpoints, served, tmp_path, monkeypatch, capsys):
+    save_model(tmp_path / "other", Autoencoder(CONFIG, rngs=nnx.Rngs(5)))
+    ours, plain = checkpoints
+    for arguments, message in (
+        ([f"--checkpoint={tmp_path / 'none'}"], "no source at"),
+        ([f"--checkpoint={plain}"], "this model has no condition branch"),
+        ([f"--checkpoint={ours}", f"--plain={tmp_path / 'other'}"], "the plain autoencoder has another encoder"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main([f"--checkpoint={ours}"]) == 2
+    assert "the page needs Gradio: pip install 'asymvq-jax[demo]'" in capsys.readouterr().err
+    assert not served
+
+
+@pytest.fixture(scope="module")
+def address(checkpoints, tmp_path_factory):
+    """Of the page, served by a process of its own, because Gradio's warnings are not ours; and that process's log."""
+    pytest.importorskip("gradio", reason="Gradio is not installed: pip install -e '.[test]'")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("page") / "log"
+    options = [f"--checkpoint={checkpoints[0]}", f"--plain={checkpoints[1]}", f"--port={port}"]
+    environment = os.environ | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    with log.open("w") as file:
+        command = [sys.executable, "-c", LAUNCHER, *options]
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+    url = f"http://127.0.0.1:{port}"
+    end = time.monotonic() + DEADLINE
+    while f"{url} (Ctrl-C" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.2)
+    yield url, log
+    process.send_signal(signal.SIGINT)
+    assert process.wait(DEADLINE) == 0, log.read_text()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Playwright's own Chromium, or else the machine's."""
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="Playwright is not installed: pip install -e '.[test]'"
+    )
+    with sync_api.sync_playwright() as playwright:
+        own = playwright.chromium.executable_path
+        path = own if os.path.exists(own) else next(filter(None, map(shutil.which, CHROMIUM)), None)
+        if path is None:
+            pytest.skip(f"no browser: neither Playwright's (python -m playwright install chromium) nor {CHROMIUM}")
+        chromium = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+class Visitor:
+    """Somebody who uses the page."""
+
+    def __init__(self, browser, url: str) -> None:
+        self.page = browser.new_page(viewport={"width": 1300, "height": 1000})
+        self.page.set_default_timeout(DEADLINE * 1000)
+        self.requests: list[str] = []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(url)
+        self.canvas = self.page.locator("canvas").first
+        self.canvas.wait_for()
+        self.settle()
+
+    def settle(self) -> None:
+        """Until the editor has sent its contents to the server."""
+        before = -1
+        while before != len(self.requests):
+            before = len(self.requests)
+            self.page.wait_for_timeout(1500)
+
+    def load(self, path: str) -> None:
+        self.page.locator("input[type=file]").last.set_input_files(path)
+
+    def wait_for_colour(self, low: tuple[int, int, int], high: tuple[int, int, int]) -> None:
+        """Until the middle of the editor has a mean colour in a range."""
+        end = time.monotonic() + DEADLINE
+        while True:
+            with Image.open(io.BytesIO(self.canvas.screenshot())) as shot:
+                width, height = shot.size
+                middle = np.asarray(shot.convert("RGB"))[height // 2 - 5 : height // 2 + 5, width // 2 - 5 :][:, :10]
+            if (middle.mean((0, 1)) >= low).all() and (middle.mean((0, 1)) <= high).all():
+                return self.settle()
+            assert time.monotonic() < end, middle.mean((0, 1))
+            self.page.wait_for_timeout(200)
+
+    def paint(self) -> None:
+        """A stroke through the middle of the editor."""
+        box = self.canvas.bounding_box()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        self.page.mouse.move(x - 60, y)
+        self.page.mouse.down()
+        self.page.mouse.move(x + 60, y, steps=8)
+        self.page.mouse.up()
+        self.wait_for_colour((255, 255, 255), (255, 255, 255))
+
+    def press(self, message: str) -> None:
+        """Presses the button, and waits for a text."""
+        self.page.get_by_role("button", name="Decode").click()
+        self.page.get_by_text(message).wait_for()
+
+    def results(self) -> list[np.ndarray]:
+        """The pictures that are shown, (h, w, 3) uint8."""
+        shown = self.page.locator(".image-frame img")
+        shown.nth(5).wait_for()
+        return [images.decode(self.page.request.get(image.get_attribute("src")).body()) for image in shown.all()]
+
+
+def test_the_page_in_a_browser(address, browser, models, tmp_path):
+    url, log = address
+    image, _ = _picture(96, 150)
+    visitor = Visitor(browser, url)
+    visitor.load(_png(tmp_path / "picture.png", image))
+    visitor.wait_for_colour((0, 0, 190), (120, 120, 255))
+    visitor.press("Nothing is painted yet")
+    visitor.paint()
+    visitor.press("150 x 96 px")
+    shown = visitor.results()
+    assert len(shown) == 6
+    # What was painted shows in the paste, because the plain decode differs from the original everywhere.
+    painted = (shown[2] != image).any(-1, keepdims=True)
+    assert (shown[0] != image).any(-1).all()
+    assert painted[48, 65:85].all()
+    assert not painted[[0, -1]].any()
+    expected = compare(*models, image, painted.astype(np.float32))
+    for way, picture, error in zip(expected, shown[::2], shown[1::2], strict=True):
+        np.testing.assert_allclose(picture.astype(int), way.image.astype(int), atol=1)
+        np.testing.assert_allclose(error.astype(int), way.error_map.astype(int), atol=4)
+    assert (shown[4] != shown[0]).any()
+    kept = ~painted[..., 0]
+    numbers = visitor.page.get_by_text("Kept pixels: PSNR").all_inner_texts()
+    assert "PSNR ∞ dB" in numbers[1]
+    for text, picture in ((numbers[0], shown[0]), (numbers[2], shown[4])):
+        assert f"PSNR {peak_signal_noise_ratio(image[kept], picture[kept]):.1f} dB" in text
+    # Neither the browser nor the server reached for anything else.
+    assert not [request for request in visitor.requests if not request.startswith((f"{url}/", "data:", "blob:"))]
+    reached = re.findall(r"^socket\..*", log.read_text(), re.MULTILINE)
+    assert reached
+    assert not [line for line in reached if "'127.0.0.1'" not in line]
+
+
+def test_the_page_s_messages_in_a_browser(address, browser, tmp_path):
+    visitor = Visitor(browser, address[0])
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    visitor.load(str(tmp_path / "broken.png"))
+    visitor.page.get_by_text("broken.png is not a readable picture").wait_for()
+    visitor.page.get_by_label("Clear canvas").click()
+    visitor.settle()
+    visitor.press("There is no picture yet")
+    visitor.page.locator("button.gallery-item").nth(1).click()
+    visitor.settle()
+    visitor.press("Nothing is painted yet")
