@@ -231,7 +231,7 @@ def browser():
         own = playwright.chromium.executable_path
         path = own if os.path.exists(own) else next(filter(None, map(shutil.which, CHROMIUM)), None)
         if path is None:
-            pytest.skip(f"no browser: neither Playwright's (python -m playwright install chromium) nor {CHROMIUM}")
+            pytest.skip(f"no browser: run python -m playwright install chromium, or install {' or '.join(CHROMIUM)}")
         chromium = playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield chromium
         chromium.close()
@@ -294,7 +294,7 @@ class Visitor:
         return [images.decode(self.page.request.get(image.get_attribute("src")).body()) for image in shown.all()]
 
 
-def test_the_page_in_a_browser(address, browser, models, tmp_path):
+def test_the_page_in_a_browser(browser, address, models, tmp_path):
     url, log = address
     image, _ = _picture(96, 150)
     visitor = Visitor(browser, url)
@@ -327,7 +327,7 @@ def test_the_page_in_a_browser(address, browser, models, tmp_path):
     assert not [line for line in reached if "'127.0.0.1'" not in line]
 
 
-def test_the_page_s_messages_in_a_browser(address, browser, tmp_path):
+def test_the_page_s_messages_in_a_browser(browser, address, tmp_path):
     visitor = Visitor(browser, address[0])
     (tmp_path / "broken.png").write_bytes(b"no picture")
     visitor.load(str(tmp_path / "broken.png"))
