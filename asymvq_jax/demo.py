@@ -195,6 +195,7 @@ def page(model: Autoencoder, plain: Autoencoder | None) -> gradio.Blocks:
             with gr.Column(scale=2):
                 gr.Markdown(STEPS)
                 upload = gr.UploadButton("Load a picture", file_types=["image"])
+                # Not gr.Examples, under which the editor sends its contents dozens of times.
                 gallery = gr.Dataset(
                     label="Examples", components=["image"], samples=[[path] for path in examples], type="index"
                 )

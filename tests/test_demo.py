@@ -27,9 +27,10 @@ from asymvq_jax.models.parameters import merge, split
 
 CONFIG = ModelConfig(encoder_channels=(32, 32, 32), decoder_channels=(32, 32, 32), encoder_blocks=1, decoder_blocks=1)
 DEADLINE = 300
-# Starts the page and names whatever it connects to or looks up.
+# Starts the page, names whatever it connects to or looks up, and heeds an interrupt even as a job in the background.
 LAUNCHER = """
-import runpy, sys
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.addaudithook(lambda event, args: print(event, args, flush=True) if event in LOOKED_AT else None)
 LOOKED_AT = ("socket.connect", "socket.getaddrinfo")
 runpy.run_module("asymvq_jax.demo", run_name="__main__")
