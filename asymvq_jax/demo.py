@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.util
 import os
 import sys
@@ -25,8 +24,7 @@ from asymvq_jax.data.sources import open_source
 from asymvq_jax.evaluation import check_same_encoder, decode_ours, decode_plain, hard_paste
 from asymvq_jax.inference import InputError
 from asymvq_jax.metrics.image import mean_squared_error, psnr
-from asymvq_jax.models.autoencoder import Autoencoder, structure
-from asymvq_jax.models.parameters import merge, split
+from asymvq_jax.models.autoencoder import Autoencoder, in_dtype
 
 if TYPE_CHECKING:
     import gradio
@@ -297,9 +295,7 @@ def _load(options: argparse.Namespace) -> tuple[Autoencoder, Autoencoder | None]
 
 def _read(path: str, dtype: str | None) -> Autoencoder:
     model = read_model(Path(path))
-    if dtype is None:
-        return model
-    return merge(structure(dataclasses.replace(model.config, dtype=dtype))[0], split(model)[1])
+    return model if dtype is None else in_dtype(model, dtype)
 
 
 if __name__ == "__main__":

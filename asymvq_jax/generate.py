@@ -12,7 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import cv2
@@ -22,7 +22,7 @@ from etils import epath
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from asymvq_jax import images, sharding
+from asymvq_jax import images, inference, sharding
 from asymvq_jax.checkpoints import load_model
 from asymvq_jax.commands import command
 from asymvq_jax.compilation import keep_compiled_programs
@@ -33,7 +33,7 @@ from asymvq_jax.diffusion.pipeline import Pipeline, describe, is_checkpoint, loa
 from asymvq_jax.diffusion.schedulers import CHOICES, DEFAULTS
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.parameters import split
-from asymvq_jax.outputs import check_name, check_writable, try_out, write_bytes, writing
+from asymvq_jax.outputs import check_writable, try_out, write_bytes, writing
 
 log = logging.getLogger(__name__)
 
@@ -256,7 +256,7 @@ def _with_size(job: Job, size: tuple[int, int], options: argparse.Namespace) -> 
         size = size if any(size) else found
     if job.example:
         _picture_size(job.example)
-    return Job(**{**vars(job), "size": size})
+    return replace(job, size=size)
 
 
 def _picture_size(path: str) -> tuple[int, int]:
@@ -272,7 +272,7 @@ def _picture_size(path: str) -> tuple[int, int]:
 def _sized(jobs: Sequence[Job], pipeline: Pipeline, options: argparse.Namespace) -> list[Job]:
     """The jobs, those without a size in the one that the pipeline was trained on; by size, for batches."""
     side = pipeline.unet.config.sample_size * pipeline.autoencoder.config.downsampling
-    jobs = [job if any(job.size) else Job(**{**vars(job), "size": (side, side)}) for job in jobs]
+    jobs = [job if any(job.size) else replace(job, size=(side, side)) for job in jobs]
     if options.task == "text":
         for job in jobs:
             sampling.check_size(pipeline, job.size)
@@ -289,6 +289,9 @@ def generate(
     # The largest number of devices that a batch splits evenly over.
     used = max(n for n in range(1, len(devices) + 1) if batch % n == 0)
     mesh = sharding.make_mesh(MeshConfig(), devices[:used]) if used > 1 else None
+    if mesh is not None:
+        # Once, and not for every batch.
+        pipeline = replace(pipeline, unet=inference.place(pipeline.unet, mesh))
     log.info(
         "%d pictures, %d steps, %d at once on %d devices; the first batch is compiled",
         len(jobs),
@@ -359,7 +362,6 @@ def _write(job: Job, latent: np.ndarray, decoded: dict[str, np.ndarray], options
         np.save(buffer, latent)
         write_bytes(epath.Path(options.save_latents) / f"{job.name}.npy", buffer.getvalue())
     pictures = list(decoded.items())
-    check_name(job.out, images.FORMATS)
     images.write(job.out, pictures[0][1] if len(pictures) == 1 else images.grid([(t, [p]) for t, p in pictures]))
 
 

@@ -7,7 +7,6 @@ weights, from the same noise and the same random features of texts.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from asymvq_jax.diffusion.pipeline import read_unet
 from asymvq_jax.diffusion.sampling import denoise
 from asymvq_jax.diffusion.schedulers import SchedulerConfig, Solver, make_solver
 from asymvq_jax.diffusion.unet import UNet, UNetConfig
-from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.autoencoder import in_dtype
 from asymvq_jax.models.parameters import merge, split
 from asymvq_jax.plan.counting import matmul_flops
 from benchmarks import contest, peers
@@ -74,10 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def generate(folder: str, arrays: dict[str, np.ndarray], *, steps: int, dtype: str) -> contest.Run:
     """Our pictures, in [-1, 1]."""
     keep_compiled_programs()
-    unet, autoencoder = read_unet(Path(folder) / "unet", dtype), read_model(Path(folder) / "vae")
-    config = dataclasses.replace(autoencoder.config, dtype=dtype)
-    abstract = nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
-    autoencoder = merge(split(abstract)[0], split(autoencoder)[1])
+    unet, autoencoder = read_unet(Path(folder) / "unet", dtype), in_dtype(read_model(Path(folder) / "vae"), dtype)
     table = make_solver(SchedulerConfig(kind="dpm++", timestep_spacing="linspace", **SCHEDULE), steps)
     solver = Solver(*map(jnp.asarray, table))
     noise, context = jax.device_put((arrays["noise"], arrays["context"]))

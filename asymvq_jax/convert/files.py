@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 from collections.abc import Mapping
@@ -76,24 +77,28 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
             for name, value in tensors.items()}  # fmt: skip
 
 
-def weight_files(folder: Path, stem: str) -> list[Path]:
-    """The files of a Hugging Face folder's weights: whole, of half precision, or in shards; safetensors or pickled.
+def weight_files(folder: Path, *stems: str) -> list[Path]:
+    """The files of a Hugging Face folder's weights: whole, of half precision, or in shards; safetensors before pickles.
+
+    Args:
+        folder: the folder.
+        stems: what their names may begin with.
 
     Raises:
         TensorFileError: there are none.
     """
-    for suffix in (".safetensors", ".fp16.safetensors", ".bin"):
+    for suffix, stem in itertools.product((".safetensors", ".fp16.safetensors", ".bin"), stems):
         index = folder / f"{stem}{suffix}.index.json"
         if index.is_file():
             return [folder / file for file in sorted(set(read_json(index).get("weight_map", {}).values()))]
         if (folder / (stem + suffix)).is_file():
             return [folder / (stem + suffix)]
-    raise TensorFileError(f"{folder} has a config.json but no {stem}.safetensors")
+    raise TensorFileError(f"{folder} has a config.json but no {stems[0]}.safetensors")
 
 
-def read_folder(folder: Path, stem: str) -> dict[str, np.ndarray]:
+def read_folder(folder: Path, *stems: str) -> dict[str, np.ndarray]:
     """All tensors of a Hugging Face folder, as `read_tensors` reads them, from the files that `weight_files` finds."""
-    return {name: value for file in weight_files(folder, stem) for name, value in read_tensors(file).items()}
+    return {name: value for file in weight_files(folder, *stems) for name, value in read_tensors(file).items()}
 
 
 def misfits(tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> list[str]:

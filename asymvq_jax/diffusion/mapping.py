@@ -16,6 +16,10 @@ def _layers(prefixes: tuple[str, str, str], *names: tuple[str, str, str]) -> lis
     return [Row(*(f"{p}.{n}" for p, n in zip(prefixes, row, strict=True))) for row in names]
 
 
+# diffusers' names of an attention's layers.
+ATTENTION = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("out", "to_out.0"))
+
+
 def _timed(*prefixes: str) -> list[Row]:
     return _layers(
         prefixes,
@@ -36,7 +40,7 @@ def _transformer(*prefixes: str) -> list[Row]:
     attentions = [
         same(f"{ours}_attention.{name}", f"{inside}.{theirs}.{their}")
         for ours, theirs in (("self", "attn1"), ("cross", "attn2"))
-        for name, their in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("out", "to_out.0"))
+        for name, their in ATTENTION
     ]
     return _layers(
         prefixes,
@@ -97,8 +101,7 @@ TEXT: list[Row] = [
 def _mapper_block(ours: str, theirs: str) -> list[Row]:
     names = [
         ("norm1", "norm1"),
-        *((f"attention.{n}", f"attn1.{t}") for n, t in zip(
-            ("query", "key", "value", "out"), ("to_q", "to_k", "to_v", "to_out.0"), strict=True)),
+        *((f"attention.{n}", f"attn1.{t}") for n, t in ATTENTION),
         ("norm2", "norm3"),
         ("feed_forward.expand", "ff.net.0.proj"),
         ("feed_forward.contract", "ff.net.2"),

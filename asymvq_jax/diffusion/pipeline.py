@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
@@ -24,12 +22,11 @@ from asymvq_jax.diffusion.clip import ImageConfig, ImageEncoder, TextConfig, Tex
 from asymvq_jax.diffusion.schedulers import Kind, SchedulerConfig
 from asymvq_jax.diffusion.tokens import Tokenizer, read_tokenizer
 from asymvq_jax.diffusion.unet import UNet, UNetConfig
-from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.autoencoder import Autoencoder, in_dtype
 from asymvq_jax.models.parameters import merge, split
 
-log = logging.getLogger(__name__)
-
 Task = Literal["text", "inpaint", "edit"]
+# Names of the weights, of which transformers has had two.
 UNET_WEIGHTS, CLIP_WEIGHTS = "diffusion_pytorch_model", ("model", "pytorch_model")
 # The parts of a folder that each task takes, by the file that has to be there.
 PARTS: dict[Task, tuple[str, ...]] = {
@@ -113,7 +110,7 @@ def describe(path: str | Path, task: Task, scheduler: Kind | None = None) -> Des
     _check_context(description.unet, description.encoder, str(path))
     weight_files(path / "unet", UNET_WEIGHTS)
     weight_files(path / "vae", UNET_WEIGHTS)
-    _clip_stem((path / encoder_file).parent)
+    weight_files((path / encoder_file).parent, *CLIP_WEIGHTS)
     return description
 
 
@@ -166,16 +163,10 @@ def load(description: Description, dtype: str = "float32") -> Pipeline:
     return Pipeline(
         task=description.task,
         unet=read_unet(path / "unet", dtype),
-        autoencoder=_in_dtype(read_model(path / "vae"), dtype),
+        autoencoder=in_dtype(read_model(path / "vae"), dtype),
         scheduler=description.scheduler,
         **parts,
     )
-
-
-def _in_dtype(autoencoder: Autoencoder, dtype: str) -> Autoencoder:
-    config = replace(autoencoder.config, dtype=dtype)
-    abstract = nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
-    return merge(split(abstract)[0], split(autoencoder)[1])
 
 
 M = TypeVar("M", bound=nnx.Module)
@@ -220,18 +211,9 @@ def _unet(config: UNetConfig, tensors: Mapping[str, np.ndarray], form: str, sour
     )
 
 
-def _clip_stem(folder: Path) -> str:
-    """The name of the weights, of which transformers has had two."""
-    for stem in CLIP_WEIGHTS[1:]:
-        if list(folder.glob(f"{stem}.*")):
-            return stem
-    weight_files(folder, CLIP_WEIGHTS[0])
-    return CLIP_WEIGHTS[0]
-
-
 def _read_clip(folder: Path, prefix: str) -> dict[str, np.ndarray]:
     """Tensors under transformers' present names; older ones had a prefix, and the positions' numbers as a tensor."""
-    tensors = read_folder(folder, _clip_stem(folder))
+    tensors = read_folder(folder, *CLIP_WEIGHTS)
     return {name.replace(prefix, "", 1): x for name, x in tensors.items() if not name.endswith("position_ids")}
 
 
@@ -346,7 +328,7 @@ def load_checkpoint(
         tokenizer=read_tokenizer(Path(tokenizer), text_config),
         unet=_unet(config, mapping.flatten_projections(parts[CHECKPOINT_UNET]), "ldm", path, dtype),
         text_encoder=_text_encoder(text_config, text, form, path, dtype),
-        autoencoder=_in_dtype(ldm_model(parts[CHECKPOINT_VAE], path, {}), dtype),
+        autoencoder=in_dtype(ldm_model(parts[CHECKPOINT_VAE], path, {}), dtype),
         scheduler=schedulers.read_config(stored, str(path), scheduler),
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,7 +13,7 @@ from asymvq_jax.models.blocks import Conv
 from asymvq_jax.models.codebook import Codebook
 from asymvq_jax.models.decoder import Decoder
 from asymvq_jax.models.encoder import Encoder
-from asymvq_jax.models.parameters import Params, split
+from asymvq_jax.models.parameters import Params, merge, split
 from asymvq_jax.models.posterior import Latent, Posterior
 
 
@@ -84,3 +86,8 @@ class Autoencoder(nnx.Module):
 def structure(config: ModelConfig) -> tuple[nnx.GraphDef[Autoencoder], Params]:
     """The graph definition and the parameters' shapes (by name) of a model; allocates nothing."""
     return split(nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0))))
+
+
+def in_dtype(model: Autoencoder, dtype: str) -> Autoencoder:
+    """The model with the same parameters, computing in `dtype`."""
+    return merge(structure(dataclasses.replace(model.config, dtype=dtype))[0], split(model)[1])

@@ -188,18 +188,7 @@ def _plan_decode(
         traced = jax.jit(decode, out_shardings=place).trace(params, *inputs)
     # The encoder's parameters are arguments that nothing reads, and are not passed on.
     used = {name: x for name, x in params.items() if name.startswith(("decoder.", "post_quant_conv.", "codebook."))}
-    flops = matmul_flops(traced.jaxpr) / mesh.size
-    lowered = _Lowered(
-        name=name,
-        lowered=traced.lower(),
-        mesh=mesh,
-        parameters=_local_bytes(used),
-        optimizer=0,
-        arguments=_local_bytes((used, inputs)),
-        flops=flops,
-        model_flops=flops,
-    )
-    return _compile(lowered, target)
+    return _plan_forward(name, traced, mesh, used, inputs, target)
 
 
 def plan_denoising(unet: UNetConfig, target: Target, shape: tuple[int, int, int], steps: int, tokens: int) -> Program:
@@ -232,9 +221,16 @@ def plan_denoising(unet: UNetConfig, target: Target, shape: tuple[int, int, int]
         return denoise(merge(graphdef, params), solver, noise, context, fixed, jnp.float32(7.5))
 
     traced = jax.jit(loop, out_shardings=place).trace(params, *inputs)
+    return _plan_forward("denoising", traced, mesh, params, inputs, target)
+
+
+def _plan_forward(
+    name: str, traced: jax.stages.Traced, mesh: Mesh, params: Params, inputs: Any, target: Target
+) -> Program:
+    """Compiles a program that trains nothing, given the parameters and inputs that it reads."""
     flops = matmul_flops(traced.jaxpr) / mesh.size
     lowered = _Lowered(
-        name="denoising",
+        name=name,
         lowered=traced.lower(),
         mesh=mesh,
         parameters=_local_bytes(params),
