@@ -79,14 +79,18 @@ def load_parameters(path: str | Path) -> tuple[ModelConfig, Params]:
     """As `load_model`, but the configuration and the flat parameters, on the first local device."""
     step = find_step(path)
     device = SingleDeviceSharding(jax.local_devices()[0])
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    me = jax.process_index()
+    # Each process reads for itself, whatever the others do meanwhile.
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=str(me))
+    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         stored = checkpointer.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
         config = configs.from_dict(ModelConfig, stored["model"], "model.")
         _, shapes = structure(config)
         abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=device) for k, v in shapes.items()}
         items = {"model": ocp.args.StandardRestore(abstract)}
         if (step / "ema").exists():
-            with ocp.StandardCheckpointer() as reader:
+            with ocp.StandardCheckpointer(multiprocessing_options=alone) as reader:
                 averaged = reader.metadata(step / "ema").item_metadata.tree
             items["ema"] = ocp.args.StandardRestore({k: abstract[k] for k in averaged})
         restored = checkpointer.restore(step, args=ocp.args.Composite(**items))

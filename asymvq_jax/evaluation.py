@@ -66,7 +66,7 @@ class Results:
 
 
 def list_pairs(folder: str) -> list[tuple[epath.Path, epath.Path]]:
-    """The files `name.png` and `name_mask.png` (any picture format) of a folder.
+    """The files `name.png` and `name_mask.png` (any picture format) of a folder; `name_example.png` is passed over.
 
     Raises:
         EvaluationError: the folder is missing or empty, or a picture or mask lacks its other half, or some pictures
@@ -76,7 +76,7 @@ def list_pairs(folder: str) -> list[tuple[epath.Path, epath.Path]]:
     if not root.is_dir():
         raise EvaluationError(f"--pairs {folder} is not a directory")
     files = {p.stem: p for p in sorted(root.iterdir()) if p.suffix.lower() in SUFFIXES}
-    names = [stem for stem in files if not stem.endswith("_mask")]
+    names = [stem for stem in files if not stem.endswith(("_mask", "_example"))]
     missing = [f"{n}_mask (for {files[n].name})" for n in names if f"{n}_mask" not in files]
     missing += [
         f"{stem.removesuffix('_mask')} (for {path.name})"

@@ -1,7 +1,8 @@
 """Stable Diffusion in JAX, with the asymmetric decoder: python -m asymvq_jax.generate text|inpaint|edit PIPELINE ...
 
 One picture, or a folder of prompts (name.txt), and for inpaint and edit of pictures (name.png), masks (name_mask.png,
-white = generate) and examples (name_example.png). Pictures that are there already are not made again.
+white = generate) and examples (name_example.png). Of many, pictures that are there already are not made again. Started
+on each of several hosts, the hosts share the pictures out; asymvq_jax/cluster.py says how they find each other.
 """
 
 from __future__ import annotations
@@ -13,25 +14,26 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from pathlib import Path
 
 import cv2
 import jax
 import numpy as np
 from etils import epath
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from asymvq_jax import images, inference, sharding
+from asymvq_jax import cluster, images, inference, sharding
 from asymvq_jax.checkpoints import load_model
 from asymvq_jax.commands import command
 from asymvq_jax.compilation import keep_compiled_programs
-from asymvq_jax.config import DTYPES, MeshConfig, UserError
+from asymvq_jax.config import DTYPES, MeshConfig, ModelConfig, UserError
+from asymvq_jax.convert.convert import read_model
 from asymvq_jax.data.sources import SUFFIXES
 from asymvq_jax.diffusion import sampling
-from asymvq_jax.diffusion.pipeline import Pipeline, describe, is_checkpoint, load, load_checkpoint
-from asymvq_jax.diffusion.schedulers import CHOICES, DEFAULTS
-from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.diffusion.pipeline import Pipeline, describe, is_checkpoint, load, load_checkpoint, place
+from asymvq_jax.diffusion.schedulers import CHOICES, DEFAULTS, make_solver
+from asymvq_jax.diffusion.unet import UNetConfig
+from asymvq_jax.models.autoencoder import Autoencoder, in_dtype
 from asymvq_jax.models.parameters import split
 from asymvq_jax.outputs import check_writable, try_out, write_bytes, writing
 
@@ -56,8 +58,8 @@ class Job:
     image: str = ""
     mask: str = ""
     example: str = ""
-    # Height and width, px.
-    size: tuple[int, int] = (0, 0)
+    # Height and width, px; None: the size that the model was trained on.
+    size: tuple[int, int] | None = None
 
 
 @command
@@ -106,10 +108,10 @@ def _add_options(parser: argparse.ArgumentParser, task: str) -> None:
     add("--guidance", type=float, default=GUIDANCE[task], help="strength of the condition; 1: none")
     add("--steps", type=int, default=50, help="of the sampler")
     add("--scheduler", choices=DEFAULTS, help="the sampler; default: the pipeline's own")
-    add("--seed", type=int, default=0, help="of the first picture; the next have the next ones")
+    add("--seed", type=int, default=0, help="of the first picture (by name); the next have the next ones")
     add("--count", type=int, default=1, help="pictures of one prompt")
     add("--batch", type=int, help="pictures at once; default: one a device")
-    add("--decoder", metavar="CHECKPOINT", help="an asymmetric decoder: a run, or what asymvq_jax.convert wrote")
+    add("--decoder", metavar="CHECKPOINT", help="an asymmetric decoder: a run, or whatever asymvq_jax.convert reads")
     add("--decode", choices=("plain", "asymmetric", "both"), help="both: side by side; default: asymmetric if given")
     add(
         "--save-latents", metavar="DIR", help="also write each latent (.npy), as eval.py and asymvq_jax.inpaint read it"
@@ -120,66 +122,100 @@ def _add_options(parser: argparse.ArgumentParser, task: str) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    for name in ("steps", "count", "batch"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise GenerateError(f"--{name} {value}: expected 1 or more")
-    jobs = list_jobs(options)
+    _check_options(options)
+    jobs = _list_jobs(options)
     described = None if is_checkpoint(options.pipeline) else describe(options.pipeline, options.task, options.scheduler)
-    if described is None and options.tokenizer is None:
-        raise GenerateError(
-            f"{options.pipeline} is an original checkpoint, which has no tokenizer: name one by --tokenizer"
-        )
-    if described is not None and not described.autoencoder.condition:
-        _check_decode(options)
-    waiting = [job for job in jobs if not job.out.exists()]
+    if described is not None:
+        jobs = _sized(jobs, described.unet, described.autoencoder, options)
+    cluster.join(independent=True)
+    if described is not None:
+        # For its errors; arrays can be made from here on.
+        make_solver(described.scheduler, options.steps)
+    # Before a look at what is there, which changes while the others work.
+    jobs = jobs[jax.process_index() :: jax.process_count()]
+    waiting = [job for job in jobs if not _is_made(job, options)]
     if len(waiting) < len(jobs):
         log.info("%d of %d pictures are there already", len(jobs) - len(waiting), len(jobs))
     if not waiting:
         return
-    decoder = load_model(options.decoder, dtype=options.dtype) if options.decoder else None
-    if described is None:
+    decoder = _read_decoder(options.decoder, options.dtype) if options.decoder else None
+    if described is not None:
+        _check_decoder(described.autoencoder, decoder, options)
+        pipeline = load(described, options.dtype)
+    else:
         told = {"scheduler": options.scheduler, "prediction_type": options.prediction_type, "dtype": options.dtype}
         pipeline = load_checkpoint(options.pipeline, options.task, options.tokenizer, **told)
-    else:
-        pipeline = load(described, options.dtype)
-    decoders = _decoders(pipeline, decoder, options)
-    generate(pipeline, decoders, _sized(waiting, pipeline, options), options)
+        _check_decoder(pipeline.autoencoder.config, decoder, options)
+        waiting = _sized(waiting, pipeline.unet.config, pipeline.autoencoder.config, options)
+    _make(pipeline, decoder, waiting, options)
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Raises GenerateError for options that are out of range, or that would do nothing."""
+    for name in ("steps", "count", "batch"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise GenerateError(f"--{name} {value}: expected 1 or more")
+    if options.folder is not None and options.count > 1:
+        raise GenerateError(f"--count {options.count}: goes with one prompt, and not with --folder")
+    if not is_checkpoint(options.pipeline):
+        for name in ("tokenizer", "prediction_type"):
+            if getattr(options, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise GenerateError(
+                    f"{option}: is for original checkpoints; {options.pipeline} says itself what it has"
+                )
+    elif options.tokenizer is None:
+        raise GenerateError(
+            f"{options.pipeline} is an original checkpoint, which has no tokenizer: name one by --tokenizer"
+        )
+    if is_checkpoint(options.pipeline):
+        _check_decoder(None, None, options)
+
+
+def _read_decoder(path: str, dtype: str) -> Autoencoder:
+    """A JAX checkpoint; or a diffusers folder or an original checkpoint, as asymvq_jax.convert reads them."""
+    local = Path(path)
+    if local.is_file() or (local / "config.json").is_file():
+        return in_dtype(read_model(local), dtype)
+    return load_model(path, dtype=dtype)
+
+
+def _check_decoder(own: ModelConfig | None, decoder: Autoencoder | None, options: argparse.Namespace) -> None:
+    """Raises GenerateError where an asymmetric decoder is wanted and none is named, or one of other latents is.
+
+    Args:
+        own: the pipeline's autoencoder; None while it is not known but to be a plain one.
+        decoder: what --decoder names; None while it is not read.
+        options: the command's.
+    """
+    asymmetric = options.decoder is not None or (own is not None and own.condition)
+    if options.decode in ("asymmetric", "both") and not asymmetric:
+        raise GenerateError(f"--decode {options.decode}: name the asymmetric decoder's checkpoint by --decoder")
+    if own is None or decoder is None:
+        return
+    fields = ("latent_channels", "downsampling", "scaling_factor", "shift_factor")
+    theirs = [f"{n}={getattr(decoder.config, n)} (the pipeline's: {getattr(own, n)})" for n in fields
+              if getattr(decoder.config, n) != getattr(own, n)]  # fmt: skip
+    if theirs:
+        raise GenerateError(f"--decoder {options.decoder} is of other latents: {', '.join(theirs)}")
 
 
 def _decoders(pipeline: Pipeline, decoder: Autoencoder | None, options: argparse.Namespace) -> dict[str, Autoencoder]:
     """The autoencoders to decode with, by the title of their pictures."""
     own = pipeline.autoencoder
-    if decoder is None and own.config.condition:
-        decoder = own
     if decoder is not None:
-        _check_latents(decoder, own, options)
+        ours, known = split(decoder)[1], split(own)[1]
+        name = "encoder.conv_in.kernel"
+        if ours[name].shape != known[name].shape or not np.allclose(ours[name], known[name], atol=1e-2):
+            log.warning("--decoder %s was trained with another encoder than the pipeline's", options.decoder)
+    elif own.config.condition:
+        decoder = own
     way = options.decode or ("plain" if decoder is None else "asymmetric")
-    if decoder is None:
-        _check_decode(options)
     both = {"plain": own, "asymmetric": decoder}
     return both if way == "both" else {way: both[way]}
 
 
-def _check_decode(options: argparse.Namespace) -> None:
-    """Raises GenerateError where an asymmetric decoder is wanted and none is named."""
-    if options.decoder is None and options.decode in ("asymmetric", "both"):
-        raise GenerateError(f"--decode {options.decode}: name the asymmetric decoder's checkpoint by --decoder")
-
-
-def _check_latents(decoder: Autoencoder, own: Autoencoder, options: argparse.Namespace) -> None:
-    """Raises GenerateError unless both have the same latents; warns where they are only alike."""
-    fields = ("latent_channels", "downsampling", "scaling_factor", "shift_factor")
-    theirs = [f"{n}={getattr(decoder.config, n)} (the pipeline's: {getattr(own.config, n)})" for n in fields
-              if getattr(decoder.config, n) != getattr(own.config, n)]  # fmt: skip
-    if theirs:
-        raise GenerateError(f"--decoder {options.decoder} is of other latents: {', '.join(theirs)}")
-    ours, known = split(decoder)[1], split(own)[1]
-    name = "encoder.conv_in.kernel"
-    if ours[name].shape != known[name].shape or not np.allclose(ours[name], known[name], atol=1e-2):
-        log.warning("--decoder %s was trained with another encoder than the pipeline's", options.decoder)
-
-
-def list_jobs(options: argparse.Namespace) -> list[Job]:
+def _list_jobs(options: argparse.Namespace) -> list[Job]:
     """What is to be made, every file checked to be there and of the right size.
 
     Raises:
@@ -188,7 +224,7 @@ def list_jobs(options: argparse.Namespace) -> list[Job]:
     task = options.task
     needed = {"text": ("prompt",), "inpaint": ("prompt", "image", "mask"), "edit": ("image", "mask", "example")}[task]
     given = [name for name in ("prompt", "image", "mask", "example") if getattr(options, name, None) is not None]
-    size = images.parse_size("--size", options.size) if options.size else (0, 0)
+    size = images.parse_size("--size", options.size) if options.size else None
     if options.save_latents:
         with writing(options.save_latents):
             try_out(epath.Path(options.save_latents))
@@ -233,7 +269,7 @@ def _folder_jobs(options: argparse.Namespace, needed: Sequence[str]) -> list[Job
     jobs, missing = [], []
     for i, name in enumerate(names):
         found = {
-            "prompt": texts[name].read_text().strip() if name in texts else None,
+            "prompt": _read_prompt(texts[name]) if name in texts else None,
             "image": pictures.get(name),
             "mask": pictures.get(f"{name}_mask"),
             "example": pictures.get(f"{name}_example"),
@@ -246,42 +282,48 @@ def _folder_jobs(options: argparse.Namespace, needed: Sequence[str]) -> list[Job
     return jobs
 
 
-def _with_size(job: Job, size: tuple[int, int], options: argparse.Namespace) -> Job:
+def _read_prompt(path: epath.Path) -> str:
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise GenerateError(f"{path} is no readable text (UTF-8): {error}") from None
+
+
+def _with_size(job: Job, size: tuple[int, int] | None, options: argparse.Namespace) -> Job:
     """The job with its size, after a look at its pictures' heads."""
     if options.task != "text":
-        found, mask = _picture_size(job.image), _picture_size(job.mask)
+        found, mask = images.read_size(job.image), images.read_size(job.mask)
         if found != mask:
             (h, w), (mh, mw) = found, mask
             raise GenerateError(f"{job.image} is {w} x {h} px and {job.mask} {mw} x {mh} px; they must be of one size")
-        size = size if any(size) else found
+        size = size or found
     if job.example:
-        _picture_size(job.example)
+        images.read_size(job.example)
     return replace(job, size=size)
 
 
-def _picture_size(path: str) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            # Orientations from 5 on are turned by 90 degrees.
-            turned = image.getexif().get(0x0112, 1) >= 5
-            return image.size if turned else image.size[::-1]
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise images.ImageError(f"no readable picture at {path}: {error}") from None
-
-
-def _sized(jobs: Sequence[Job], pipeline: Pipeline, options: argparse.Namespace) -> list[Job]:
-    """The jobs, those without a size in the one that the pipeline was trained on; by size, for batches."""
-    side = pipeline.unet.config.sample_size * pipeline.autoencoder.config.downsampling
-    jobs = [job if any(job.size) else replace(job, size=(side, side)) for job in jobs]
+def _sized(jobs: Sequence[Job], unet: UNetConfig, autoencoder: ModelConfig, options: argparse.Namespace) -> list[Job]:
+    """The jobs, those without a size in the one that the UNet was trained on; by size, for batches."""
+    side = unet.sample_size * autoencoder.downsampling
+    jobs = [replace(job, size=job.size or (side, side)) for job in jobs]
     if options.task == "text":
         for job in jobs:
-            sampling.check_size(pipeline, job.size)
+            sampling.check_size(unet, autoencoder, job.size)
     return sorted(jobs, key=lambda job: job.size)
 
 
-def generate(
-    pipeline: Pipeline, decoders: dict[str, Autoencoder], jobs: Sequence[Job], options: argparse.Namespace
-) -> None:
+def _is_made(job: Job, options: argparse.Namespace) -> bool:
+    """Whether a picture of many is there already, with its latent if that is wanted."""
+    if options.folder is None and options.count == 1:
+        return False
+    return job.out.exists() and (not options.save_latents or _latent_file(job, options).exists())
+
+
+def _latent_file(job: Job, options: argparse.Namespace) -> epath.Path:
+    return epath.Path(options.save_latents) / f"{job.name}.npy"
+
+
+def _make(pipeline: Pipeline, decoder: Autoencoder | None, jobs: Sequence[Job], options: argparse.Namespace) -> None:
     """Makes the jobs' pictures, batch by batch, each written when it is done."""
     devices = jax.local_devices()
     # Also where there are fewer jobs, so that a resumed run's pictures have the same bits.
@@ -291,7 +333,9 @@ def generate(
     mesh = sharding.make_mesh(MeshConfig(), devices[:used]) if used > 1 else None
     if mesh is not None:
         # Once, and not for every batch.
-        pipeline = replace(pipeline, unet=inference.place(pipeline.unet, mesh))
+        pipeline = place(pipeline, mesh)
+        decoder = decoder and inference.place(decoder, mesh)
+    decoders = _decoders(pipeline, decoder, options)
     log.info(
         "%d pictures, %d steps, %d at once on %d devices; the first batch is compiled",
         len(jobs),
@@ -305,10 +349,13 @@ def generate(
             filled = [*part, *[part[-1]] * (batch - len(part))]
             image, mask = _pictures(filled) if options.task != "text" else (None, None)
             latent = _latents(pipeline, filled, image, mask, options, mesh)
-            latent = jax.device_put(latent, devices[0])
-            decoded = {title: sampling.decode(model, latent, image, mask) for title, model in decoders.items()}
-            for i, job in enumerate(part):
-                _write(job, np.asarray(latent[i]), {title: pictures[i] for title, pictures in decoded.items()}, options)
+            decoded = {}
+            for title, model in decoders.items():
+                # A pipeline's own asymmetric autoencoder decodes plainly without the picture.
+                seen = (None, None) if title == "plain" else (image, mask)
+                decoded[title] = sampling.decode(model, latent, *seen, size=part[0].size, mesh=mesh)
+            for job, own, *pictures in zip(part, np.asarray(latent), *decoded.values(), strict=False):
+                _write(job, own, dict(zip(decoded, pictures, strict=True)), options)
             progress.update(len(part))
     log.info("%s: %d pictures in %.1f s with compilation", options.out, len(jobs), time.perf_counter() - begin)
 
@@ -346,13 +393,14 @@ def _latents(
     mesh: jax.sharding.Mesh | None,
 ) -> jax.Array:
     """Of a batch, by the task."""
-    seeds, prompts = [job.seed for job in jobs], [job.prompt for job in jobs]
+    prompts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
     shared = {"guidance": options.guidance, "steps": options.steps, "mesh": mesh}
     if options.task == "edit":
         return sampling.edit(pipeline, [images.read(job.example) for job in jobs], image, mask, seeds, **shared)
-    make = sampling.text_to_image if image is None else partial(sampling.inpaint, image=image, mask=mask)
-    size = {"size": jobs[0].size} if image is None else {}
-    return make(pipeline, prompts, seeds=seeds, negative=options.negative, **size, **shared)
+    shared["negative"] = options.negative
+    if options.task == "inpaint":
+        return sampling.inpaint(pipeline, prompts, image, mask, seeds, **shared)
+    return sampling.text_to_image(pipeline, prompts, seeds, jobs[0].size, **shared)
 
 
 def _write(job: Job, latent: np.ndarray, decoded: dict[str, np.ndarray], options: argparse.Namespace) -> None:
@@ -360,7 +408,7 @@ def _write(job: Job, latent: np.ndarray, decoded: dict[str, np.ndarray], options
     if options.save_latents:
         buffer = io.BytesIO()
         np.save(buffer, latent)
-        write_bytes(epath.Path(options.save_latents) / f"{job.name}.npy", buffer.getvalue())
+        write_bytes(_latent_file(job, options), buffer.getvalue())
     pictures = list(decoded.items())
     images.write(job.out, pictures[0][1] if len(pictures) == 1 else images.grid([(t, [p]) for t, p in pictures]))
 

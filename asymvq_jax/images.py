@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +27,19 @@ def decode(data: bytes, name: str = "image", background: str = "white") -> np.nd
     Raises:
         ImageError: the bytes are no picture, or a truncated one.
     """
+    with _reading(name), Image.open(io.BytesIO(data)) as image:
+        return np.asarray(_rgb(ImageOps.exif_transpose(image), background))
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turns whatever Pillow raises for a broken picture into an ImageError that names it."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(_rgb(ImageOps.exif_transpose(image), background))
+        yield
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{name} is not a readable picture: {error}") from None
+        # Pillow's own words name an object in memory.
+        reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise ImageError(f"{name} is not a readable picture: {reason}") from None
 
 
 def _rgb(image: Image.Image, background: str) -> Image.Image:
@@ -53,6 +62,21 @@ def read(path: str | epath.Path, background: str = "white") -> np.ndarray:
     if not file.is_file():
         raise ImageError(f"no picture at {path}")
     return decode(file.read_bytes(), str(path), background)
+
+
+def read_size(path: str | epath.Path) -> tuple[int, int]:
+    """Height and width of a picture file as `read` returns it, from its head.
+
+    Raises:
+        ImageError: the file is missing or no picture.
+    """
+    file = epath.Path(path)
+    if not file.is_file():
+        raise ImageError(f"no picture at {path}")
+    with _reading(str(path)), file.open("rb") as stream, Image.open(stream) as image:
+        # Orientations from 5 on are turned by 90 degrees.
+        turned = image.getexif().get(0x0112, 1) >= 5
+        return image.size if turned else image.size[::-1]
 
 
 def read_mask(path: str | epath.Path, *, soft: bool = False) -> np.ndarray:
@@ -135,6 +159,6 @@ def parse_size(option: str, text: str) -> tuple[int, int]:
         ImageError: `text` is nothing of the kind; the message names the option.
     """
     match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if match is None:
+    if match is None or 0 in (int(match[1]), int(match[2])):
         raise ImageError(f"{option} {text}: expected HEIGHTxWIDTH in pixels, such as 512x768")
     return int(match[1]), int(match[2])

@@ -79,15 +79,15 @@ def decode(
         image: (b, h, w, 3) float in [-1, 1], of any size.
         mask: (b, h, w, 1) float, 1 = generate, 0 = preserve.
         size: height and width to crop to; by default the image's, or all that the latent covers.
-        mesh: from `sharding.make_height_mesh`, to split the picture's rows over its devices where one cannot hold it;
-            the result is the same. The weights are copied there at every call unless `place` has put them there. On one
-            device, see `asymvq_jax.strips`.
+        mesh: splits the work over its devices, with the same result: from `sharding.make_mesh` the batch, from
+            `sharding.make_height_mesh` the rows of pictures that one device cannot hold (on one device, see
+            `asymvq_jax.strips`). The weights are copied there at every call unless `place` has put them there.
 
     Returns:
         (b, h, w, 3) float32, not clipped.
 
     Raises:
-        InputError: the latent's rows cannot be split evenly over the mesh.
+        InputError: the batch, or the latent's rows, cannot be split evenly over the mesh.
     """
     if image is not None and mask is not None:
         size = size or image.shape[1:3]
@@ -106,7 +106,7 @@ def place(model: M, mesh: Mesh) -> M:
 def _over(
     mesh: Mesh | None, rows: int, function: Callable, model: Autoencoder, *arrays: jax.Array | np.ndarray | None
 ) -> jax.Array:
-    """Calls `function`, with the rows of `arrays` split over the devices of `mesh` and the weights on each of them.
+    """Calls `function`, with `arrays` split over the devices of `mesh` and the weights on each of them.
 
     Args:
         mesh: None calls it as it is.
@@ -117,13 +117,16 @@ def _over(
     """
     if mesh is None:
         return function(model, *arrays)
-    if rows % mesh.size:
+    by_rows = sharding.HEIGHT in mesh.shape
+    count = rows if by_rows else len(arrays[0])
+    if count % mesh.size:
+        what = f"the latent has {count} rows" if by_rows else f"the batch has {count} pictures"
         raise InputError(
-            f"the latent has {rows} rows, which {mesh.size} devices cannot split evenly; "
-            f"use a number of devices that divides {rows}"
+            f"{what}, which {mesh.size} devices cannot split evenly; use a number of devices that divides {count}"
         )
+    split = sharding.height_sharding(mesh) if by_rows else sharding.batch_sharding(mesh)
     with jax.set_mesh(mesh):
-        return function(place(model, mesh), *jax.device_put(arrays, sharding.height_sharding(mesh)))
+        return function(place(model, mesh), *jax.device_put(arrays, split))
 
 
 def read_latent(array: np.ndarray, config: ModelConfig, size: tuple[int, int], *, scaled: bool = True) -> jax.Array:

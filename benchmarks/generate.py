@@ -24,9 +24,9 @@ from asymvq_jax.config import DTYPES, ModelConfig, UserError
 from asymvq_jax.convert.convert import read_model
 from asymvq_jax.diffusion.pipeline import read_unet
 from asymvq_jax.diffusion.sampling import denoise
-from asymvq_jax.diffusion.schedulers import SchedulerConfig, Solver, make_solver
+from asymvq_jax.diffusion.schedulers import SchedulerConfig, make_solver
 from asymvq_jax.diffusion.unet import UNet, UNetConfig
-from asymvq_jax.models.autoencoder import in_dtype
+from asymvq_jax.models.autoencoder import in_dtype, structure
 from asymvq_jax.models.parameters import merge, split
 from asymvq_jax.plan.counting import matmul_flops
 from benchmarks import contest, peers
@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     with tempfile.TemporaryDirectory() as directory:
         peers.random_stable_diffusion(directory)
-        shared = {"folder": directory, "arrays": arrays, "steps": options.steps, "dtype": options.dtype}
+        sampler = {"schedule": SCHEDULE, "guidance": GUIDANCE, "steps": options.steps}
+        shared = {"folder": directory, "arrays": arrays, "dtype": options.dtype, **sampler}
         ways = {"PyTorch eager": False} | ({} if options.skip_compiled else {"PyTorch compiled": True})
         theirs = [contest.Contender(n, peers.generate, {**shared, "compiled": way}) for n, way in ways.items()]
         results = contest.hold([contest.Contender("ours", generate, shared), *theirs], options.rounds, warm_up=1)
@@ -70,16 +71,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any(result.failure for result in results))
 
 
-def generate(folder: str, arrays: dict[str, np.ndarray], *, steps: int, dtype: str) -> contest.Run:
+def generate(
+    folder: str, arrays: dict[str, np.ndarray], *, schedule: dict, guidance: float, steps: int, dtype: str
+) -> contest.Run:
     """Our pictures, in [-1, 1]."""
     keep_compiled_programs()
     unet, autoencoder = read_unet(Path(folder) / "unet", dtype), in_dtype(read_model(Path(folder) / "vae"), dtype)
-    table = make_solver(SchedulerConfig(kind="dpm++", timestep_spacing="linspace", **SCHEDULE), steps)
-    solver = Solver(*map(jnp.asarray, table))
+    solver = make_solver(SchedulerConfig(kind="dpm++", timestep_spacing="linspace", **schedule), steps)
     noise, context = jax.device_put((arrays["noise"], arrays["context"]))
 
     def run() -> Callable[[], np.ndarray]:
-        latent = denoise(unet, solver, noise, context, None, jnp.float32(GUIDANCE))
+        latent = denoise(unet, solver, noise, context, None, jnp.float32(guidance))
         y = jax.block_until_ready(inference.decode(autoencoder, latent / SCALE))
         return lambda: np.asarray(y)
 
@@ -87,7 +89,7 @@ def generate(folder: str, arrays: dict[str, np.ndarray], *, steps: int, dtype: s
 
 
 def flops(config: UNetConfig, arrays: dict[str, np.ndarray], steps: int) -> float:
-    """Of one run's UNet, by its shapes."""
+    """Of one run's UNet and decoder, by their shapes."""
     batch, side = arrays["noise"].shape[:2]
     graphdef, shapes = split(nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0))))
     inputs = (
@@ -95,7 +97,11 @@ def flops(config: UNetConfig, arrays: dict[str, np.ndarray], steps: int) -> floa
         jax.ShapeDtypeStruct((2 * batch,), jnp.float32),
         jax.ShapeDtypeStruct((2 * batch, TOKENS, config.context), jnp.float32),
     )
-    return steps * matmul_flops(jax.make_jaxpr(lambda params, *x: merge(graphdef, params)(*x))(shapes, *inputs))
+    predict = jax.make_jaxpr(lambda params, *x: merge(graphdef, params)(*x))(shapes, *inputs)
+    plain, shapes = structure(ModelConfig(condition=False, decoder_channels=ModelConfig().encoder_channels))
+    latent = jax.ShapeDtypeStruct(arrays["noise"].shape, jnp.float32)
+    decode = jax.make_jaxpr(lambda params, z: merge(plain, params).decode(z))(shapes, latent)
+    return steps * matmul_flops(predict) + matmul_flops(decode)
 
 
 if __name__ == "__main__":

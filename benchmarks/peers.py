@@ -161,16 +161,23 @@ def random_stable_diffusion(folder: str) -> None:
     ).save_pretrained(f"{folder}/vae")
 
 
-def generate(folder: str, arrays: dict[str, np.ndarray], *, steps: int, dtype: str, compiled: bool) -> Run:
+def generate(
+    folder: str,
+    arrays: dict[str, np.ndarray],
+    *,
+    schedule: dict,
+    guidance: float,
+    steps: int,
+    dtype: str,
+    compiled: bool,
+) -> Run:
     """diffusers' pipeline with the weights of `folder`, from noise and features in `arrays` (NHWC; b, 2, n, d)."""
     device, torch_dtype = _device(), getattr(torch, dtype)
     torch.backends.cudnn.benchmark = True
     place = {"device": device, "dtype": torch_dtype, "memory_format": torch.channels_last}
     unet = UNet2DConditionModel.from_pretrained(f"{folder}/unet").to(**place).eval()
     vae = AutoencoderKL.from_pretrained(f"{folder}/vae").to(**place).eval()
-    scheduler = DPMSolverMultistepScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-    )
+    scheduler = DPMSolverMultistepScheduler(steps_offset=1, **schedule)
     pipeline = StableDiffusionPipeline(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet = _compiled(unet, compiled)
@@ -185,7 +192,7 @@ def generate(folder: str, arrays: dict[str, np.ndarray], *, steps: int, dtype: s
                 negative_prompt_embeds=nothing,
                 latents=noise.clone(),
                 num_inference_steps=steps,
-                guidance_scale=7.5,
+                guidance_scale=guidance,
                 output_type="latent",
             ).images
             y = pipeline.vae.decode(y / vae.config.scaling_factor).sample

@@ -152,5 +152,6 @@ def test_both_sides_generate_the_same(tmp_path):
         "context": rng.normal(size=(1, 2, 7, 24)).astype(np.float32),
     }
     shared = {"folder": str(tmp_path), "arrays": arrays, "steps": 4, "dtype": "float32"}
+    shared |= {"schedule": generate.SCHEDULE, "guidance": generate.GUIDANCE}
     ours = generate.generate(**shared)()()
     assert relative_error(ours, peers.generate(**shared, compiled=False)()()) < 1e-4

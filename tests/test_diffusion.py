@@ -11,9 +11,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.pipelines.deprecated.paint_by_example.image_encoder import PaintByExampleImageEncoder
 from flax import nnx
+from jax.experimental.pallas import tpu as pltpu
 from oracles import nchw, nhwc, perturb_norms, relative_error
+from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
 
+from asymvq_jax.convert.files import TensorFileError
 from asymvq_jax.diffusion import layers
 from asymvq_jax.diffusion.clip import CLIPError, read_image_config, read_text_config
 from asymvq_jax.diffusion.pipeline import PipelineError, read_image_encoder, read_text_encoder, read_unet
@@ -72,11 +75,28 @@ def test_unet_in_chunks_of_queries(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     x, context = rng.normal(size=(1, 16, 16, 4)).astype(np.float32), rng.normal(size=(1, 7, 24)).astype(np.float32)
     whole = ours(x, jnp.array([7]), context)
-    monkeypatch.setattr(layers, "SCORE_BYTES", 2**12)
-    calls = []
-    monkeypatch.setattr(jax.lax, "map", lambda f, xs: calls.append(xs.shape) or jnp.stack([f(x) for x in xs]))
+    monkeypatch.setattr(layers, "CACHED_SCORES", 2**11)
+    monkeypatch.setattr(layers, "SCORES", 2**11)
+    # Four heads' scores have 4 * 64 ** 2 bytes each: one after another, in eight chunks.
+    loops = re.findall(r"scan\[.*?length=(\d+)", str(jax.make_jaxpr(ours)(x, jnp.array([7]), context)), re.DOTALL)
+    assert {"4", "8"} <= set(loops)
     assert relative_error(ours(x, jnp.array([7]), context), whole) < 1e-6
-    assert calls
+
+
+def test_flash_attention():
+    """A TPU's kernel, interpreted, against the formula; elsewhere `attend` does without it."""
+    rng = np.random.default_rng(0)
+    inputs = [jnp.asarray(rng.normal(size=(2, 1024, 2, 40)), jnp.bfloat16) for _ in range(3)]
+    query, key, value = (torch.from_numpy(np.array(x.astype(jnp.float32))).swapaxes(1, 2) for x in inputs)
+    expected = functional.scaled_dot_product_attention(query, key, value).swapaxes(1, 2).numpy()
+    with pltpu.force_tpu_interpret_mode():
+        flash = layers._flash(*(x.swapaxes(1, 2) for x in inputs)).swapaxes(1, 2)
+    for result in (flash, jax.jit(layers.attend)(*inputs)):
+        assert relative_error(result.astype(jnp.float32), expected) < 5e-3
+    lowered = {
+        p: jax.jit(layers.attend).trace(*inputs).lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu")
+    }
+    assert [("tpu_custom_call" in lowered[p]) for p in ("cpu", "tpu")] == [False, True]
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -122,6 +142,18 @@ def test_bfloat16_keeps_the_result_near(tmp_path):
     rng = np.random.default_rng(0)
     x, context = rng.normal(size=(1, 8, 8, 4)).astype(np.float32), rng.normal(size=(1, 7, 24)).astype(np.float32)
     assert 0 < relative_error(ours(x, jnp.array([7]), context), exact(x, jnp.array([7]), context)) < 0.05
+
+
+def test_safetensors_come_before_pickles(tmp_path):
+    """A folder of transformers with both kinds of file."""
+    torch.manual_seed(0)
+    text = CLIPTextModel(CLIPTextConfig(**TEXTS["1"], num_hidden_layers=1, vocab_size=9, max_position_embeddings=7))
+    text.save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"no pickle")
+    read_text_encoder(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(TensorFileError, match=r"pytorch_model\.bin is no PyTorch checkpoint"):
+        read_text_encoder(tmp_path)
 
 
 def test_every_tensor_is_accounted_for(tmp_path):

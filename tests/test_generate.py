@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -23,10 +26,11 @@ from flax import nnx
 from oracles import asymmetric, nchw, nhwc, perturb_norms
 from safetensors.numpy import save_file
 from test_diffusion import TEXTS, torch_image_encoder
+from test_processes import DEADLINE, cluster_of
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from asymvq_jax import images, sharding
+from asymvq_jax import images, inference, sharding
 from asymvq_jax.checkpoints import save_model
 from asymvq_jax.config import MeshConfig, ModelConfig
 from asymvq_jax.convert.convert import convert
@@ -236,6 +240,10 @@ def test_same_on_eight_devices_and_in_any_batch(pipelines):
     assert split.addressable_shards[0].data.shape[0] == 1
     alone = sampling.inpaint(ours, prompts[5:6], image[5:6], mask[5:6], seeds[5:6], steps=3)
     np.testing.assert_allclose(np.asarray(split)[5:6], np.asarray(alone), rtol=0, atol=1e-5 * np.ptp(np.asarray(alone)))
+    decoded = sampling.decode(ours.autoencoder, split, image, mask, mesh=mesh)
+    assert_same_picture(decoded[5:6], sampling.decode(ours.autoencoder, alone, image[5:6], mask[5:6]).astype(np.int32))
+    with pytest.raises(inference.InputError, match="the batch has 3 pictures, which 8 devices cannot split evenly"):
+        sampling.decode(ours.autoencoder, split[:3], mesh=mesh)
 
 
 def test_any_size_of_picture(pipelines):
@@ -244,6 +252,12 @@ def test_any_size_of_picture(pipelines):
     latent = sampling.inpaint(ours, PROMPTS, image[:, :67, :99], mask[:, :67, :99], [1, 2], steps=2)
     assert latent.shape == (2, 9, 13, 4)
     assert sampling.decode(ours.autoencoder, latent, image[:, :67, :99], mask[:, :67, :99]).shape == (2, 67, 99, 3)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """This process has used its devices already, and can join no others."""
+    monkeypatch.setattr("asymvq_jax.generate.cluster.join", lambda **_: None)
 
 
 def run(*arguments):
@@ -282,6 +296,38 @@ def test_command_folder(pipelines, decoder, tmp_path):
     assert run("inpaint", pipelines.root / "inpaint", *options, "--decoder", decoder) == 0
     assert images.read(tmp_path / "out/c.png").shape == (40, 48, 3)
     assert np.load(folder / "b.npy").shape == (8, 8, 4)
+
+
+def test_processes_share_a_folder(pipelines, decoder, tmp_path):
+    """Of three processes one has its part done already; each picture is what one process alone makes."""
+    prompts, out = tmp_path / "prompts", tmp_path / "out"
+    prompts.mkdir()
+    for name in "abcd":
+        (prompts / f"{name}.txt").write_text(f"a fox {name}")
+    out.mkdir()
+    (out / "c.png").write_bytes(b"kept")
+    options = ["text", pipelines.root / "text", "--folder", prompts, "--steps", 1, "--batch", 1, "--size", "32x32"]
+    options = [*map(str, options), "--decoder", str(decoder)]
+    command = [sys.executable, "-m", "asymvq_jax.generate", *options, "--out", str(out)]
+    variables = os.environ | cluster_of(3)
+    started = [
+        subprocess.Popen(command, env={**variables, "JAX_PROCESS_ID": str(i)}, stderr=subprocess.PIPE, text=True)
+        for i in range(3)
+    ]
+    try:
+        logs = [process.communicate(timeout=DEADLINE)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0, 0], logs
+    for log, said in zip(
+        logs, ("2 pictures, 1 steps", "1 pictures, 1 steps", "1 of 1 pictures are there"), strict=True
+    ):
+        assert said in log
+    assert (out / "c.png").read_bytes() == b"kept"
+    assert run(*options, "--out", tmp_path / "alone") == 0
+    for name in "abd":
+        assert (out / f"{name}.png").read_bytes() == (tmp_path / "alone" / f"{name}.png").read_bytes()
 
 
 def test_command_edit(pipelines, tmp_path):

@@ -12,7 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from asymvq_jax import sharding
 from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, RunConfig
-from asymvq_jax.diffusion.unet import UNet
+from asymvq_jax.diffusion import layers
+from asymvq_jax.diffusion.unet import UNet, UNetConfig
 from asymvq_jax.diffusion.unet import read_config as read_unet_config
 from asymvq_jax.inference import InputError
 from asymvq_jax.models.parameters import merge, split
@@ -425,6 +426,17 @@ def test_variants_say_what_to_set():
     ]
 
 
+def test_flops_of_kernels_and_parts_of_a_mesh():
+    """A kernel's products run over its grid, a part's on every device."""
+    x = jax.ShapeDtypeStruct((8, 2, 1024, 40), jnp.bfloat16)
+    expected = 8 * 2 * 4 * 1024**2 * 40
+    assert matmul_flops(jax.make_jaxpr(layers._flash)(x, x, x).jaxpr) == expected
+    mesh = sharding.make_mesh(MeshConfig())
+    part = sharding.batch_sharding(mesh).spec
+    split = jax.shard_map(layers._flash, mesh=mesh, in_specs=part, out_specs=part, check_vma=False)
+    assert matmul_flops(jax.make_jaxpr(split)(x, x, x).jaxpr) == expected
+
+
 def test_generation(tmp_path, capsys):
     """The whole loop of a small UNet on the devices present: its FLOPs are the network's, times the steps."""
     stored = {
@@ -452,3 +464,15 @@ def test_generation(tmp_path, capsys):
     assert "8 pictures of 128 x 64 px, 2 steps with guidance" in capsys.readouterr().out
     assert generate_plan(["--unet", str(tmp_path), "--size", "60x128"]) == 2
     assert "expected multiples of 16 px" in capsys.readouterr().err
+
+
+def test_generation_on_a_tpu():
+    """Long attention never has its scores in main memory, and the kernel's products are counted over its grid."""
+    pytest.importorskip("libtpu")
+    config = UNetConfig(channels=(32, 32), blocks=1, attention=(True, False), heads=(2, 2), context=16, norm_groups=8)
+    program = plan_denoising(config, open_topology("v5e:2x2"), (4, 32, 64), 3, 7)
+    scores = 2 * 2 * (32 * 64) ** 2 * 2
+    assert program.memory.temporaries < scores
+    assert program.collectives == ()
+    # The softmax counts as well, in so small a model.
+    assert 1 < program.compiler_flops / program.flops < 1.2

@@ -48,6 +48,15 @@ def _config(folder: Path, name: str) -> Config:
     )
 
 
+def cluster_of(processes: int) -> dict[str, str]:
+    """The variables that all of them share; JAX_PROCESS_ID is each one's own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_COORDINATOR_BIND_ADDRESS": address}
+    return variables | {"JAX_NUM_PROCESSES": str(processes)}
+
+
 class Started:
     """Processes that train together, each with a log."""
 
@@ -59,11 +68,7 @@ class Started:
         flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
         variables |= {"XLA_FLAGS": flags, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
         if processes > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                address = f"127.0.0.1:{free.getsockname()[1]}"
-            variables |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_COORDINATOR_BIND_ADDRESS": address}
-            variables |= {"JAX_NUM_PROCESSES": str(processes)}
+            variables |= cluster_of(processes)
         self.logs = [folder / f"{name}-{len(list(folder.glob('*.log')))}-{i}.log" for i in range(processes)]
         self.processes = []
         for i, path in enumerate(self.logs):

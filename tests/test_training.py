@@ -202,7 +202,7 @@ def test_bad_input_ends_before_training_with_one_line(first, tmp_path, overrides
     overrides = [o.format(file=tmp_path / "file") for o in overrides]
     monkeypatch.setattr(sys, "argv", _command(first, "bad", *overrides)[1:])
     # This process has used its devices already, and can join no others.
-    monkeypatch.setattr(command, "_join_cluster", lambda: None)
+    monkeypatch.setattr(command.cluster, "join", lambda: None)
     assert command.main() == 2
     error = capsys.readouterr().err
     assert re.search(re.escape(message), error), error

@@ -8,9 +8,10 @@ import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.flax import load_file
 from safetensors.numpy import save_file
 
@@ -45,6 +46,19 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
     return {name: _float32(value) for name, value in tensors.items()}
 
 
+def read_shapes(path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Names and shapes of a .safetensors file's tensors, as float32, from its head alone.
+
+    Raises:
+        TensorFileError: the file is missing or broken.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {n: jax.ShapeDtypeStruct(file.get_slice(n).get_shape(), np.float32) for n in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise TensorFileError(f"{path} is no safetensors file, or a truncated one: {error}") from None
+
+
 def _float32(value: np.ndarray) -> np.ndarray:
     # Half precision widens exactly. Integers (step counters) are left alone.
     return value.astype(np.float32) if value.dtype.name in ("float16", "bfloat16", "float64") else value
@@ -77,6 +91,15 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
             for name, value in tensors.items()}  # fmt: skip
 
 
+# Endings of a Hugging Face folder's weights, and of the list of their shards; half precision is called a variant.
+WEIGHT_SUFFIXES = {
+    ".safetensors": ".safetensors.index.json",
+    ".fp16.safetensors": ".safetensors.index.fp16.json",
+    ".bin": ".bin.index.json",
+    ".fp16.bin": ".bin.index.fp16.json",
+}
+
+
 def weight_files(folder: Path, *stems: str) -> list[Path]:
     """The files of a Hugging Face folder's weights: whole, of half precision, or in shards; safetensors before pickles.
 
@@ -85,12 +108,15 @@ def weight_files(folder: Path, *stems: str) -> list[Path]:
         stems: what their names may begin with.
 
     Raises:
-        TensorFileError: there are none.
+        TensorFileError: there are none, or shards are missing.
     """
-    for suffix, stem in itertools.product((".safetensors", ".fp16.safetensors", ".bin"), stems):
-        index = folder / f"{stem}{suffix}.index.json"
-        if index.is_file():
-            return [folder / file for file in sorted(set(read_json(index).get("weight_map", {}).values()))]
+    for (suffix, index), stem in itertools.product(WEIGHT_SUFFIXES.items(), stems):
+        if (file := folder / (stem + index)).is_file():
+            mapped = read_json(file).get("weight_map")
+            shards = [folder / name for name in sorted(set(mapped.values()))] if isinstance(mapped, dict) else []
+            if absent := [shard.name for shard in shards if not shard.is_file()]:
+                raise TensorFileError(f"{file} names files that are not there: {', '.join(absent)}")
+            return shards
         if (folder / (stem + suffix)).is_file():
             return [folder / (stem + suffix)]
     raise TensorFileError(f"{folder} has a config.json but no {stems[0]}.safetensors")

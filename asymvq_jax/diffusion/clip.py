@@ -120,8 +120,7 @@ def read_example_config(stored: Mapping[str, Any], name: str) -> ExampleConfig:
 def prepare_example(image: np.ndarray, config: ExampleConfig) -> np.ndarray:
     """(h, w, 3) uint8 -> (size, size, 3) float32, as CLIP's own preparation: bicubic, the middle square, normalised."""
     height, width = image.shape[:2]
-    scale = config.size / min(height, width)
-    sides = [config.size if side == min(height, width) else int(scale * side) for side in (width, height)]
+    sides = [config.size * side // min(height, width) for side in (width, height)]
     scaled = np.asarray(Image.fromarray(image).resize(sides, Image.Resampling.BICUBIC))
     top, left = ((side - config.size) // 2 for side in scaled.shape[:2])
     square = scaled[top : top + config.size, left : left + config.size].astype(np.float32) / 255

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.pallas.ops.tpu import flash_attention
 from jax.typing import DTypeLike
 
-# The scores of one chunk of queries may take so much on a device.
-SCORE_BYTES = 2**30
-# cuDNN's fused attention takes half precision and heads of at most so many channels, in multiples of eight.
-FUSED_HEAD = 128
+# So many bytes of scores are made at once: on a CPU what its cache holds, elsewhere what the device's memory spares.
+CACHED_SCORES, SCORES = 2**23, 2**30
+# Fused attention takes half precision and heads of at most so many channels: cuDNN's in multiples of eight, Pallas'
+# with tokens in multiples of 128. From so many tokens on it pays on a TPU.
+FUSED_HEAD, FLASH_MULTIPLE, FLASH_TOKENS = 128, 128, 1024
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -68,27 +71,76 @@ class MultiHeadAttention(nnx.Module):
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool = False) -> jax.Array:
     """Softmax attention, (b, n, heads, d), (b, m, heads, d), (b, m, heads, d) -> (b, n, heads, d).
 
-    cuDNN's fused kernel on a GPU where it can; else XLA's, in chunks of queries where the scores are large.
+    Fused by cuDNN on a GPU, and on a TPU by Pallas from one long sequence to itself, where they can; else XLA's, which
+    takes large attention in parts.
     """
-    b, n, heads, d = query.shape
-    if jax.default_backend() == "gpu" and query.dtype == jnp.bfloat16 and d <= FUSED_HEAD and d % 8 == 0:
+    (b, n, heads, d), m = query.shape, key.shape[1]
+    if m == 1:
+        return jnp.broadcast_to(value, query.shape)
+    fusible = query.dtype == jnp.bfloat16 and d <= FUSED_HEAD
+    if fusible and d % 8 == 0 and _has_cudnn_attention():
         return jax.nn.dot_product_attention(query, key, value, is_causal=causal, implementation="cudnn")
-    scores = 4 * b * heads * n * key.shape[1]
-    chunks = math.gcd(n, 2 ** math.ceil(math.log2(max(1, scores / SCORE_BYTES))))
-    if chunks == 1 or causal:
-        return _attend(query, key, value, causal=causal)
-    parts = query.reshape(b, chunks, n // chunks, heads, d).swapaxes(0, 1)
-    mixed = jax.lax.map(lambda part: _attend(part, key, value, causal=False), parts)
-    return mixed.swapaxes(0, 1).reshape(query.shape)
+    inputs = [x.swapaxes(1, 2) for x in (query, key, value)]
+    if causal or 4 * b * heads * n * m <= CACHED_SCORES:
+        mixed = _attend(*inputs, causal=causal)
+    else:
+        in_parts = partial(_attend_in_parts, scores=SCORES)
+        flash = fusible and n == m and n % FLASH_MULTIPLE == 0 and n >= FLASH_TOKENS
+        # By the platform that the program is for: a TPU's is planned on a CPU.
+        mixed = jax.lax.platform_dependent(
+            *inputs,
+            cpu=partial(_attend_in_parts, scores=CACHED_SCORES),
+            tpu=_flash if flash else in_parts,
+            default=in_parts,
+        )
+    return mixed.swapaxes(1, 2)
 
 
-def _attend(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool) -> jax.Array:
-    scores = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=jnp.float32)
+@cache
+def _has_cudnn_attention() -> bool:
+    """Whether the devices are NVIDIA's, of Ampere's generation or a later one."""
+    device = jax.local_devices()[0]
+    return (
+        device.platform == "gpu" and "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
+    )
+
+
+def _flash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """`_attend` without the scores ever being in a TPU's main memory; (b, heads, n, d) each."""
+    n, d = query.shape[-2:]
+    block = math.gcd(n, 512)
+    sizes = flash_attention.BlockSizes(block_q=block, block_k_major=block, block_k=block, block_b=1)
+    return flash_attention.flash_attention(query, key, value, sm_scale=d**-0.5, block_sizes=sizes)
+
+
+def _attend_in_parts(query: jax.Array, key: jax.Array, value: jax.Array, *, scores: int) -> jax.Array:
+    """`_attend`, head by head and in chunks of queries where there are more than `scores` bytes of scores.
+
+    (b, heads, n, d), (b, heads, m, d), (b, heads, m, d) -> (b, heads, n, d).
+    """
+    (b, heads, n, d), m = query.shape, key.shape[2]
+    if 4 * b * heads * n * m <= scores:
+        return _attend(query, key, value)
+    chunks = math.gcd(n, 2 ** math.ceil(math.log2(max(1, 4 * n * m / scores))))
+
+    def one_head(inputs: list[jax.Array]) -> jax.Array:
+        query, key, value = inputs
+        return jax.lax.map(lambda part: _attend(part, key, value), query.reshape(chunks, n // chunks, d))
+
+    return jax.lax.map(one_head, [x.reshape(b * heads, -1, d) for x in (query, key, value)]).reshape(query.shape)
+
+
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool = False) -> jax.Array:
+    """(..., n, d), (..., m, d), (..., m, d) -> (..., n, d)."""
+    scores = jnp.einsum("...nd,...md->...nm", query, key, preferred_element_type=jnp.float32)
     scores = scores * query.shape[-1] ** -0.5
     if causal:
         seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
-        scores = jnp.where(seen[None, None], scores, -jnp.inf)
-    return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(scores).astype(value.dtype), value)
+        scores = jnp.where(jnp.expand_dims(seen, range(scores.ndim - 2)), scores, -jnp.inf)
+    weights = jnp.exp(scores - jnp.max(scores, -1, keepdims=True))
+    mixed = jnp.einsum("...nm,...md->...nd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    # Divided last, where there is less to divide.
+    return (mixed / jnp.sum(weights, -1, keepdims=True)).astype(value.dtype)
 
 
 class FeedForward(nnx.Module):

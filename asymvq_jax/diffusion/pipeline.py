@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from asymvq_jax import inference
 from asymvq_jax.config import ModelConfig, UserError
 from asymvq_jax.convert.convert import diffusers_to_config, ldm_model, ldm_to_config, read_model
-from asymvq_jax.convert.files import PICKLES, misfits, read_folder, read_json, read_tensors, weight_files
+from asymvq_jax.convert.files import PICKLES, misfits, read_folder, read_json, read_shapes, read_tensors, weight_files
 from asymvq_jax.convert.mapping import Weight, from_torch
 from asymvq_jax.diffusion import clip, mapping, schedulers, unet
 from asymvq_jax.diffusion.clip import ImageConfig, ImageEncoder, TextConfig, TextEncoder, TransformerConfig
@@ -25,6 +29,9 @@ from asymvq_jax.diffusion.unet import UNet, UNetConfig
 from asymvq_jax.models.autoencoder import Autoencoder, in_dtype
 from asymvq_jax.models.parameters import merge, split
 
+log = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=nnx.Module)
 Task = Literal["text", "inpaint", "edit"]
 # Names of the weights, of which transformers has had two.
 UNET_WEIGHTS, CLIP_WEIGHTS = "diffusion_pytorch_model", ("model", "pytorch_model")
@@ -100,9 +107,9 @@ def describe(path: str | Path, task: Task, scheduler: Kind | None = None) -> Des
     description = Description(
         path=path,
         task=task,
-        unet=unet.read_config(*stored("unet/config.json")),
+        unet=_unet_config(*stored("unet/config.json"), task),
         autoencoder=diffusers_to_config(read_json(path / "vae/config.json"), path / "vae/config.json"),
-        scheduler=schedulers.read_config(*stored("scheduler/scheduler_config.json"), scheduler),
+        scheduler=_scheduler_config(*stored("scheduler/scheduler_config.json"), task, scheduler),
         encoder=read_encoder(*stored(encoder_file)),
         example=_example(path) if task == "edit" else None,
     )
@@ -112,6 +119,26 @@ def describe(path: str | Path, task: Task, scheduler: Kind | None = None) -> Des
     weight_files(path / "vae", UNET_WEIGHTS)
     weight_files((path / encoder_file).parent, *CLIP_WEIGHTS)
     return description
+
+
+def _unet_config(stored: dict[str, Any], name: str, task: Task) -> UNetConfig:
+    """As `unet.read_config`, but old files' sample_size is what diffusers' pipelines take for it."""
+    config = unet.read_config(stored, name)
+    version = [int(n) for n in re.findall(r"\d+", str(stored.get("_diffusers_version", "0.9")))[:2]]
+    if task != "edit" and version < [0, 9] and config.sample_size < 64:
+        log.warning("%s: sample_size=%d is taken for 64, as it is an old file", name, config.sample_size)
+        config = replace(config, sample_size=64)
+    return config
+
+
+def _scheduler_config(stored: dict[str, Any], name: str, task: Task, kind: Kind | None) -> SchedulerConfig:
+    """As `schedulers.read_config`, but with the options that diffusers' pipelines for the task set whatever it says."""
+    always = {"text": {"steps_offset": 1, "clip_sample": False}, "inpaint": {"steps_offset": 1, "skip_prk_steps": True}}
+    changes = always.get(task, {})
+    for field in changes.keys() & stored.keys():
+        if stored[field] != changes[field]:
+            log.warning("%s: %s=%r is taken for %r, as diffusers does", name, field, stored[field], changes[field])
+    return schedulers.read_config({**stored, **changes}, name, kind)
 
 
 def _example(path: Path) -> clip.ExampleConfig:
@@ -125,9 +152,8 @@ def _check_channels(task: Task, config: UNetConfig, autoencoder: ModelConfig, na
     if config.out_channels != latent:
         raise PipelineError(f"{name}: out_channels={config.out_channels}; the autoencoder's latents have {latent}")
     if config.in_channels != expected:
-        kind = {latent: "a text-to-image model", 2 * latent + 1: "an inpainting model"}.get(
-            config.in_channels, "another"
-        )
+        kinds = {latent: "a text-to-image model", 2 * latent + 1: "an inpainting model"}
+        kind = kinds.get(config.in_channels, "a model for another task")
         raise PipelineError(
             f"{name}: in_channels={config.in_channels}, which is {kind}; {task!r} needs {expected}: "
             + ("noisy latent" if task == "text" else "noisy latent, mask, and the masked picture's latent")
@@ -169,7 +195,10 @@ def load(description: Description, dtype: str = "float32") -> Pipeline:
     )
 
 
-M = TypeVar("M", bound=nnx.Module)
+def place(pipeline: Pipeline, mesh: Mesh) -> Pipeline:
+    """The pipeline with the UNet and the autoencoder on every device of `mesh`, so that no call copies them there."""
+    parts = {name: inference.place(getattr(pipeline, name), mesh) for name in ("unet", "autoencoder")}
+    return replace(pipeline, **parts)
 
 
 def _build(
@@ -295,22 +324,10 @@ def load_checkpoint(
     path = Path(path)
     if task == "edit":
         raise PipelineError(f"{path}: 'edit' takes a diffusers pipeline folder of Paint-by-Example")
-    tensors = {n: x for n, x in read_tensors(path).items() if not CHECKPOINT_UNUSED.fullmatch(n)}
-    parts = {p: {} for p in (CHECKPOINT_UNET, CHECKPOINT_TEXT, CHECKPOINT_VAE)}
-    outside = []
-    for name, value in tensors.items():
-        prefix = next((p for p in parts if name.startswith(p)), None)
-        if prefix is None:
-            outside.append(name)
-        else:
-            parts[prefix][name.removeprefix(prefix)] = value
-    missing = [f"{p}*" for p, part in parts.items() if not part]
-    if missing or outside:
-        raise PipelineError(
-            f"{path} is no original Stable Diffusion checkpoint: "
-            + "; ".join(f"{what} {', '.join(x)}" for what, x in (("missing", missing), ("unexpected", outside)) if x)
-        )
-    config, two = _unet_sizes(parts[CHECKPOINT_UNET], path)
+    # A pickle has no head that could be read alone.
+    tensors = None if path.suffix == ".safetensors" else read_tensors(path)
+    shapes = _checkpoint_parts(read_shapes(path) if tensors is None else tensors, path)
+    config, two = _unet_sizes(shapes[CHECKPOINT_UNET], path)
     if two and prediction_type is None:
         raise PipelineError(
             f"{path} is a Stable Diffusion 2, which predicts the noise or v, and the file does not say which: give "
@@ -319,13 +336,18 @@ def load_checkpoint(
     prediction = prediction_type or "epsilon"
     if two and prediction == "v_prediction":
         config = replace(config, sample_size=96)
-    _check_channels(task, config, ldm_to_config(parts[CHECKPOINT_VAE], path), str(path))
+    _check_channels(task, config, ldm_to_config(shapes[CHECKPOINT_VAE], path), str(path))
     stored = {**NOISE_SCHEDULE, "prediction_type": prediction}
-    text, form, text_config = _checkpoint_text(parts[CHECKPOINT_TEXT], path)
+    text_config, open_clip = _text_sizes(shapes[CHECKPOINT_TEXT], path)
     _check_context(config, text_config, str(path))
+    # OpenCLIP fills up with token 0, whatever the folder says, which may be CLIP's.
+    words = read_tokenizer(Path(tokenizer), text_config, pad=0 if open_clip else None)
+    parts = _checkpoint_parts(read_tensors(path) if tensors is None else tensors, path)
+    form = "ldm" if open_clip else "diffusers"
+    text = _text_tensors(parts[CHECKPOINT_TEXT], text_config, open_clip)
     return Pipeline(
         task=task,
-        tokenizer=read_tokenizer(Path(tokenizer), text_config),
+        tokenizer=words,
         unet=_unet(config, mapping.flatten_projections(parts[CHECKPOINT_UNET]), "ldm", path, dtype),
         text_encoder=_text_encoder(text_config, text, form, path, dtype),
         autoencoder=in_dtype(ldm_model(parts[CHECKPOINT_VAE], path, {}), dtype),
@@ -333,7 +355,36 @@ def load_checkpoint(
     )
 
 
-def _unet_sizes(tensors: Mapping[str, np.ndarray], path: Path) -> tuple[UNetConfig, bool]:
+T = TypeVar("T", np.ndarray, jax.ShapeDtypeStruct)
+
+
+def _checkpoint_parts(tensors: Mapping[str, T], path: Path) -> dict[str, dict[str, T]]:
+    """An original checkpoint's tensors by their part, without its prefix."""
+    parts: dict[str, dict[str, T]] = {p: {} for p in (CHECKPOINT_UNET, CHECKPOINT_TEXT, CHECKPOINT_VAE)}
+    outside = []
+    for name, value in tensors.items():
+        if CHECKPOINT_UNUSED.fullmatch(name):
+            continue
+        prefix = next((p for p in parts if name.startswith(p)), None)
+        if prefix is None:
+            outside.append(name)
+        else:
+            parts[prefix][name.removeprefix(prefix)] = value
+    missing = [f"{p}*" for p, part in parts.items() if not part]
+    if missing or outside:
+        more = [f"and {len(outside) - 5} more"] if len(outside) > 5 else []
+        raise PipelineError(
+            f"{path} is no original Stable Diffusion checkpoint: "
+            + "; ".join(
+                f"{what} {', '.join(names)}"
+                for what, names in (("missing", missing), ("unexpected", outside[:5] + more))
+                if names
+            )
+        )
+    return parts
+
+
+def _unet_sizes(tensors: Mapping[str, np.ndarray | jax.ShapeDtypeStruct], path: Path) -> tuple[UNetConfig, bool]:
     """The sizes of an original checkpoint's UNet, and whether it is Stable Diffusion 2's."""
     halvings = sorted(int(m[1]) for n in tensors if (m := re.fullmatch(r"input_blocks\.(\d+)\.0\.op\.weight", n)))
     key = next((n for n in tensors if n.endswith("attn2.to_k.weight")), None)
@@ -359,33 +410,38 @@ def _unet_sizes(tensors: Mapping[str, np.ndarray], path: Path) -> tuple[UNetConf
     return config, two
 
 
-def _checkpoint_text(tensors: Mapping[str, np.ndarray], path: Path) -> tuple[dict[str, np.ndarray], str, TextConfig]:
-    """The text encoder's tensors, the form of their names, and its sizes."""
+def _text_sizes(tensors: Mapping[str, np.ndarray | jax.ShapeDtypeStruct], path: Path) -> tuple[TextConfig, bool]:
+    """The sizes of an original checkpoint's text encoder, and whether it is OpenCLIP's."""
     open_clip = any(".resblocks." in name for name in tensors)
-    prefix = OPEN_CLIP_PREFIX if open_clip else TRANSFORMERS_PREFIX
-    stripped = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    stripped = {
+        name.removeprefix(OPEN_CLIP_PREFIX if open_clip else TRANSFORMERS_PREFIX): x for name, x in tensors.items()
+    }
     block = r"transformer\.resblocks\.(\d+)\." if open_clip else r"encoder\.layers\.(\d+)\."
     numbers = {int(m[1]) for n in stripped if (m := re.match(block, n))}
     tokens = stripped.get("token_embedding.weight" if open_clip else "embeddings.token_embedding.weight")
     positions = stripped.get("positional_embedding" if open_clip else "embeddings.position_embedding.weight")
-    if not numbers or tokens is None or positions is None:
+    inner = stripped.get(("transformer.resblocks.0.mlp.c_fc" if open_clip else "encoder.layers.0.mlp.fc1") + ".bias")
+    if not numbers or tokens is None or positions is None or inner is None:
         raise PipelineError(f"{path}: {CHECKPOINT_TEXT}* is no text encoder of CLIP or OpenCLIP")
-    layers, inner = len(numbers), ("transformer.resblocks.0.mlp.c_fc" if open_clip else "encoder.layers.0.mlp.fc1")
-    if open_clip:
-        # Stable Diffusion 2 takes the last block but one's result, so the last is no part of the function.
-        layers -= 1
-        last = f"transformer.resblocks.{layers}."
-        stripped = mapping.split_joint({n: x for n, x in stripped.items() if not n.startswith(last)})
     transformer = TransformerConfig(
         channels=tokens.shape[1],
-        inner=len(stripped.get(f"{inner}.bias", ())),
-        layers=layers,
+        inner=inner.shape[0],
+        # Stable Diffusion 2 takes the last block but one's result, so the last is no part of the function.
+        layers=len(numbers) - open_clip,
         heads=max(1, tokens.shape[1] // 64),
         activation="gelu" if open_clip else "quick_gelu",
         epsilon=1e-5,
     )
-    form = "ldm" if open_clip else "diffusers"
-    return stripped, form, TextConfig(transformer, vocabulary=tokens.shape[0], length=positions.shape[0])
+    return TextConfig(transformer, vocabulary=tokens.shape[0], length=positions.shape[0]), open_clip
+
+
+def _text_tensors(tensors: Mapping[str, np.ndarray], config: TextConfig, open_clip: bool) -> dict[str, np.ndarray]:
+    """An original checkpoint's text encoder as its table has it."""
+    if not open_clip:
+        return {name.removeprefix(TRANSFORMERS_PREFIX): value for name, value in tensors.items()}
+    last = f"{OPEN_CLIP_PREFIX}transformer.resblocks.{config.transformer.layers}."
+    kept = {n.removeprefix(OPEN_CLIP_PREFIX): x for n, x in tensors.items() if not n.startswith(last)}
+    return mapping.split_joint(kept)
 
 
 def is_checkpoint(path: str | Path) -> bool:

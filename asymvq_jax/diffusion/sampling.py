@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from asymvq_jax import images, inference, sharding
-from asymvq_jax.config import UserError
+from asymvq_jax.config import ModelConfig, UserError
 from asymvq_jax.diffusion.clip import ImageEncoder, TextEncoder, prepare_example
-from asymvq_jax.diffusion.pipeline import Pipeline
-from asymvq_jax.diffusion.schedulers import Solver, advance, begin, make_solver
-from asymvq_jax.diffusion.unet import UNet
+from asymvq_jax.diffusion.pipeline import Pipeline, Task
+from asymvq_jax.diffusion.schedulers import History, Solver, advance, begin, make_solver
+from asymvq_jax.diffusion.unet import UNet, UNetConfig
 from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.parameters import Params, merge, split
 
 
 class SamplingError(UserError):
     """What is asked for does not fit the pipeline; the message gives the sizes."""
 
 
-@nnx.jit
+@partial(nnx.jit, static_argnames="mesh")
 def denoise(
-    unet: UNet, solver: Solver, noise: jax.Array, context: jax.Array, fixed: jax.Array | None, guidance: jax.Array
+    unet: UNet,
+    solver: Solver,
+    noise: jax.Array,
+    context: jax.Array,
+    fixed: jax.Array | None,
+    guidance: jax.Array,
+    *,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """The whole loop of a sampler.
 
@@ -36,25 +45,43 @@ def denoise(
         context: (b, 2, n, d): the features of nothing, and those of the condition; or (b, 1, n, d) without guidance.
         fixed: (b, h, w, k), what the network sees beside the noisy latent; None for text-to-image.
         guidance: by how much the condition's prediction is exaggerated over that of nothing.
+        mesh: splits the batch; each device has the whole network, and tells the others nothing.
 
     Returns:
         (b, h, w, c) float32, as a diffusion model scales latents.
     """
-    batch, ways = context.shape[:2]
-    context = context.reshape(batch * ways, *context.shape[2:])
+    graphdef, params = split(unet)
 
-    def step(history: tuple, row: Solver) -> tuple:
-        x = history.samples[0]
-        x = x if fixed is None else jnp.concatenate([x, fixed], -1)
-        # Beside each other, so that both predictions of a picture are made on its device.
-        output = unet(jnp.repeat(x, ways, 0), jnp.full(batch * ways, row.timesteps), context)
-        output = output.reshape(batch, ways, *output.shape[1:])
-        if ways == 2:
-            output = output[:, :1] + guidance * (output[:, 1:] - output[:, :1])
-        return advance(row, history, output[:, 0]), None
+    def loop(
+        params: Params,
+        solver: Solver,
+        guidance: jax.Array,
+        noise: jax.Array,
+        context: jax.Array,
+        fixed: jax.Array | None,
+    ) -> jax.Array:
+        predict = merge(graphdef, params)
+        batch, ways = context.shape[:2]
+        context = context.reshape(batch * ways, *context.shape[2:])
 
-    history, _ = jax.lax.scan(step, begin(solver, noise), solver)
-    return history.samples[0]
+        def step(history: History, row: Solver) -> tuple[History, None]:
+            x = history.samples[0]
+            x = x if fixed is None else jnp.concatenate([x, fixed], -1)
+            output = predict(jnp.repeat(x, ways, 0), jnp.full(batch * ways, row.timesteps), context)
+            output = output.reshape(batch, ways, *output.shape[1:])
+            if ways == 2:
+                output = output[:, :1] + guidance * (output[:, 1:] - output[:, :1])
+            return advance(row, history, output[:, 0]), None
+
+        history, _ = jax.lax.scan(step, begin(solver, noise), solver)
+        return history.samples[0]
+
+    if mesh is not None:
+        # Not left to XLA, which cannot split the attention's kernels.
+        whole, part = PartitionSpec(), PartitionSpec(sharding.BATCH_AXES)
+        places = (whole, whole, whole, part, part, part)
+        loop = jax.shard_map(loop, mesh=mesh, in_specs=places, out_specs=part, check_vma=False)
+    return loop(params, solver, guidance, noise, context, fixed)
 
 
 def text_to_image(
@@ -78,15 +105,18 @@ def text_to_image(
         negative: what guidance leads away from.
         guidance: 1 or less for none, which halves the work.
         steps: of the sampler.
-        mesh: splits the batch; it has to be a multiple of the devices.
+        mesh: from `sharding.make_mesh`, splits the batch, which has to be a multiple of the devices. The weights are
+            copied there at every call unless `pipeline.place` has put them there.
 
     Returns:
         (b, h / 8, w / 8, c) float32, scaled as a diffusion model has them (`decode` takes them).
 
     Raises:
-        SamplingError: a size that the networks cannot halve so often.
+        SamplingError: a size that the networks cannot halve so often; a pipeline of another task; prompts and seeds of
+            different number, or which the mesh cannot split.
     """
-    check_size(pipeline, size)
+    _check(pipeline, "text", len(prompts), seeds, mesh)
+    check_size(pipeline.unet.config, pipeline.autoencoder.config, size)
     shape = [side // pipeline.autoencoder.config.downsampling for side in size]
     context = _texts(pipeline, prompts, negative, guided=guidance > 1)
     return _run(pipeline, shape, seeds, context, None, guidance, steps, mesh)
@@ -114,8 +144,12 @@ def inpaint(
 
     Returns:
         (b, ceil(h / 8), ceil(w / 8), c) float32.
+
+    Raises:
+        SamplingError: as `text_to_image`; or pictures and masks that do not fit.
     """
-    masked, small = _masked_latent(pipeline, image, mask)
+    _check(pipeline, "inpaint", len(prompts), seeds, mesh)
+    masked, small = _masked_latent(pipeline, image, mask, seeds, mesh)
     context = _texts(pipeline, prompts, negative, guided=guidance > 1)
     latent = _run(
         pipeline, masked.shape[1:3], seeds, context, jnp.concatenate([small, masked], -1), guidance, steps, mesh
@@ -144,8 +178,12 @@ def edit(
 
     Returns:
         (b, ceil(h / 8), ceil(w / 8), c) float32.
+
+    Raises:
+        SamplingError: as `text_to_image`; or pictures and masks that do not fit.
     """
-    masked, small = _masked_latent(pipeline, image, mask)
+    _check(pipeline, "edit", len(examples), seeds, mesh)
+    masked, small = _masked_latent(pipeline, image, mask, seeds, mesh)
     encoder = pipeline.image_encoder
     features = _encode(encoder, jnp.stack([prepare_example(example, pipeline.example) for example in examples]))[
         :, None
@@ -159,7 +197,13 @@ def edit(
 
 
 def decode(
-    model: Autoencoder, latent: jax.Array, image: np.ndarray | None = None, mask: np.ndarray | None = None
+    model: Autoencoder,
+    latent: jax.Array,
+    image: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """Pictures, (b, h, w, 3) uint8, of the latents that this module's functions return.
 
@@ -167,27 +211,49 @@ def decode(
         model: the autoencoder whose decoder is to be used; without condition branch, picture and mask are not seen.
         latent: (b, h / 8, w / 8, c).
         image: (b, h, w, 3) uint8, the pictures whose pixels are to be kept where the mask is 0.
-        mask: (b, h, w, 1).
+        mask: (b, h, w, 1), 0 or 1; 1 = generate.
+        size: height and width to crop to; by default the picture's, or all that the latent covers.
+        mesh: see `text_to_image`.
+
+    Raises:
+        SamplingError: picture and mask do not fit the latents, or each other.
     """
     config = model.config
     z = latent / config.scaling_factor + config.shift_factor
     if image is None or mask is None:
-        return images.to_uint8(inference.decode(model, z))
+        return images.to_uint8(inference.decode(model, z, size=size, mesh=mesh))
+    _check_pictures(image, mask, len(latent))
+    size = size or image.shape[1:3]
     if not config.condition:
-        return images.to_uint8(inference.decode(model, z, size=image.shape[1:3]))
-    return images.to_uint8(inference.decode(model, z, images.to_float(image), mask.astype(np.float32)))
+        return images.to_uint8(inference.decode(model, z, size=size, mesh=mesh))
+    pixels, mask = images.to_float(image), mask.astype(np.float32)
+    return images.to_uint8(inference.decode(model, z, pixels, mask, size, mesh=mesh))
 
 
-def check_size(pipeline: Pipeline, size: tuple[int, int]) -> None:
+def check_size(unet: UNetConfig, autoencoder: ModelConfig, size: tuple[int, int]) -> None:
     """Raises SamplingError unless the networks can halve both sides (height, width) as often as they do."""
-    multiple = _multiple(pipeline)
+    multiple = unet.downsampling * autoencoder.downsampling
     if any(side < 1 or side % multiple for side in size):
         near = " x ".join(str(max(multiple, round(side / multiple) * multiple)) for side in size)
         raise SamplingError(f"size {size[0]} x {size[1]}: expected multiples of {multiple} px, such as {near}")
 
 
-def _multiple(pipeline: Pipeline) -> int:
-    return pipeline.autoencoder.config.downsampling * pipeline.unet.config.downsampling
+def _check(pipeline: Pipeline, task: Task, count: int, seeds: Sequence[int], mesh: Mesh | None) -> None:
+    """Raises SamplingError unless the pipeline is for the task, and the mesh can split `count` pictures with seeds."""
+    if pipeline.task != task:
+        raise SamplingError(f"the pipeline was loaded for {pipeline.task!r}; load it for {task!r}")
+    if len(seeds) != count or not count:
+        raise SamplingError(f"{count} pictures and {len(seeds)} seeds: expected one seed a picture, and at least one")
+    if mesh is not None and count % mesh.size:
+        raise SamplingError(f"{count} pictures cannot be split evenly over {mesh.size} devices")
+
+
+def _check_pictures(image: np.ndarray, mask: np.ndarray, count: int) -> None:
+    """Raises SamplingError unless there are `count` pictures, and masks of their size."""
+    if image.ndim != 4 or image.shape[3] != 3 or mask.shape != (*image.shape[:3], 1) or len(image) != count:
+        raise SamplingError(
+            f"image {image.shape} and mask {mask.shape}: expected ({count}, h, w, 3) and ({count}, h, w, 1)"
+        )
 
 
 @nnx.jit
@@ -203,15 +269,19 @@ def _texts(pipeline: Pipeline, prompts: Sequence[str], negative: str, *, guided:
     return features.reshape(len(rows), -1, *features.shape[1:])
 
 
-def _masked_latent(pipeline: Pipeline, image: np.ndarray, mask: np.ndarray) -> tuple[jax.Array, jax.Array]:
+def _masked_latent(
+    pipeline: Pipeline, image: np.ndarray, mask: np.ndarray, seeds: Sequence[int], mesh: Mesh | None
+) -> tuple[jax.Array, jax.Array]:
     """The latent of the picture with grey under the mask, scaled, and the mask at the latent's size.
 
     The posterior's mode, where diffusers draws a sample: the result then depends on nothing but seed and input.
     """
-    config, multiple = pipeline.autoencoder.config, _multiple(pipeline)
+    _check_pictures(image, mask, len(seeds))
+    config = pipeline.autoencoder.config
+    multiple = config.downsampling * pipeline.unet.config.downsampling
     mask = inference.pad(mask.astype(np.float32), multiple)
     masked = inference.pad(images.to_float(image), multiple) * (mask < 0.5).astype(jnp.float32)
-    latent = (inference.encode(pipeline.autoencoder, masked) - config.shift_factor) * config.scaling_factor
+    latent = (inference.encode(pipeline.autoencoder, masked, mesh=mesh) - config.shift_factor) * config.scaling_factor
     return latent, mask[:, :: config.downsampling, :: config.downsampling]
 
 
@@ -234,11 +304,11 @@ def _run(
     """`denoise` from the seeds' noise, the batch split over the mesh."""
     channels = pipeline.autoencoder.config.latent_channels
     noise = jnp.stack([jax.random.normal(jax.random.key(seed), (*shape, channels)) for seed in seeds])
-    solver = Solver(*map(jnp.asarray, make_solver(pipeline.scheduler, steps)))
+    solver = make_solver(pipeline.scheduler, steps)
     scale = jnp.float32(guidance)
     unet = pipeline.unet
     if mesh is not None:
         noise, context, fixed = jax.device_put((noise, context, fixed), sharding.batch_sharding(mesh))
         solver, scale = jax.device_put((solver, scale), sharding.replicated(mesh))
         unet = inference.place(unet, mesh)
-    return denoise(unet, solver, noise, context, fixed, scale)
+    return denoise(unet, solver, noise, context, fixed, scale, mesh=mesh)

@@ -26,24 +26,28 @@ CLASSES: dict[str, Kind] = {
     "DPMSolverMultistepScheduler": "dpm++",
 }
 DEFAULTS: dict[Kind, dict[str, Any]] = {
-    "ddim": {"set_alpha_to_one": True, "timestep_spacing": "leading"},
-    "pndm": {"set_alpha_to_one": False, "timestep_spacing": "leading"},
+    "ddim": {"set_alpha_to_one": True, "timestep_spacing": "leading", "clip_sample": True},
+    "pndm": {"set_alpha_to_one": False, "timestep_spacing": "leading", "skip_prk_steps": False},
     "dpm++": {"timestep_spacing": "linspace"},
 }
-# Of diffusers' options, those that change what is computed and that we do not have.
-UNSUPPORTED: dict[str, Any] = {
-    "trained_betas": None,
-    "thresholding": False,
-    "solver_order": 2,
-    "algorithm_type": "dpmsolver++",
-    "solver_type": "midpoint",
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "use_lu_lambdas": False,
-    "use_flow_sigmas": False,
-    "use_dynamic_shifting": False,
-    "variance_type": None,
+# Of each class's options, those that change what is computed and that we do not have, with the value that we have.
+EXPECTED: dict[Kind, dict[str, Any]] = {
+    "ddim": {"clip_sample": False, "thresholding": False},
+    "pndm": {"skip_prk_steps": True},
+    "dpm++": {
+        "thresholding": False,
+        "solver_order": 2,
+        "algorithm_type": "dpmsolver++",
+        "solver_type": "midpoint",
+        "lambda_min_clipped": -np.inf,
+        "use_karras_sigmas": False,
+        "use_exponential_sigmas": False,
+        "use_beta_sigmas": False,
+        "use_lu_lambdas": False,
+        "use_flow_sigmas": False,
+        "use_dynamic_shifting": False,
+        "variance_type": None,
+    },
 }
 CHOICES = {
     "beta_schedule": ("linear", "scaled_linear"),
@@ -98,32 +102,30 @@ def read_config(stored: Mapping[str, Any], name: str, kind: Kind | None = None) 
             f"choose one with --scheduler {'|'.join(DEFAULTS)}, and it runs on the same noise schedule"
         )
     chosen = kind or own
-    fields = {f.name for f in dataclasses.fields(SchedulerConfig)} - {"kind"}
-    values = DEFAULTS[chosen] | {n: v for n, v in stored.items() if n in fields}
+    values = DEFAULTS[chosen] | dict(stored)
     problems = [
         f"{n}={values[n]!r} (there is {', '.join(c)})" for n, c in CHOICES.items() if values.get(n, c[0]) not in c
     ]
-    if chosen == own:
-        expected = UNSUPPORTED | {"pndm": {"skip_prk_steps": True}, "ddim": {"clip_sample": False}}.get(chosen, {})
-        # What the file leaves out has diffusers' default, which for these two is the other value.
-        given = {"skip_prk_steps": False, "clip_sample": True, **stored}
-        problems += [f"{n}={given[n]!r} (there is {v!r})" for n, v in expected.items() if given.get(n, v) != v]
+    # The noise schedule's option matters to every sampler, its class's own ones to that class alone.
+    expected = {"trained_betas": None} | (EXPECTED[chosen] if chosen == own else {})
+    problems += [f"{n}={values[n]!r} (there is {v!r})" for n, v in expected.items() if values.get(n, v) != v]
     if values.get("rescale_betas_zero_snr") and values.get("prediction_type", "epsilon") == "epsilon":
         problems.append("rescale_betas_zero_snr=True (needs prediction_type='v_prediction')")
     if problems:
         raise SchedulerError(f"{name}: not supported: {', '.join(problems)}")
-    return SchedulerConfig(kind=chosen, **values)
+    fields = {f.name for f in dataclasses.fields(SchedulerConfig)} - {"kind"}
+    return SchedulerConfig(kind=chosen, **{n: v for n, v in values.items() if n in fields})
 
 
 class Solver(NamedTuple):
     """A sampler's table, one row a call of the network; the columns are the last samples and outputs, newest first."""
 
     # (n,) int32: what the network is told.
-    timesteps: np.ndarray
+    timesteps: jax.Array
     # (n, 1 or 2) float32.
-    samples: np.ndarray
+    samples: jax.Array
     # (n, 1, 2 or 5) float32.
-    outputs: np.ndarray
+    outputs: jax.Array
 
 
 class History(NamedTuple):
@@ -160,13 +162,26 @@ def make_solver(config: SchedulerConfig, steps: int) -> Solver:
     """The table for a number of steps; PNDM calls the network once more.
 
     Raises:
-        SchedulerError: fewer than one step, or more than training had.
+        SchedulerError: fewer than one step, or more than the training's timesteps, so spaced, have room for.
     """
-    if not 1 <= steps <= config.num_train_timesteps:
-        raise SchedulerError(f"steps={steps}: expected 1 to {config.num_train_timesteps}")
+    count = config.num_train_timesteps
+    if not 1 <= steps <= count:
+        raise SchedulerError(f"steps={steps}: expected 1 to {count}")
+    timesteps = (_dpm_timesteps if config.kind == "dpm++" else _spaced)(config, steps)
+    if timesteps.min() < 0 or timesteps.max() >= count or (len(np.unique(timesteps)) < steps):
+        raise SchedulerError(
+            f"steps={steps}: too many for {count} timesteps of training with "
+            f"timestep_spacing={config.timestep_spacing!r} and steps_offset={config.steps_offset}"
+        )
     make = {"ddim": _ddim, "pndm": _pndm, "dpm++": _dpm}[config.kind]
-    timesteps, samples, outputs = make(config, steps, _alphas(config))
-    return Solver(timesteps.astype(np.int32), samples.astype(np.float32), outputs.astype(np.float32))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        timesteps, samples, outputs = make(config, timesteps, _alphas(config))
+    if not (np.isfinite(samples).all() and np.isfinite(outputs).all()):
+        raise SchedulerError(
+            f"{config.kind} cannot start from pure noise (rescale_betas_zero_snr=True with "
+            f"timestep_spacing={config.timestep_spacing!r}); choose another sampler"
+        )
+    return Solver(jnp.asarray(timesteps, jnp.int32), *(jnp.asarray(x, jnp.float32) for x in (samples, outputs)))
 
 
 Table = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -215,10 +230,9 @@ def _at(config: SchedulerConfig, alphas: np.ndarray, timesteps: np.ndarray) -> n
     return np.where(timesteps >= 0, alphas[np.maximum(timesteps, 0)], final)
 
 
-def _ddim(config: SchedulerConfig, steps: int, alphas: np.ndarray) -> Table:
+def _ddim(config: SchedulerConfig, timesteps: np.ndarray, alphas: np.ndarray) -> Table:
     """Song et al. 2020, equation 12 with sigma = 0."""
-    timesteps = _spaced(config, steps)
-    following = _at(config, alphas, timesteps - config.num_train_timesteps // steps)[:, None]
+    following = _at(config, alphas, timesteps - config.num_train_timesteps // len(timesteps))[:, None]
     image, noise = _estimates(config, alphas[timesteps])
     weights = np.sqrt(following) * image + np.sqrt(1 - following) * noise
     return timesteps, weights[:, :1], weights[:, 1:]
@@ -230,14 +244,14 @@ ADAMS_BASHFORTH = [
 ]
 
 
-def _pndm(config: SchedulerConfig, steps: int, alphas: np.ndarray) -> Table:
+def _pndm(config: SchedulerConfig, timesteps: np.ndarray, alphas: np.ndarray) -> Table:
     """Liu et al. 2022, equation 11 in the transfer and 12 in the multistep part, as Stable Diffusion has it (PLMS).
 
     There is no Runge-Kutta start: the first step is done, the network called where it ended, and the step done again
     from its beginning with the mean of both outputs. The second of them has no place in the later steps' history.
     """
+    steps = len(timesteps)
     stride = config.num_train_timesteps // steps
-    timesteps = _spaced(config, steps)
     timesteps = np.concatenate([timesteps[:2], timesteps[1:]])
     start, end = timesteps.copy(), timesteps - stride
     if steps > 1:
@@ -262,19 +276,21 @@ def _pndm(config: SchedulerConfig, steps: int, alphas: np.ndarray) -> Table:
     return timesteps, samples, outputs * on_output[:, None]
 
 
-def _dpm(config: SchedulerConfig, steps: int, alphas: np.ndarray) -> Table:
+def _dpm(config: SchedulerConfig, timesteps: np.ndarray, alphas: np.ndarray) -> Table:
     """Lu et al. 2022b, algorithm 2 (2M), the first step and some of the last ones of first order."""
-    timesteps = _dpm_timesteps(config, steps)
     alpha = alphas[timesteps]
     last = alphas[0] if config.final_sigmas_type == "sigma_min" else 1.0
     a, s = (np.sqrt(np.append(x, y)) for x, y in ((alpha, last), (1 - alpha, 1 - last)))
-    with np.errstate(divide="ignore"):
-        log_snr = np.log(a) - np.log(s)
+    log_snr = np.log(a) - np.log(s)
     step = np.diff(log_snr)
     gain = a[1:] - s[1:] * a[:-1] / s[:-1]
     second = np.ones(len(timesteps), bool)
     second[0] = False
-    if config.euler_at_final or (config.lower_order_final and steps < 15) or config.final_sigmas_type == "zero":
+    if (
+        config.euler_at_final
+        or (config.lower_order_final and len(timesteps) < 15)
+        or config.final_sigmas_type == "zero"
+    ):
         second[-1] = False
     # Half the ratio of this step to the one before it: the weight of the estimates' difference.
     slope = np.where(second, np.append(0.0, step[1:] / step[:-1] / 2), 0.0) if len(step) > 1 else np.zeros(1)

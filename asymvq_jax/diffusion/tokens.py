@@ -19,26 +19,38 @@ class TokenizerError(UserError):
 
 
 class Tokenizer:
-    """CLIP's tokenizer, for texts of a fixed number of tokens."""
+    """CLIP's tokenizer, for texts of a fixed number of tokens, filled up with the token `pad`."""
 
-    def __init__(self, tokenizer: object, length: int) -> None:
+    def __init__(self, tokenizer: object, length: int, pad: int) -> None:
         self._tokenizer = tokenizer
         self._length = length
+        self._pad = pad
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """(b, length) int32; longer texts are cut, and a warning says what is lost."""
-        for text in texts:
+        rows = np.full((len(texts), self._length), self._pad, np.int32)
+        for row, text in zip(rows, texts, strict=True):
             tokens = self._tokenizer(text, truncation=False).input_ids
             # The last token of all is the end's.
             if len(tokens) > self._length:
-                lost = self._tokenizer.decode(tokens[self._length - 1 : -1])
-                log.warning("the text is longer than %d tokens and is cut: lost is %r", self._length, lost)
-        options = {"padding": "max_length", "max_length": self._length, "truncation": True}
-        return np.asarray(self._tokenizer(list(texts), **options).input_ids, np.int32)
+                kept, lost = tokens[: self._length - 1], tokens[self._length - 1 : -1]
+                log.warning(
+                    "the text is longer than %d tokens and is cut: lost is %r",
+                    self._length,
+                    self._tokenizer.decode(lost),
+                )
+                tokens = [*kept, tokens[-1]]
+            row[: len(tokens)] = tokens
+        return rows
 
 
-def read_tokenizer(folder: Path, config: TextConfig) -> Tokenizer:
+def read_tokenizer(folder: Path, config: TextConfig, pad: int | None = None) -> Tokenizer:
     """Reads a pipeline's tokenizer/ folder.
+
+    Args:
+        folder: the folder.
+        config: the text encoder's sizes.
+        pad: the token that fills up short texts; by default the folder's.
 
     Raises:
         TokenizerError: no CLIP tokenizer there, or one with more tokens than the encoder knows.
@@ -55,4 +67,4 @@ def read_tokenizer(folder: Path, config: TextConfig) -> Tokenizer:
         raise TokenizerError(f"{folder} is no readable CLIP tokenizer: {error}") from None
     if len(tokenizer) > config.vocabulary:
         raise TokenizerError(f"{folder} has {len(tokenizer)} tokens, and the text encoder knows {config.vocabulary}")
-    return Tokenizer(tokenizer, config.length)
+    return Tokenizer(tokenizer, config.length, tokenizer.pad_token_id if pad is None else pad)

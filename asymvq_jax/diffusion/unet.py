@@ -60,6 +60,7 @@ EXPECTED: dict[str, Any] = {
     "encoder_hid_dim": None,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
+    "mid_block_only_cross_attention": None,
     "mid_block_scale_factor": 1,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "num_attention_heads": None,
@@ -69,8 +70,10 @@ EXPECTED: dict[str, Any] = {
     "resnet_skip_time_act": False,
     "resnet_time_scale_shift": "default",
     "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
     "time_embedding_dim": None,
     "time_embedding_type": "positional",
+    "timestep_post_act": None,
     "transformer_layers_per_block": 1,
 }
 
@@ -96,11 +99,14 @@ def read_config(stored: Mapping[str, Any], name: str) -> UNetConfig:
         "down_block_types": [("CrossAttn" if a else "") + "DownBlock2D" for a in attention],
         "up_block_types": [("CrossAttn" if a else "") + "UpBlock2D" for a in reversed(attention)],
     }
-    wrong = [f"{n}={stored[n]!r} (expected {v!r})" for n, v in expected.items() if n in stored and stored[n] != v]
+    # Nothing and no are one, as in diffusers.
+    wrong = [
+        f"{n}={stored[n]!r} (expected {v!r})" for n, v in expected.items() if (stored.get(n, v) or None) != (v or None)
+    ]
     wrong += [
         f"{n}={stored[n]!r} (expected a number)"
-        for n in ("layers_per_block", "cross_attention_dim")
-        if not isinstance(stored.get(n, 2), int)
+        for n in ("layers_per_block", "cross_attention_dim", "sample_size")
+        if not isinstance(stored.get(n) or 2, int)
     ]
     if wrong:
         raise UNetError(f"{name}: this UNet is of a kind that is not supported: {', '.join(wrong)}")

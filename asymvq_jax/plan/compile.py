@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from asymvq_jax import sharding
 from asymvq_jax.config import Config, MeshConfig
 from asymvq_jax.diffusion.sampling import denoise
-from asymvq_jax.diffusion.schedulers import SchedulerConfig, Solver, make_solver
+from asymvq_jax.diffusion.schedulers import SchedulerConfig, make_solver
 from asymvq_jax.diffusion.unet import UNet, UNetConfig
 from asymvq_jax.inference import InputError
 from asymvq_jax.losses.lpips import LPIPS
@@ -212,13 +212,13 @@ def plan_denoising(unet: UNetConfig, target: Target, shape: tuple[int, int, int]
         n: jax.ShapeDtypeStruct(x.shape, dtype if n.endswith(".kernel") else x.dtype, sharding=whole)
         for n, x in shapes.items()
     }
-    solver = Solver(*map(jnp.asarray, make_solver(SchedulerConfig(kind="dpm++"), steps)))
+    solver = make_solver(SchedulerConfig(kind="dpm++"), steps)
     fixed = unet.in_channels - unet.out_channels
     inputs = [maps(*shape, unet.out_channels), maps(shape[0], 2, tokens, unet.context)]
     inputs += [maps(*shape, fixed)] if fixed else []
 
     def loop(params: Params, noise: jax.Array, context: jax.Array, fixed: jax.Array | None = None) -> jax.Array:
-        return denoise(merge(graphdef, params), solver, noise, context, fixed, jnp.float32(7.5))
+        return denoise(merge(graphdef, params), solver, noise, context, fixed, jnp.float32(7.5), mesh=mesh)
 
     traced = jax.jit(loop, out_shardings=place).trace(params, *inputs)
     return _plan_forward("denoising", traced, mesh, params, inputs, target)
@@ -325,7 +325,7 @@ def _from_json(text: str) -> Program:
 def _read(program: _Lowered, compiled: jax.stages.Compiled, seconds: float) -> Program:
     """What the compiler says about a compiled program, with its omissions made good."""
     stats, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    # It counts a loop's body once. The only loop is that over micro-batches, in which nearly everything happens.
+    # It counts a loop's body once: of micro-batches or of a sampler's steps, in which nearly everything happens.
     repeats = max(1, round(program.flops / cost["flops"])) if cost["flops"] > 0 else 1
     return Program(
         memory=Memory(

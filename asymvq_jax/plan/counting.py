@@ -193,8 +193,17 @@ def matmul_flops(jaxpr: Any) -> float:
         elif name == "cond":
             total += max(map(matmul_flops, _inner(params["branches"])))
         else:
-            total += (params["length"] if name == "scan" else 1) * sum(map(matmul_flops, _inner(params.values())))
+            total += _repeats(name, params) * sum(map(matmul_flops, _inner(params.values())))
     return total
+
+
+def _repeats(name: str, params: Mapping[str, Any]) -> int:
+    """How often the jaxpr inside an equation runs: loops, kernels over their grid, and parts of a mesh."""
+    if name == "scan":
+        return params["length"]
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid)
+    return params["mesh"].size if name == "shard_map" else 1
 
 
 def _inner(values: Iterable[Any]) -> Iterator[Any]:
