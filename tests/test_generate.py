@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,16 +25,17 @@ from diffusers.loaders import single_file_utils
 from diffusers.pipelines.deprecated.paint_by_example import PaintByExamplePipeline
 from flax import nnx
 from oracles import asymmetric, nchw, nhwc, perturb_norms
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from test_diffusion import TEXTS, torch_image_encoder
 from test_processes import DEADLINE, cluster_of
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from asymvq_jax import images, inference, sharding
+from asymvq_jax import evaluation, images, inference, sharding
 from asymvq_jax.checkpoints import save_model
 from asymvq_jax.config import MeshConfig, ModelConfig
 from asymvq_jax.convert.convert import convert
+from asymvq_jax.convert.files import TensorFileError
 from asymvq_jax.convert.mapping import dump_tensors, to_torch
 from asymvq_jax.diffusion import clip, mapping, sampling
 from asymvq_jax.diffusion.pipeline import PipelineError, describe, load, load_checkpoint
@@ -274,13 +276,26 @@ def test_command_text(pipelines, decoder, tmp_path):
     assert np.load(tmp_path / "latents/0002.npy").shape == (4, 6, 4)
     first = images.read(tmp_path / "many/0000.png")
     assert first.shape[1] > 2 * 48
-    # A run that was cut off makes the missing picture, and that one alone, as it would have been.
-    third = (tmp_path / "many/0002.png").read_bytes()
-    (tmp_path / "many/0002.png").unlink()
+    # A run that was cut off makes the missing pictures, and those alone, as they would have been in another batch.
+    second, latent = (tmp_path / "many/0001.png").read_bytes(), np.load(tmp_path / "latents/0002.npy")
+    (tmp_path / "many/0001.png").unlink()
+    (tmp_path / "latents/0002.npy").unlink()
     (tmp_path / "many/0000.png").write_bytes(b"kept")
     assert run("text", pipelines.root / "text", "--prompt", "a fox", *options, *shared) == 0
-    assert (tmp_path / "many/0002.png").read_bytes() == third
+    assert (tmp_path / "many/0001.png").read_bytes() == second
+    np.testing.assert_allclose(np.load(tmp_path / "latents/0002.npy"), latent, rtol=0, atol=1e-5)
     assert (tmp_path / "many/0000.png").read_bytes() == b"kept"
+
+
+def test_a_single_picture_is_made_anew(pipelines, tmp_path):
+    """By the pipeline's own decoder, and by the same one as a diffusers folder."""
+    shared = ("--steps", 1, "--size", "32x32", "--batch", 1, "--dtype", "float32", "--out", tmp_path / "fox.png")
+    made = []
+    for options in (("--seed", 1), ("--seed", 2), ("--seed", 2, "--decoder", pipelines.root / "text/vae")):
+        assert run("text", pipelines.root / "text", "--prompt", "a fox", *shared, *options) == 0
+        made.append(images.read(tmp_path / "fox.png"))
+    assert (made[0] != made[1]).any()
+    np.testing.assert_array_equal(made[1], made[2])
 
 
 def test_command_folder(pipelines, decoder, tmp_path):
@@ -295,7 +310,10 @@ def test_command_folder(pipelines, decoder, tmp_path):
     options = ("--folder", folder, "--out", tmp_path / "out", "--steps", 2, "--batch", 2, "--save-latents", folder)
     assert run("inpaint", pipelines.root / "inpaint", *options, "--decoder", decoder) == 0
     assert images.read(tmp_path / "out/c.png").shape == (40, 48, 3)
-    assert np.load(folder / "b.npy").shape == (8, 8, 4)
+    pairs = list(evaluation.read_pairs(evaluation.list_pairs(str(folder))))
+    assert [pair.name for pair in pairs] == ["a.png", "b.png", "c.png"]
+    for pair in pairs:
+        inference.read_latent(pair.latent, AUTOENCODER, pair.image.shape[:2])
 
 
 def test_processes_share_a_folder(pipelines, decoder, tmp_path):
@@ -333,25 +351,19 @@ def test_processes_share_a_folder(pipelines, decoder, tmp_path):
 def test_command_edit(pipelines, tmp_path):
     image, mask = picture_and_mask((32, 32))
     images.write(tmp_path / "image.png", image[0])
-    images.write(tmp_path / "mask.png", mask[0].repeat(3, -1) * 255)
-    inputs = ("--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png", "--example", tmp_path / "image.png")
-    assert (
-        run(
-            "edit",
-            pipelines.root / "edit",
-            *inputs,
-            "--steps",
-            2,
-            "--batch",
-            1,
-            "--size",
-            "48x32",
-            "--out",
-            tmp_path / "o.png",
-        )
-        == 0
-    )
-    assert images.read(tmp_path / "o.png").shape == (48, 32, 3)
+    images.write(tmp_path / "image_mask.png", mask[0].repeat(3, -1) * 255)
+    images.write(tmp_path / "image_example.png", image[0, :20])
+    evaluation.list_pairs(str(tmp_path))
+    inputs = ["--image", tmp_path / "image.png", "--mask", tmp_path / "image_mask.png"]
+    inputs += ["--example", tmp_path / "image_example.png", "--steps", 2, "--batch", 1, "--size", "48x32"]
+    made = {}
+    for way in ("plain", "asymmetric"):
+        out = tmp_path / "out" / f"{way}.png"
+        assert run("edit", pipelines.root / "edit", *inputs, "--decode", way, "--out", out) == 0
+        made[way] = images.read(out)
+        assert made[way].shape == (48, 32, 3)
+    # Plain also where the pipeline's own autoencoder could see the picture.
+    assert np.abs(made["plain"].astype(int) - made["asymmetric"]).max() > 20
 
 
 def save_checkpoint(path, unet, text, *, open_clip):
@@ -380,6 +392,14 @@ def save_checkpoint(path, unet, text, *, open_clip):
         tensors["cond_stage_model.model.text_projection"] = np.zeros((64, 64), np.float32)
     save_file({"betas": np.zeros(3, np.float32), **tensors}, path)
     return {n: torch.from_numpy(x.copy()) for n, x in tensors.items()}
+
+
+def assert_converted(theirs, model, named):
+    """What diffusers makes of an original file is what our table says the model's parameters are called there."""
+    params = split(model)[1]
+    for weight in named:
+        expected = to_torch(weight, np.asarray(params[weight.path]))
+        np.testing.assert_array_equal(theirs[weight.name].numpy().reshape(expected.shape), expected, weight.name)
 
 
 @pytest.mark.parametrize("open_clip", [False, True], ids=["1", "2"])
@@ -413,17 +433,91 @@ def test_original_checkpoint(pipelines, open_clip, tmp_path):
         "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
     }
-    names = set(single_file_utils.convert_ldm_unet_checkpoint(dict(tensors), theirs))
-    assert names == {w.name for w in mapping.unet_weights(unet, "diffusers")}
+    converted = single_file_utils.convert_ldm_unet_checkpoint(dict(tensors), theirs)
+    assert_converted(converted, unet, mapping.unet_weights(unet, "diffusers"))
+    assert len(converted) == len(split(unet)[1])
     if open_clip:
         model = SimpleNamespace(config=SimpleNamespace(hidden_size=64))
         converted = single_file_utils.convert_open_clip_checkpoint(model, tensors)
-        named = {w.name for w in mapping.text_weights(text, "diffusers")}
-        assert named <= {n.removeprefix("text_model.") for n in converted}
+        converted = {n.removeprefix("text_model."): x for n, x in converted.items()}
+        assert_converted(converted, text, mapping.text_weights(text, "diffusers"))
+        # OpenCLIP fills up with token 0, and the folder says another.
+        assert read.tokenizer(["a fox"])[0, -1] == 0
+        assert read_tokenizer(pipelines.root / "tokenizer", text.config)(["a fox"])[0, -1] != 0
         with pytest.raises(PipelineError, match="--prediction-type epsilon"):
             load_checkpoint(path, "inpaint", tokenizer)
     with pytest.raises(PipelineError, match="in_channels=9, which is an inpainting model; 'text' needs 4"):
         load_checkpoint(path, "text", tokenizer, **told)
+
+
+def test_command_on_an_original_checkpoint(pipelines, tmp_path, monkeypatch, capsys):
+    config = UNetConfig(channels=(64, 128), blocks=1, attention=(True, False), heads=(8, 8), context=64, sample_size=64)
+    transformer = clip.TransformerConfig(64, 96, 2, 1, "quick_gelu", 1e-5)
+    unet = UNet(config, rngs=nnx.Rngs(0))
+    text = clip.TextEncoder(clip.TextConfig(transformer, 62, 20), rngs=nnx.Rngs(1))
+    path, out = tmp_path / "sd.safetensors", tmp_path / "fox.png"
+    save_checkpoint(path, unet, text, open_clip=False)
+    inputs = ("text", path, "--prompt", "a fox", "--steps", 1, "--size", "32x32", "--batch", 1, "--out", out)
+    tokenizer = ("--tokenizer", pipelines.root / "tokenizer")
+    assert run(*inputs, *tokenizer) == 0
+    assert images.read(out).shape == (32, 32, 3)
+    monkeypatch.setattr("asymvq_jax.diffusion.pipeline.read_tensors", lambda *_: pytest.fail("weights were read"))
+    for options, message in (
+        ((), "has no tokenizer: name one by --tokenizer"),
+        (("--tokenizer", tmp_path), "no tokenizer at"),
+        ((*tokenizer, "--decode", "both"), "name the asymmetric decoder's checkpoint by --decoder"),
+    ):
+        assert run(*inputs, *options) == 2
+        assert message in capsys.readouterr().err
+    pairs = ("--image", out, "--mask", out, "--prompt", "a fox", "--out", tmp_path / "o.png", *tokenizer)
+    assert run("inpaint", path, *pairs) == 2
+    assert "in_channels=4, which is a text-to-image model" in capsys.readouterr().err
+
+
+def age(folder):
+    """Rewrites a pipeline's folder as old ones on the hub are: names, half precision, shards, what configs lack."""
+    text = load_file(folder / "text_encoder/model.safetensors")
+    positions = {"text_model.embeddings.position_ids": np.arange(20)[None]}
+    save_file({f"text_model.{n}": x for n, x in text.items()} | positions, folder / "text_encoder/model.safetensors")
+    unet = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    half = {n: x.astype(np.float16) for n, x in unet.items()}
+    save_file(half, folder / "unet/diffusion_pytorch_model.fp16.safetensors")
+    vae = load_file(folder / "vae/diffusion_pytorch_model.safetensors")
+    (folder / "vae/diffusion_pytorch_model.safetensors").unlink()
+    shards = {n: f"part-{i % 2}.safetensors" for i, n in enumerate(vae)}
+    for shard in set(shards.values()):
+        save_file({n: x for n, x in vae.items() if shards[n] == shard}, folder / "vae" / shard)
+    index = {"metadata": {}, "weight_map": shards}
+    (folder / "vae/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    for file, changes, dropped in (
+        ("scheduler/scheduler_config.json", {"trained_betas": None}, ("steps_offset", "clip_sample")),
+        (
+            "unet/config.json",
+            {"_diffusers_version": "0.6.0", "sample_size": 32, "mid_block_only_cross_attention": False},
+            (),
+        ),
+    ):
+        stored = json.loads((folder / file).read_text()) | changes
+        (folder / file).write_text(json.dumps({n: v for n, v in stored.items() if n not in dropped}))
+
+
+def test_old_folders_of_the_hub(pipelines, tmp_path, caplog):
+    """Read as today's are, and as diffusers' pipelines read them."""
+    shutil.copytree(pipelines.root / "text", tmp_path / "old")
+    age(tmp_path / "old")
+    new, old = (describe(path, "text") for path in (pipelines.root / "text", tmp_path / "old"))
+    assert "sample_size=32 is taken for 64" in caplog.text
+    assert old.unet == dataclasses.replace(new.unet, sample_size=64)
+    assert old.scheduler == new.scheduler
+    expected, read = load(new), load(old)
+    for part, tolerance in (("unet", 1e-3), ("text_encoder", 0), ("autoencoder", 0)):
+        (_, theirs), (_, ours) = split(getattr(expected, part)), split(getattr(read, part))
+        for name, value in theirs.items():
+            np.testing.assert_allclose(np.asarray(ours[name]), np.asarray(value), rtol=tolerance, atol=tolerance)
+    (tmp_path / "old/vae/part-1.safetensors").unlink()
+    with pytest.raises(TensorFileError, match="names files that are not there: part-1"):
+        describe(tmp_path / "old", "text")
 
 
 def set_json(file, **values):
@@ -471,30 +565,56 @@ def test_bad_input(pipelines, tmp_path, monkeypatch, capsys):
     images.write(tmp_path / "image.png", image[0])
     images.write(tmp_path / "mask.png", mask[0, :24].repeat(3, -1) * 255)
     (tmp_path / "prompts").mkdir()
+    (tmp_path / "latin").mkdir()
+    (tmp_path / "latin" / "a.txt").write_bytes("ä".encode("latin-1"))
     prompt, out = ("--prompt", "a fox"), ("--out", tmp_path / "o.png")
     text, pairs = ("text", pipelines.root / "text"), ("inpaint", pipelines.root / "inpaint")
     picture = ("--image", tmp_path / "image.png")
     for arguments, message in (
         ((*pairs, *prompt, *out, *picture, "--mask", tmp_path / "mask.png"), "must be of one size"),
         ((*pairs, *prompt, *out, *picture), "inpaint needs --mask, or --folder"),
-        ((*pairs, *prompt, *out, *picture, "--mask", tmp_path / "none.png"), "no readable picture at"),
+        ((*pairs, *prompt, *out, *picture, "--mask", tmp_path / "none.png"), "no picture at"),
         ((*text, *out), "text needs --prompt, or --folder"),
         ((*text, *prompt, "--out", tmp_path / "o.gif"), "expected a name that ends in one of"),
         ((*text, *prompt, *out, "--count", 2), "expected a directory for more than one picture"),
         ((*text, *prompt, *out, "--steps", 0), "--steps 0: expected 1 or more"),
         ((*text, *prompt, *out, "--size", "64"), "expected HEIGHTxWIDTH"),
+        ((*text, *prompt, *out, "--size", "0x64"), "expected HEIGHTxWIDTH"),
+        ((*text, *prompt, *out, "--size", "33x64"), "expected multiples of 16 px, such as 32 x 64"),
+        ((*text, *prompt, *out, "--steps", 1000), "steps=1000: too many for 1000 timesteps"),
+        ((*text, *prompt, *out, "--tokenizer", tmp_path), "is for original checkpoints"),
+        ((*text, *prompt, *out, "--prediction-type", "epsilon"), "is for original checkpoints"),
         ((*text, *prompt, *out, "--folder", tmp_path), "takes the place of --prompt"),
+        ((*text, "--out", tmp_path / "d", "--folder", tmp_path, "--count", 2), "and not with --folder"),
+        ((*text, "--out", tmp_path / "d", "--folder", tmp_path / "latin"), "a.txt is no readable text (UTF-8)"),
         ((*text, "--out", tmp_path / "d", "--folder", tmp_path / "prompts"), "holds no name.txt"),
         (("text", tmp_path / "none", *prompt, *out), "no pipeline at"),
     ):
         assert run(*arguments) == 2
         assert message in capsys.readouterr().err
-    monkeypatch.undo()
-    assert run(*text, *prompt, *out, "--size", "33x64") == 2
-    assert "expected multiples of 16 px, such as 32 x 64" in capsys.readouterr().err
 
 
-def test_decoder_of_other_latents(pipelines, tmp_path, capsys):
+def test_arrays_that_do_not_fit(pipelines):
+    """The functions that scripts call."""
+    ours = load(describe(pipelines.root / "inpaint", "inpaint"))
+    image, mask = picture_and_mask((32, 32))
+    mesh = sharding.make_mesh(MeshConfig())
+    for arguments, options, message in (
+        ((PROMPTS, image, mask[:, :24], [1, 2]), {}, "mask (2, 24, 32, 1): expected (2, h, w, 3) and (2, h, w, 1)"),
+        ((PROMPTS, image[:1], mask, [1, 2]), {}, "image (1, 32, 32, 3)"),
+        ((PROMPTS, image, mask, [1]), {}, "2 pictures and 1 seeds"),
+        ((PROMPTS, image, mask, [1, 2]), {"mesh": mesh}, "2 pictures cannot be split evenly over 8 devices"),
+    ):
+        with pytest.raises(sampling.SamplingError, match=re.escape(message)):
+            sampling.inpaint(ours, *arguments, **options)
+    with pytest.raises(sampling.SamplingError, match="was loaded for 'inpaint'; load it for 'text'"):
+        sampling.text_to_image(ours, PROMPTS, [1, 2], SIZE)
+    with pytest.raises(sampling.SamplingError, match=re.escape("expected (2, h, w, 3)")):
+        sampling.decode(ours.autoencoder, np.zeros((2, 4, 4, 4), np.float32), image[:1], mask)
+
+
+def test_decoder_of_other_latents(pipelines, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("asymvq_jax.generate.load", lambda *_: pytest.fail("weights were read"))
     other = dataclasses.replace(AUTOENCODER, scaling_factor=0.5)
     save_model(tmp_path / "other", Autoencoder(other, rngs=nnx.Rngs(0)))
     inputs = ("--prompt", "a fox", "--decoder", tmp_path / "other", "--out", tmp_path / "o.png")

@@ -119,3 +119,31 @@ def test_what_we_do_not_have(stored, message):
 def test_number_of_steps(steps):
     with pytest.raises(SchedulerError, match="expected 1 to 1000"):
         make_solver(read_config({"_class_name": "DPMSolverMultistepScheduler"}, "file"), steps)
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"_class_name": "PNDMScheduler", "skip_prk_steps": True, "steps_offset": 1}, "steps_offset=1"),
+        ({"_class_name": "DPMSolverMultistepScheduler"}, "too many for 1000 timesteps"),
+        (
+            {
+                "_class_name": "PNDMScheduler",
+                "skip_prk_steps": True,
+                "prediction_type": "v_prediction",
+                "rescale_betas_zero_snr": True,
+                "timestep_spacing": "trailing",
+            },
+            "pndm cannot start from pure noise",
+        ),
+    ],
+)
+def test_tables_that_do_not_exist(stored, message):
+    with pytest.raises(SchedulerError, match=re.escape(message)):
+        make_solver(read_config(stored, "file"), 1000)
+
+
+def test_trained_betas_matter_to_every_sampler():
+    stored = {"_class_name": "EulerDiscreteScheduler", "trained_betas": [0.1, 0.2]}
+    with pytest.raises(SchedulerError, match="trained_betas"):
+        read_config(stored, "file", "ddim")
