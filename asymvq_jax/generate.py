@@ -157,19 +157,16 @@ def _check_options(options: argparse.Namespace) -> None:
             raise GenerateError(f"--{name} {value}: expected 1 or more")
     if options.folder is not None and options.count > 1:
         raise GenerateError(f"--count {options.count}: goes with one prompt, and not with --folder")
-    if not is_checkpoint(options.pipeline):
-        for name in ("tokenizer", "prediction_type"):
-            if getattr(options, name) is not None:
-                option = f"--{name.replace('_', '-')}"
-                raise GenerateError(
-                    f"{option}: is for original checkpoints; {options.pipeline} says itself what it has"
-                )
-    elif options.tokenizer is None:
-        raise GenerateError(
-            f"{options.pipeline} is an original checkpoint, which has no tokenizer: name one by --tokenizer"
-        )
     if is_checkpoint(options.pipeline):
+        if options.tokenizer is None:
+            raise GenerateError(
+                f"{options.pipeline} is an original checkpoint, which has no tokenizer: name one by --tokenizer"
+            )
         _check_decoder(None, None, options)
+        return
+    for option, value in (("--tokenizer", options.tokenizer), ("--prediction-type", options.prediction_type)):
+        if value is not None:
+            raise GenerateError(f"{option}: is for original checkpoints; {options.pipeline} says itself what it has")
 
 
 def _read_decoder(path: str, dtype: str) -> Autoencoder:
