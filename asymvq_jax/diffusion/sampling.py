@@ -149,7 +149,7 @@ def inpaint(
         SamplingError: as `text_to_image`; or pictures and masks that do not fit.
     """
     _check(pipeline, "inpaint", len(prompts), seeds, mesh)
-    masked, small = _masked_latent(pipeline, image, mask, seeds, mesh)
+    masked, small = _masked_latent(pipeline, image, mask, len(seeds), mesh)
     context = _texts(pipeline, prompts, negative, guided=guidance > 1)
     latent = _run(
         pipeline, masked.shape[1:3], seeds, context, jnp.concatenate([small, masked], -1), guidance, steps, mesh
@@ -183,7 +183,7 @@ def edit(
         SamplingError: as `text_to_image`; or pictures and masks that do not fit.
     """
     _check(pipeline, "edit", len(examples), seeds, mesh)
-    masked, small = _masked_latent(pipeline, image, mask, seeds, mesh)
+    masked, small = _masked_latent(pipeline, image, mask, len(seeds), mesh)
     encoder = pipeline.image_encoder
     features = _encode(encoder, jnp.stack([prepare_example(example, pipeline.example) for example in examples]))[
         :, None
@@ -270,13 +270,13 @@ def _texts(pipeline: Pipeline, prompts: Sequence[str], negative: str, *, guided:
 
 
 def _masked_latent(
-    pipeline: Pipeline, image: np.ndarray, mask: np.ndarray, seeds: Sequence[int], mesh: Mesh | None
+    pipeline: Pipeline, image: np.ndarray, mask: np.ndarray, count: int, mesh: Mesh | None
 ) -> tuple[jax.Array, jax.Array]:
     """The latent of the picture with grey under the mask, scaled, and the mask at the latent's size.
 
     The posterior's mode, where diffusers draws a sample: the result then depends on nothing but seed and input.
     """
-    _check_pictures(image, mask, len(seeds))
+    _check_pictures(image, mask, count)
     config = pipeline.autoencoder.config
     multiple = config.downsampling * pipeline.unet.config.downsampling
     mask = inference.pad(mask.astype(np.float32), multiple)
