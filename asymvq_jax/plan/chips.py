@@ -55,11 +55,16 @@ class Target:
     # Names the compiler: programs compiled by another one may need more or less.
     compiler: str
     # What it is told beyond its defaults.
-    options: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, float | str] = field(default_factory=dict)
 
 
 # libtpu compiles x2's step ten times faster with this, to nearly the same memory, FLOPs and collectives (docs/plan.md).
-QUICK = {"exec_time_optimization_effort": -1.0}
+# JAX 0.12 has levels in its place.
+QUICK: dict[str, float | str] = (
+    {"exec_time_optimization_effort": -1.0}
+    if hasattr(jax.config, "jax_exec_time_optimization_effort")
+    else {"optimization_level": "O1"}
+)
 
 
 def open_topology(name: str, *, thorough: bool = False) -> Target:
