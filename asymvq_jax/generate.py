@@ -127,10 +127,9 @@ def _run(options: argparse.Namespace) -> None:
     described = None if is_checkpoint(options.pipeline) else describe(options.pipeline, options.task, options.scheduler)
     if described is not None:
         jobs = _sized(jobs, described.unet, described.autoencoder, options)
-    cluster.join(independent=True)
-    if described is not None:
-        # For its errors; arrays can be made from here on.
+        # For its errors.
         make_solver(described.scheduler, options.steps)
+    cluster.join(independent=True)
     # Before a look at what is there, which changes while the others work.
     jobs = jobs[jax.process_index() :: jax.process_count()]
     waiting = [job for job in jobs if not _is_made(job, options)]
@@ -140,12 +139,14 @@ def _run(options: argparse.Namespace) -> None:
         return
     decoder = _read_decoder(options.decoder, options.dtype) if options.decoder else None
     if described is not None:
-        _check_decoder(described.autoencoder, decoder, options)
+        if not described.autoencoder.condition:
+            _check_decode(options)
+        _check_latents(decoder, described.autoencoder, options)
         pipeline = load(described, options.dtype)
     else:
         told = {"scheduler": options.scheduler, "prediction_type": options.prediction_type, "dtype": options.dtype}
         pipeline = load_checkpoint(options.pipeline, options.task, options.tokenizer, **told)
-        _check_decoder(pipeline.autoencoder.config, decoder, options)
+        _check_latents(decoder, pipeline.autoencoder.config, options)
         waiting = _sized(waiting, pipeline.unet.config, pipeline.autoencoder.config, options)
     _make(pipeline, decoder, waiting, options)
 
@@ -162,7 +163,8 @@ def _check_options(options: argparse.Namespace) -> None:
             raise GenerateError(
                 f"{options.pipeline} is an original checkpoint, which has no tokenizer: name one by --tokenizer"
             )
-        _check_decoder(None, None, options)
+        # Its own autoencoder is a plain one.
+        _check_decode(options)
         return
     for option, value in (("--tokenizer", options.tokenizer), ("--prediction-type", options.prediction_type)):
         if value is not None:
@@ -177,18 +179,15 @@ def _read_decoder(path: str, dtype: str) -> Autoencoder:
     return load_model(path, dtype=dtype)
 
 
-def _check_decoder(own: ModelConfig | None, decoder: Autoencoder | None, options: argparse.Namespace) -> None:
-    """Raises GenerateError where an asymmetric decoder is wanted and none is named, or one of other latents is.
-
-    Args:
-        own: the pipeline's autoencoder; None while it is not known but to be a plain one.
-        decoder: what --decoder names; None while it is not read.
-        options: the command's.
-    """
-    asymmetric = options.decoder is not None or (own is not None and own.condition)
-    if options.decode in ("asymmetric", "both") and not asymmetric:
+def _check_decode(options: argparse.Namespace) -> None:
+    """Raises GenerateError where an asymmetric decoder is wanted and none is named."""
+    if options.decoder is None and options.decode in ("asymmetric", "both"):
         raise GenerateError(f"--decode {options.decode}: name the asymmetric decoder's checkpoint by --decoder")
-    if own is None or decoder is None:
+
+
+def _check_latents(decoder: Autoencoder | None, own: ModelConfig, options: argparse.Namespace) -> None:
+    """Raises GenerateError where a decoder is named that has other latents than the pipeline's own."""
+    if decoder is None:
         return
     fields = ("latent_channels", "downsampling", "scaling_factor", "shift_factor")
     theirs = [f"{n}={getattr(decoder.config, n)} (the pipeline's: {getattr(own, n)})" for n in fields

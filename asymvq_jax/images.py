@@ -58,10 +58,14 @@ def read(path: str | epath.Path, background: str = "white") -> np.ndarray:
     Raises:
         ImageError: the file is missing or no picture.
     """
+    return decode(_existing(path).read_bytes(), str(path), background)
+
+
+def _existing(path: str | epath.Path) -> epath.Path:
     file = epath.Path(path)
     if not file.is_file():
         raise ImageError(f"no picture at {path}")
-    return decode(file.read_bytes(), str(path), background)
+    return file
 
 
 def read_size(path: str | epath.Path) -> tuple[int, int]:
@@ -70,9 +74,7 @@ def read_size(path: str | epath.Path) -> tuple[int, int]:
     Raises:
         ImageError: the file is missing or no picture.
     """
-    file = epath.Path(path)
-    if not file.is_file():
-        raise ImageError(f"no picture at {path}")
+    file = _existing(path)
     with _reading(str(path)), file.open("rb") as stream, Image.open(stream) as image:
         # Orientations from 5 on are turned by 90 degrees.
         turned = image.getexif().get(0x0112, 1) >= 5

@@ -98,7 +98,7 @@ def flops(config: UNetConfig, arrays: dict[str, np.ndarray], steps: int) -> floa
         jax.ShapeDtypeStruct((2 * batch, TOKENS, config.context), jnp.float32),
     )
     predict = jax.make_jaxpr(lambda params, *x: merge(graphdef, params)(*x))(shapes, *inputs)
-    plain, shapes = structure(ModelConfig(condition=False, decoder_channels=ModelConfig().encoder_channels))
+    plain, shapes = structure(ModelConfig(condition=False))
     latent = jax.ShapeDtypeStruct(arrays["noise"].shape, jnp.float32)
     decode = jax.make_jaxpr(lambda params, z: merge(plain, params).decode(z))(shapes, latent)
     return steps * matmul_flops(predict) + matmul_flops(decode)

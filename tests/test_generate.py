@@ -366,6 +366,22 @@ def test_command_edit(pipelines, tmp_path):
     assert np.abs(made["plain"].astype(int) - made["asymmetric"]).max() > 20
 
 
+def original_networks(in_channels, *, open_clip):
+    """A UNet and a text encoder with Stable Diffusion 1's peculiarities, or with OpenCLIP 2's."""
+    config = UNetConfig(
+        in_channels=in_channels,
+        channels=(64, 128),
+        blocks=1,
+        attention=(True, False),
+        heads=(1, 2) if open_clip else (8, 8),
+        context=64,
+        sample_size=96 if open_clip else 64,
+    )
+    transformer = clip.TransformerConfig(64, 96, 2, 1, "gelu" if open_clip else "quick_gelu", 1e-5)
+    text = clip.TextEncoder(clip.TextConfig(transformer, 62, 20), rngs=nnx.Rngs(1))
+    return UNet(config, rngs=nnx.Rngs(0)), text
+
+
 def save_checkpoint(path, unet, text, *, open_clip):
     """A whole original checkpoint: our parameters under the table's names, and what else such files hold."""
     sizes = {"encoder_channels": (32,) * 4, "decoder_channels": (32,) * 4, "condition": False, "norm_groups": 32}
@@ -405,23 +421,12 @@ def assert_converted(theirs, model, named):
 @pytest.mark.parametrize("open_clip", [False, True], ids=["1", "2"])
 def test_original_checkpoint(pipelines, open_clip, tmp_path):
     """Sizes are read off the tensors; the names are those that diffusers knows."""
-    config = UNetConfig(
-        in_channels=9,
-        channels=(64, 128),
-        blocks=1,
-        attention=(True, False),
-        heads=(1, 2) if open_clip else (8, 8),
-        context=64,
-        sample_size=96 if open_clip else 64,
-    )
-    transformer = clip.TransformerConfig(64, 96, 2, 1, "gelu" if open_clip else "quick_gelu", 1e-5)
-    unet = UNet(config, rngs=nnx.Rngs(0))
-    text = clip.TextEncoder(clip.TextConfig(transformer, 62, 20), rngs=nnx.Rngs(1))
+    unet, text = original_networks(9, open_clip=open_clip)
     path, tokenizer = tmp_path / "sd.safetensors", str(pipelines.root / "tokenizer")
     tensors = save_checkpoint(path, unet, text, open_clip=open_clip)
     told = {"prediction_type": "v_prediction"} if open_clip else {}
     read = load_checkpoint(path, "inpaint", tokenizer, **told)
-    assert (read.unet.config, read.text_encoder.config) == (config, text.config)
+    assert (read.unet.config, read.text_encoder.config) == (unet.config, text.config)
     assert read.scheduler.prediction_type == ("v_prediction" if open_clip else "epsilon")
     for ours, original in ((read.unet, unet), (read.text_encoder, text)):
         expected = split(original)[1]
@@ -451,10 +456,7 @@ def test_original_checkpoint(pipelines, open_clip, tmp_path):
 
 
 def test_command_on_an_original_checkpoint(pipelines, tmp_path, monkeypatch, capsys):
-    config = UNetConfig(channels=(64, 128), blocks=1, attention=(True, False), heads=(8, 8), context=64, sample_size=64)
-    transformer = clip.TransformerConfig(64, 96, 2, 1, "quick_gelu", 1e-5)
-    unet = UNet(config, rngs=nnx.Rngs(0))
-    text = clip.TextEncoder(clip.TextConfig(transformer, 62, 20), rngs=nnx.Rngs(1))
+    unet, text = original_networks(4, open_clip=False)
     path, out = tmp_path / "sd.safetensors", tmp_path / "fox.png"
     save_checkpoint(path, unet, text, open_clip=False)
     inputs = ("text", path, "--prompt", "a fox", "--steps", 1, "--size", "32x32", "--batch", 1, "--out", out)

@@ -325,8 +325,8 @@ def load_checkpoint(
     if task == "edit":
         raise PipelineError(f"{path}: 'edit' takes a diffusers pipeline folder of Paint-by-Example")
     # A pickle has no head that could be read alone.
-    tensors = None if path.suffix == ".safetensors" else read_tensors(path)
-    shapes = _checkpoint_parts(read_shapes(path) if tensors is None else tensors, path)
+    pickled = path.suffix != ".safetensors"
+    shapes = _checkpoint_parts(read_tensors(path) if pickled else read_shapes(path), path)
     config, two = _unet_sizes(shapes[CHECKPOINT_UNET], path)
     if two and prediction_type is None:
         raise PipelineError(
@@ -342,7 +342,7 @@ def load_checkpoint(
     _check_context(config, text_config, str(path))
     # OpenCLIP fills up with token 0, whatever the folder says, which may be CLIP's.
     words = read_tokenizer(Path(tokenizer), text_config, pad=0 if open_clip else None)
-    parts = _checkpoint_parts(read_tensors(path) if tensors is None else tensors, path)
+    parts = shapes if pickled else _checkpoint_parts(read_tensors(path), path)
     form = "ldm" if open_clip else "diffusers"
     text = _text_tensors(parts[CHECKPOINT_TEXT], text_config, open_clip)
     return Pipeline(

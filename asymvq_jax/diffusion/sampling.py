@@ -220,14 +220,13 @@ def decode(
     """
     config = model.config
     z = latent / config.scaling_factor + config.shift_factor
-    if image is None or mask is None:
-        return images.to_uint8(inference.decode(model, z, size=size, mesh=mesh))
-    _check_pictures(image, mask, len(latent))
-    size = size or image.shape[1:3]
-    if not config.condition:
-        return images.to_uint8(inference.decode(model, z, size=size, mesh=mesh))
-    pixels, mask = images.to_float(image), mask.astype(np.float32)
-    return images.to_uint8(inference.decode(model, z, pixels, mask, size, mesh=mesh))
+    inputs = ()
+    if image is not None and mask is not None:
+        _check_pictures(image, mask, len(latent))
+        size = size or image.shape[1:3]
+        if config.condition:
+            inputs = images.to_float(image), mask.astype(np.float32)
+    return images.to_uint8(inference.decode(model, z, *inputs, size=size, mesh=mesh))
 
 
 def check_size(unet: UNetConfig, autoencoder: ModelConfig, size: tuple[int, int]) -> None:

@@ -121,11 +121,11 @@ class Solver(NamedTuple):
     """A sampler's table, one row a call of the network; the columns are the last samples and outputs, newest first."""
 
     # (n,) int32: what the network is told.
-    timesteps: jax.Array
+    timesteps: np.ndarray
     # (n, 1 or 2) float32.
-    samples: jax.Array
+    samples: np.ndarray
     # (n, 1, 2 or 5) float32.
-    outputs: jax.Array
+    outputs: np.ndarray
 
 
 class History(NamedTuple):
@@ -168,7 +168,7 @@ def make_solver(config: SchedulerConfig, steps: int) -> Solver:
     if not 1 <= steps <= count:
         raise SchedulerError(f"steps={steps}: expected 1 to {count}")
     timesteps = (_dpm_timesteps if config.kind == "dpm++" else _spaced)(config, steps)
-    if timesteps.min() < 0 or timesteps.max() >= count or (len(np.unique(timesteps)) < steps):
+    if timesteps.min() < 0 or timesteps.max() >= count or len(np.unique(timesteps)) < steps:
         raise SchedulerError(
             f"steps={steps}: too many for {count} timesteps of training with "
             f"timestep_spacing={config.timestep_spacing!r} and steps_offset={config.steps_offset}"
@@ -181,7 +181,7 @@ def make_solver(config: SchedulerConfig, steps: int) -> Solver:
             f"{config.kind} cannot start from pure noise (rescale_betas_zero_snr=True with "
             f"timestep_spacing={config.timestep_spacing!r}); choose another sampler"
         )
-    return Solver(jnp.asarray(timesteps, jnp.int32), *(jnp.asarray(x, jnp.float32) for x in (samples, outputs)))
+    return Solver(timesteps.astype(np.int32), samples.astype(np.float32), outputs.astype(np.float32))
 
 
 Table = tuple[np.ndarray, np.ndarray, np.ndarray]
