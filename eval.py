@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any
 
 from asymvq_jax import images
-from asymvq_jax.checkpoints import load_model
 from asymvq_jax.commands import command
 from asymvq_jax.compilation import keep_compiled_programs
 from asymvq_jax.config import Config, UserError, flatten, load_config
+from asymvq_jax.convert.convert import read_model
 from asymvq_jax.data.pipeline import held_out
 from asymvq_jax.evaluation import (
     Pair,
@@ -40,7 +40,7 @@ def main() -> int:
     """Returns the exit code: 0, or 2 after an error message."""
     parser = argparse.ArgumentParser(description=__doc__, epilog="Any field of the config can be set: --group.field=v")
     parser.add_argument("--config", required=True, help="a Python file in configs/")
-    parser.add_argument("--checkpoint", required=True, help="a run, one of its steps, or what asymvq_jax.convert wrote")
+    parser.add_argument("--checkpoint", required=True, help="a run, or whatever asymvq_jax.convert reads")
     parser.add_argument("--plain", help="checkpoint of the plain autoencoder; default: the config's run.init_from")
     parser.add_argument("--pairs", help="a folder of name.png and name_mask.png; default: the config's held-out source")
     parser.add_argument("--inception", help="weights of FID's network (pytorch-fid's, torch-fidelity's): adds FID")
@@ -109,9 +109,16 @@ def _inpainting(options: argparse.Namespace, config: Config) -> dict[str, Any]:
 def _load(options: argparse.Namespace, config: Config) -> tuple[Autoencoder, Autoencoder | None, Params | None]:
     """Our model, the plain one and FID's network, the latter two where there are any."""
     inception = load_inception(options.inception) if options.inception else None
-    model = load_model(options.checkpoint, dtype=config.model.dtype)
-    plain = options.plain or config.run.init_from
-    return model, load_model(plain, dtype=config.model.dtype) if plain else None, inception
+    model = read_model(options.checkpoint, dtype=config.model.dtype)
+    path = options.plain or config.run.init_from
+    try:
+        plain = read_model(path, dtype=config.model.dtype) if path else None
+    except UserError as error:
+        wanted = (
+            f"--plain {path}" if options.plain else f"run.init_from={path!r} of the config (or name one by --plain)"
+        )
+        raise UserError(f"{wanted}, the plain autoencoder: {error}") from None
+    return model, plain, inception
 
 
 def _pairs(folder: str | None, config: Config) -> tuple[Callable[[], Iterator[Pair]], int]:

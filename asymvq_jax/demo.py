@@ -24,7 +24,7 @@ from asymvq_jax.data.sources import open_source
 from asymvq_jax.evaluation import check_same_encoder, decode_ours, decode_plain, hard_paste
 from asymvq_jax.inference import InputError
 from asymvq_jax.metrics.image import mean_squared_error, psnr
-from asymvq_jax.models.autoencoder import Autoencoder, in_dtype
+from asymvq_jax.models.autoencoder import Autoencoder
 
 if TYPE_CHECKING:
     import gradio
@@ -267,6 +267,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, help="compute type; default: the checkpoint's")
     options = parser.parse_args(arguments)
     keep_compiled_programs()
+    if not 1 <= options.port <= 65535:
+        raise UserError(f"--port {options.port}: expected 1 to 65535")
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the page needs Gradio: pip install 'asymvq-jax[demo]' (in a clone: pip install -e '.[demo]')")
     serve(*_load(options), options.host, options.port)
@@ -284,18 +286,13 @@ def _load(options: argparse.Namespace) -> tuple[Autoencoder, Autoencoder | None]
             raise CheckpointError(
                 f"no checkpoint at {checkpoint}: run `make demo`, which trains one, or name yours by --checkpoint"
             ) from None
-    model = _read(checkpoint, options.dtype)
+    model = read_model(checkpoint, dtype=options.dtype)
     inference.check_condition(model.config)
     if plain is None:
         return model, None
-    other = _read(plain, options.dtype)
+    other = read_model(plain, dtype=options.dtype)
     check_same_encoder(model, other)
     return model, other
-
-
-def _read(path: str, dtype: str | None) -> Autoencoder:
-    model = read_model(Path(path))
-    return model if dtype is None else in_dtype(model, dtype)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import jax
@@ -23,17 +24,23 @@ from etils import epath
 from tqdm import tqdm
 
 from asymvq_jax import cluster, images, inference, sharding
-from asymvq_jax.checkpoints import load_model
 from asymvq_jax.commands import command
 from asymvq_jax.compilation import keep_compiled_programs
 from asymvq_jax.config import DTYPES, MeshConfig, ModelConfig, UserError
 from asymvq_jax.convert.convert import read_model
 from asymvq_jax.data.sources import SUFFIXES
 from asymvq_jax.diffusion import sampling
-from asymvq_jax.diffusion.pipeline import Pipeline, describe, is_checkpoint, load, load_checkpoint, place
+from asymvq_jax.diffusion.pipeline import (
+    Description,
+    Pipeline,
+    describe,
+    describe_checkpoint,
+    is_checkpoint,
+    load,
+    place,
+)
 from asymvq_jax.diffusion.schedulers import CHOICES, DEFAULTS, make_solver
-from asymvq_jax.diffusion.unet import UNetConfig
-from asymvq_jax.models.autoencoder import Autoencoder, in_dtype
+from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.parameters import split
 from asymvq_jax.outputs import check_writable, try_out, write_bytes, writing
 
@@ -41,6 +48,12 @@ log = logging.getLogger(__name__)
 
 # diffusers' defaults for the strength of guidance.
 GUIDANCE = {"text": 7.5, "inpaint": 7.5, "edit": 5.0}
+# What a picture is made of.
+NEEDED = {"text": ("prompt",), "inpaint": ("prompt", "image", "mask"), "edit": ("image", "mask", "example")}
+# The files of --folder, where .png stands for any picture.
+PARTS = {"prompt": "name.txt", "image": "name.png", "mask": "name_mask.png", "example": "name_example.png"}
+# JAX's keys tell no more seeds apart.
+SEEDS = 2**32
 
 
 class GenerateError(UserError):
@@ -62,6 +75,16 @@ class Job:
     size: tuple[int, int] | None = None
 
 
+class Inputs(NamedTuple):
+    """What a job's files hold."""
+
+    job: Job
+    # (h, w, 3), (h, w, 1) and (h, w, 3) uint8, the first two at the job's size.
+    image: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    example: np.ndarray | None = None
+
+
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after an error message."""
@@ -70,7 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for library in ("absl", "jax", "httpx"):
         logging.getLogger(library).setLevel(logging.WARNING)
     keep_compiled_programs()
-    _run(options)
+    try:
+        _run(options)
+    except KeyboardInterrupt:
+        if options.folder is not None or options.count > 1:
+            log.info("the same command makes the pictures that are missing")
+        raise
     return 0
 
 
@@ -92,8 +120,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_options(parser: argparse.ArgumentParser, task: str) -> None:
     add = parser.add_argument
-    add("pipeline", help="a diffusers pipeline folder, or an original checkpoint (.ckpt, .safetensors)")
-    add("--folder", help="what to make, many at once: see above")
+    original = ", or an original checkpoint (.ckpt, .safetensors)" if task != "edit" else " of Paint-by-Example"
+    add("pipeline", help=f"a diffusers pipeline folder{original}")
+    add("--folder", help=f"many at once: a folder of {', '.join(PARTS[part] for part in NEEDED[task])}")
     add("--out", required=True, help="the picture (.png, .jpg, .webp); a directory with --folder or --count")
     if task != "edit":
         add("--prompt", help="the text")
@@ -105,50 +134,58 @@ def _add_options(parser: argparse.ArgumentParser, task: str) -> None:
         add("--example", help="the picture whose content is painted in")
     size = "of the pictures" if task == "text" else "to which picture and mask are scaled; default: their own"
     add("--size", metavar="HEIGHTxWIDTH", help=f"{size}, px")
-    add("--guidance", type=float, default=GUIDANCE[task], help="strength of the condition; 1: none")
-    add("--steps", type=int, default=50, help="of the sampler")
+    add(
+        "--guidance",
+        type=float,
+        default=GUIDANCE[task],
+        help="strength of the condition; 1: none; default: %(default)s",
+    )
+    add("--steps", type=int, default=50, help="of the sampler; default: %(default)s")
     add("--scheduler", choices=DEFAULTS, help="the sampler; default: the pipeline's own")
-    add("--seed", type=int, default=0, help="of the first picture (by name); the next have the next ones")
-    add("--count", type=int, default=1, help="pictures of one prompt")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the first picture (by name), the next have the next; default: %(default)s",
+    )
+    add("--count", type=int, default=1, help="pictures of the same inputs, of which those in --out are not made again")
     add("--batch", type=int, help="pictures at once; default: one a device")
     add("--decoder", metavar="CHECKPOINT", help="an asymmetric decoder: a run, or whatever asymvq_jax.convert reads")
     add("--decode", choices=("plain", "asymmetric", "both"), help="both: side by side; default: asymmetric if given")
     add(
         "--save-latents", metavar="DIR", help="also write each latent (.npy), as eval.py and asymvq_jax.inpaint read it"
     )
-    add("--dtype", choices=DTYPES, default="bfloat16", help="in which everything is computed")
-    add("--tokenizer", metavar="DIR", help="of an original checkpoint: a folder with CLIP's vocab.json and merges.txt")
-    add("--prediction-type", choices=CHOICES["prediction_type"], help="of an original Stable Diffusion 2 checkpoint")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="in which everything is computed; default: %(default)s")
+    if task != "edit":
+        add(
+            "--tokenizer",
+            metavar="DIR",
+            help="of an original checkpoint: a folder with CLIP's vocab.json and merges.txt",
+        )
+        add(
+            "--prediction-type", choices=CHOICES["prediction_type"], help="of an original Stable Diffusion 2 checkpoint"
+        )
 
 
 def _run(options: argparse.Namespace) -> None:
     _check_options(options)
     jobs = _list_jobs(options)
-    described = None if is_checkpoint(options.pipeline) else describe(options.pipeline, options.task, options.scheduler)
-    if described is not None:
-        jobs = _sized(jobs, described.unet, described.autoencoder, options)
-        # For its errors.
-        make_solver(described.scheduler, options.steps)
-    cluster.join(independent=True)
+    described = _describe(options)
+    # For its errors.
+    make_solver(described.scheduler, options.steps)
+    jobs = _sized(jobs, described, options)
+    index, count = cluster.share()
+    if count > 1:
+        log.info("process %d of %d makes its share of %d pictures", index, count, len(jobs))
     # Before a look at what is there, which changes while the others work.
-    jobs = jobs[jax.process_index() :: jax.process_count()]
+    jobs = jobs[index::count]
     waiting = [job for job in jobs if not _is_made(job, options)]
     if len(waiting) < len(jobs):
-        log.info("%d of %d pictures are there already", len(jobs) - len(waiting), len(jobs))
+        log.info("%d of %d pictures are in %s already", len(jobs) - len(waiting), len(jobs), options.out)
     if not waiting:
         return
-    decoder = _read_decoder(options.decoder, options.dtype) if options.decoder else None
-    if described is not None:
-        if not described.autoencoder.condition:
-            _check_decode(options)
-        _check_latents(decoder, described.autoencoder, options)
-        pipeline = load(described, options.dtype)
-    else:
-        told = {"scheduler": options.scheduler, "prediction_type": options.prediction_type, "dtype": options.dtype}
-        pipeline = load_checkpoint(options.pipeline, options.task, options.tokenizer, **told)
-        _check_latents(decoder, pipeline.autoencoder.config, options)
-        waiting = _sized(waiting, pipeline.unet.config, pipeline.autoencoder.config, options)
-    _make(pipeline, decoder, waiting, options)
+    decoder = _read_decoder(described.autoencoder, options)
+    _make(load(described, options.dtype), decoder, waiting, options)
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -156,44 +193,48 @@ def _check_options(options: argparse.Namespace) -> None:
     for name in ("steps", "count", "batch"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise GenerateError(f"--{name} {value}: expected 1 or more")
+    if not (math.isfinite(options.guidance) and options.guidance >= 0):
+        raise GenerateError(f"--guidance {options.guidance}: expected a number from 0")
     if options.folder is not None and options.count > 1:
-        raise GenerateError(f"--count {options.count}: goes with one prompt, and not with --folder")
-    if is_checkpoint(options.pipeline):
-        if options.tokenizer is None:
-            raise GenerateError(
-                f"{options.pipeline} is an original checkpoint, which has no tokenizer: name one by --tokenizer"
-            )
-        # Its own autoencoder is a plain one.
-        _check_decode(options)
-        return
-    for option, value in (("--tokenizer", options.tokenizer), ("--prediction-type", options.prediction_type)):
+        raise GenerateError(f"--count {options.count}: goes without --folder, each of whose names is one picture")
+
+
+def _describe(options: argparse.Namespace) -> Description:
+    path, task = options.pipeline, options.task
+    # Options that edit does not have.
+    told = {name: getattr(options, name, None) for name in ("tokenizer", "prediction_type")}
+    if is_checkpoint(path):
+        return describe_checkpoint(path, task, scheduler=options.scheduler, **told)
+    for name, value in told.items():
         if value is not None:
-            raise GenerateError(f"{option}: is for original checkpoints; {options.pipeline} says itself what it has")
+            option = name.replace("_", "-")
+            raise GenerateError(f"--{option}: is for original checkpoints; {path} says itself what it has")
+    return describe(path, task, options.scheduler)
 
 
-def _read_decoder(path: str, dtype: str) -> Autoencoder:
-    """A JAX checkpoint; or a diffusers folder or an original checkpoint, as asymvq_jax.convert reads them."""
-    local = Path(path)
-    if local.is_file() or (local / "config.json").is_file():
-        return in_dtype(read_model(local), dtype)
-    return load_model(path, dtype=dtype)
+def _read_decoder(own: ModelConfig, options: argparse.Namespace) -> Autoencoder | None:
+    """The model that --decoder names.
 
-
-def _check_decode(options: argparse.Namespace) -> None:
-    """Raises GenerateError where an asymmetric decoder is wanted and none is named."""
-    if options.decoder is None and options.decode in ("asymmetric", "both"):
-        raise GenerateError(f"--decode {options.decode}: name the asymmetric decoder's checkpoint by --decoder")
-
-
-def _check_latents(decoder: Autoencoder | None, own: ModelConfig, options: argparse.Namespace) -> None:
-    """Raises GenerateError where a decoder is named that has other latents than the pipeline's own."""
-    if decoder is None:
-        return
+    Raises:
+        UserError: one is wanted and none is named, or it is of other latents than the pipeline's own, or has no
+            condition branch where there is a picture to preserve.
+    """
+    if options.decoder is None:
+        if options.decode in ("asymmetric", "both") and not own.condition:
+            raise GenerateError(f"--decode {options.decode}: name the asymmetric decoder's checkpoint by --decoder")
+        return None
+    decoder = read_model(options.decoder, dtype=options.dtype)
+    if options.task != "text" and not decoder.config.condition:
+        raise GenerateError(
+            f"--decoder {options.decoder} has no condition branch, so it cannot preserve pixels; name an asymmetric "
+            "decoder's checkpoint, or leave --decoder out for the pipeline's own"
+        )
     fields = ("latent_channels", "downsampling", "scaling_factor", "shift_factor")
     theirs = [f"{n}={getattr(decoder.config, n)} (the pipeline's: {getattr(own, n)})" for n in fields
               if getattr(decoder.config, n) != getattr(own, n)]  # fmt: skip
     if theirs:
         raise GenerateError(f"--decoder {options.decoder} is of other latents: {', '.join(theirs)}")
+    return decoder
 
 
 def _decoders(pipeline: Pipeline, decoder: Autoencoder | None, options: argparse.Namespace) -> dict[str, Autoencoder]:
@@ -218,12 +259,15 @@ def _list_jobs(options: argparse.Namespace) -> list[Job]:
         UserError: options or files that are missing or do not fit.
     """
     task = options.task
-    needed = {"text": ("prompt",), "inpaint": ("prompt", "image", "mask"), "edit": ("image", "mask", "example")}[task]
+    needed = NEEDED[task]
     given = [name for name in ("prompt", "image", "mask", "example") if getattr(options, name, None) is not None]
     size = images.parse_size("--size", options.size) if options.size else None
     if options.save_latents:
-        with writing(options.save_latents):
-            try_out(epath.Path(options.save_latents))
+        latents = epath.Path(options.save_latents)
+        if task != "text" and size and options.folder and latents.resolve() == epath.Path(options.folder).resolve():
+            raise GenerateError(f"--save-latents {latents}: with --size they are not of the size of the pictures there")
+        with writing(latents):
+            try_out(latents)
     if options.folder is not None:
         if given:
             raise GenerateError(f"--folder {options.folder}: takes the place of {', '.join('--' + n for n in given)}")
@@ -236,8 +280,11 @@ def _list_jobs(options: argparse.Namespace) -> list[Job]:
             check_writable(options.out, images.FORMATS)
             jobs = [Job(epath.Path(options.out).stem, epath.Path(options.out), options.seed, **sources)]
         else:
-            outs = [_directory(options.out) / f"{i:04d}.png" for i in range(options.count)]
+            directory = _directory(options.out)
+            outs = [directory / f"{i:04d}.png" for i in range(options.count)]
             jobs = [Job(out.stem, out, options.seed + i, **sources) for i, out in enumerate(outs)]
+    if jobs[0].seed < 0 or jobs[-1].seed >= SEEDS:
+        raise GenerateError(f"--seed {options.seed}: expected 0 to {SEEDS - len(jobs)}, for {len(jobs)} pictures")
     return [_with_size(job, size, options) for job in jobs]
 
 
@@ -254,14 +301,16 @@ def _folder_jobs(options: argparse.Namespace, needed: Sequence[str]) -> list[Job
     root, out = epath.Path(options.folder), _directory(options.out)
     if not root.is_dir():
         raise GenerateError(f"--folder {options.folder} is not a directory")
-    files = sorted(root.iterdir())
-    pictures = {p.stem: str(p) for p in files if p.suffix.lower() in SUFFIXES}
-    texts = {p.stem: p for p in files if p.suffix == ".txt"}
     if out.resolve() == root.resolve():
         raise GenerateError(f"--out {options.out}: name another directory than --folder")
-    names = sorted(texts) if needed == ("prompt",) else [n for n in pictures if not n.endswith(("_mask", "_example"))]
+    files = sorted(root.iterdir())
+    texts = _by_stem(files, (".txt",)) if "prompt" in needed else {}
+    pictures = _by_stem(files, SUFFIXES) if "image" in needed else {}
+    names = [n for n in pictures if not n.endswith(("_mask", "_example"))] if "image" in needed else list(texts)
     if not names:
-        raise GenerateError(f"--folder {options.folder} holds no {'name.txt' if needed == ('prompt',) else 'name.png'}")
+        raise GenerateError(
+            f"--folder {options.folder} holds no {PARTS[needed[0]] if len(needed) == 1 else PARTS['image']}"
+        )
     jobs, missing = [], []
     for i, name in enumerate(names):
         found = {
@@ -270,19 +319,34 @@ def _folder_jobs(options: argparse.Namespace, needed: Sequence[str]) -> list[Job
             "mask": pictures.get(f"{name}_mask"),
             "example": pictures.get(f"{name}_example"),
         }
-        ends = {"prompt": ".txt", "image": ".png", "mask": "_mask.png", "example": "_example.png"}
-        missing += [name + ends[part] for part in needed if found[part] is None]
-        jobs.append(Job(name, out / f"{name}.png", options.seed + i, **{part: found[part] for part in needed}))
+        missing += [PARTS[part].replace("name", name) for part in needed if found[part] is None]
+        jobs.append(Job(name, out / f"{name}.png", options.seed + i, **{part: str(found[part]) for part in needed}))
     if missing:
         raise GenerateError(f"--folder {options.folder}: missing {', '.join(missing)}")
     return jobs
 
 
+def _by_stem(files: Sequence[epath.Path], suffixes: Collection[str]) -> dict[str, epath.Path]:
+    """The files that end in one of `suffixes`, by their names without it.
+
+    Raises:
+        GenerateError: two have the same.
+    """
+    found: dict[str, epath.Path] = {}
+    for path in files:
+        if path.suffix.lower() in suffixes and found.setdefault(path.stem, path) is not path:
+            raise GenerateError(f"{found[path.stem]} and {path.name} are of one name; remove or rename one of them")
+    return found
+
+
 def _read_prompt(path: epath.Path) -> str:
     try:
-        return path.read_text().strip()
+        prompt = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise GenerateError(f"{path} is no readable text (UTF-8): {error}") from None
+    if not prompt:
+        log.warning("%s is empty: that picture is of anything", path)
+    return prompt
 
 
 def _with_size(job: Job, size: tuple[int, int] | None, options: argparse.Namespace) -> Job:
@@ -298,13 +362,13 @@ def _with_size(job: Job, size: tuple[int, int] | None, options: argparse.Namespa
     return replace(job, size=size)
 
 
-def _sized(jobs: Sequence[Job], unet: UNetConfig, autoencoder: ModelConfig, options: argparse.Namespace) -> list[Job]:
+def _sized(jobs: Sequence[Job], described: Description, options: argparse.Namespace) -> list[Job]:
     """The jobs, those without a size in the one that the UNet was trained on; by size, for batches."""
-    side = unet.sample_size * autoencoder.downsampling
+    side = described.unet.sample_size * described.autoencoder.downsampling
     jobs = [replace(job, size=job.size or (side, side)) for job in jobs]
     if options.task == "text":
         for job in jobs:
-            sampling.check_size(unet, autoencoder, job.size)
+            sampling.check_size(described.unet, described.autoencoder, job.size)
     return sorted(jobs, key=lambda job: job.size)
 
 
@@ -320,7 +384,11 @@ def _latent_file(job: Job, options: argparse.Namespace) -> epath.Path:
 
 
 def _make(pipeline: Pipeline, decoder: Autoencoder | None, jobs: Sequence[Job], options: argparse.Namespace) -> None:
-    """Makes the jobs' pictures, batch by batch, each written when it is done."""
+    """Makes the jobs' pictures, batch by batch, each written when it is done.
+
+    Raises:
+        UserError: an input is not readable, or a latent not finite; the other pictures are made all the same.
+    """
     devices = jax.local_devices()
     # Also where there are fewer jobs, so that a resumed run's pictures have the same bits.
     batch = options.batch or len(devices)
@@ -333,27 +401,56 @@ def _make(pipeline: Pipeline, decoder: Autoencoder | None, jobs: Sequence[Job], 
         decoder = decoder and inference.place(decoder, mesh)
     decoders = _decoders(pipeline, decoder, options)
     log.info(
-        "%d pictures, %d steps, %d at once on %d devices; the first batch is compiled",
+        "%d pictures, %d steps, %d at once on %d devices; the first of each size is compiled",
         len(jobs),
         options.steps,
         batch,
         used,
     )
-    begin = time.perf_counter()
+    begin, failed = time.perf_counter(), []
     with tqdm(total=len(jobs), unit="picture", desc=options.task) as progress:
         for part in _batches(jobs, batch):
-            filled = [*part, *[part[-1]] * (batch - len(part))]
-            image, mask = _pictures(filled) if options.task != "text" else (None, None)
-            latent = _latents(pipeline, filled, image, mask, options, mesh)
-            decoded = {}
-            for title, model in decoders.items():
-                # A pipeline's own asymmetric autoencoder decodes plainly without the picture.
-                seen = (None, None) if title == "plain" else (image, mask)
-                decoded[title] = sampling.decode(model, latent, *seen, size=part[0].size, mesh=mesh)
-            for job, own, *pictures in zip(part, np.asarray(latent), *decoded.values(), strict=False):
-                _write(job, own, dict(zip(decoded, pictures, strict=True)), options)
+            inputs = []
+            for job in part:
+                try:
+                    inputs.append(_read_inputs(job))
+                except images.ImageError as error:
+                    failed.append(str(error))
+            if inputs:
+                failed += _make_batch(pipeline, decoders, inputs, batch, options, mesh)
             progress.update(len(part))
-    log.info("%s: %d pictures in %.1f s with compilation", options.out, len(jobs), time.perf_counter() - begin)
+    made = len(jobs) - len(failed)
+    log.info("%s: %d pictures in %.1f s with compilation", options.out, made, time.perf_counter() - begin)
+    if failed:
+        raise GenerateError(f"{len(failed)} of {len(jobs)} pictures could not be made:\n  " + "\n  ".join(failed))
+
+
+def _make_batch(
+    pipeline: Pipeline,
+    decoders: dict[str, Autoencoder],
+    inputs: Sequence[Inputs],
+    batch: int,
+    options: argparse.Namespace,
+    mesh: jax.sharding.Mesh | None,
+) -> list[str]:
+    """Makes and writes the pictures of at most `batch` inputs of one size; returns a line for each that failed."""
+    filled = [*inputs, *[inputs[-1]] * (batch - len(inputs))]
+    image = mask = None
+    if options.task != "text":
+        image, mask = np.stack([each.image for each in filled]), np.stack([each.mask for each in filled])
+    latent = _latents(pipeline, filled, image, mask, options, mesh)
+    decoded = {}
+    for title, model in decoders.items():
+        # A pipeline's own asymmetric autoencoder decodes plainly without the picture.
+        seen = (None, None) if title == "plain" else (image, mask)
+        decoded[title] = sampling.decode(model, latent, *seen, size=inputs[0].job.size, mesh=mesh)
+    failed = []
+    for (job, *_), own, *pictures in zip(inputs, np.asarray(latent), *decoded.values(), strict=False):
+        if np.isfinite(own).all():
+            _write(job, own, dict(zip(decoded, pictures, strict=True)), options)
+        else:
+            failed.append(f"{job.name}: the latent is not finite; try --dtype float32, or less --guidance")
+    return failed
 
 
 def _batches(jobs: Sequence[Job], batch: int) -> Iterator[Sequence[Job]]:
@@ -365,34 +462,35 @@ def _batches(jobs: Sequence[Job], batch: int) -> Iterator[Sequence[Job]]:
             start = i
 
 
-def _pictures(jobs: Sequence[Job]) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures and masks, (b, h, w, 3) and (b, h, w, 1) uint8, at the jobs' size."""
-    pictures, masks = [], []
-    for job in jobs:
-        image, mask = images.read(job.image), images.read_mask(job.mask)
-        if image.shape[:2] != job.size:
-            shrinks = job.size[0] * job.size[1] < image.shape[0] * image.shape[1]
-            way = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-            image = cv2.resize(image, job.size[::-1], interpolation=way)
-            mask = cv2.resize(mask, job.size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)[..., None]
-        pictures.append(image)
-        masks.append(mask)
-    return np.stack(pictures), np.stack(masks)
+def _read_inputs(job: Job) -> Inputs:
+    """Raises ImageError where a file is no readable picture."""
+    if not job.image:
+        return Inputs(job)
+    image, mask = images.read(job.image), images.read_mask(job.mask)
+    if not mask.any():
+        log.warning("%s is black: nothing of %s is generated", job.mask, job.image)
+    if image.shape[:2] != job.size:
+        shrinks = job.size[0] * job.size[1] < image.shape[0] * image.shape[1]
+        way = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+        image = cv2.resize(image, job.size[::-1], interpolation=way)
+        mask = cv2.resize(mask, job.size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)[..., None]
+    return Inputs(job, image, mask, images.read(job.example) if job.example else None)
 
 
 def _latents(
     pipeline: Pipeline,
-    jobs: Sequence[Job],
+    inputs: Sequence[Inputs],
     image: np.ndarray | None,
     mask: np.ndarray | None,
     options: argparse.Namespace,
     mesh: jax.sharding.Mesh | None,
 ) -> jax.Array:
     """Of a batch, by the task."""
+    jobs = [each.job for each in inputs]
     prompts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
     shared = {"guidance": options.guidance, "steps": options.steps, "mesh": mesh}
     if options.task == "edit":
-        return sampling.edit(pipeline, [images.read(job.example) for job in jobs], image, mask, seeds, **shared)
+        return sampling.edit(pipeline, [each.example for each in inputs], image, mask, seeds, **shared)
     shared["negative"] = options.negative
     if options.task == "inpaint":
         return sampling.inpaint(pipeline, prompts, image, mask, seeds, **shared)

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from asymvq_jax import images, sharding
-from asymvq_jax.checkpoints import load_model
 from asymvq_jax.commands import command
 from asymvq_jax.compilation import keep_compiled_programs
 from asymvq_jax.config import DTYPES
+from asymvq_jax.convert.convert import read_model
 from asymvq_jax.inference import InputError, check_condition, check_mask, decode, encode, inpaint, read_latent
 from asymvq_jax.outputs import check_writable
 from asymvq_jax.strips import decode_in_strips, encode_in_strips
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--soft-mask", action="store_true", help="greys of the mask blend; without it the threshold is 0.5"
     )
-    parser.add_argument("--checkpoint", required=True, help="a run, one of its steps, or what asymvq_jax.convert wrote")
+    parser.add_argument("--checkpoint", required=True, help="a run, or whatever asymvq_jax.convert reads")
     parser.add_argument("--out", required=True, help="the result: .png, .jpg or .webp")
     parser.add_argument("--latent", help="an edited latent (.npy) from a diffusion model; default: the picture's own")
     parser.add_argument("--unscaled-latent", action="store_true", help="the latent is not times the scaling factor")
@@ -56,7 +56,7 @@ def _run(options: argparse.Namespace) -> None:
     image, mask = images.read(options.image), images.read_mask(options.mask, soft=options.soft_mask)
     check_mask(mask, image)
     latent = None if options.latent is None else _read_npy(options.latent)
-    model = load_model(options.checkpoint, **({"dtype": options.dtype} if options.dtype else {}))
+    model = read_model(options.checkpoint, dtype=options.dtype)
     check_condition(model.config)
     if latent is not None:
         read_latent(latent, model.config, image.shape[:2])

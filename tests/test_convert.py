@@ -190,8 +190,8 @@ def test_unusable_sources_are_named(folder, tmp_path):
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
     for name, message in (
-        ("nothing", "no source at"),
-        ("empty", "is nothing known"),
+        ("nothing", "no checkpoint at"),
+        ("empty", "holds no model checkpoint"),
         ("text.ckpt", "text.ckpt"),
         ("text.safetensors", "is no safetensors file"),
         ("other.safetensors", "holds no autoencoder under the original names: missing encoder.conv_in.weight"),

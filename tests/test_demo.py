@@ -186,7 +186,7 @@ def test_command_line_messages(checkpoints, served, tmp_path, monkeypatch, capsy
     save_model(tmp_path / "other", Autoencoder(CONFIG, rngs=nnx.Rngs(5)))
     ours, plain = checkpoints
     for arguments, message in (
-        ([f"--checkpoint={tmp_path / 'none'}"], "no source at"),
+        ([f"--checkpoint={tmp_path / 'none'}"], "no checkpoint at"),
         ([f"--checkpoint={plain}"], "this model has no condition branch"),
         ([f"--checkpoint={ours}", f"--plain={tmp_path / 'other'}"], "the plain autoencoder has another encoder"),
     ):

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from flax import nnx
 from oracles import asymmetric, nchw, nhwc, perturb_norms
 from safetensors.numpy import load_file, save_file
 from test_diffusion import TEXTS, torch_image_encoder
-from test_processes import DEADLINE, cluster_of
+from test_processes import DEADLINE
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -38,7 +39,7 @@ from asymvq_jax.convert.convert import convert
 from asymvq_jax.convert.files import TensorFileError
 from asymvq_jax.convert.mapping import dump_tensors, to_torch
 from asymvq_jax.diffusion import clip, mapping, sampling
-from asymvq_jax.diffusion.pipeline import PipelineError, describe, load, load_checkpoint
+from asymvq_jax.diffusion.pipeline import PipelineError, describe, describe_checkpoint, load
 from asymvq_jax.diffusion.tokens import TokenizerError, read_tokenizer
 from asymvq_jax.diffusion.unet import UNet, UNetConfig
 from asymvq_jax.generate import main
@@ -256,12 +257,6 @@ def test_any_size_of_picture(pipelines):
     assert sampling.decode(ours.autoencoder, latent, image[:, :67, :99], mask[:, :67, :99]).shape == (2, 67, 99, 3)
 
 
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """This process has used its devices already, and can join no others."""
-    monkeypatch.setattr("asymvq_jax.generate.cluster.join", lambda **_: None)
-
-
 def run(*arguments):
     return main([str(a) for a in arguments])
 
@@ -317,35 +312,73 @@ def test_command_folder(pipelines, decoder, tmp_path):
 
 
 def test_processes_share_a_folder(pipelines, decoder, tmp_path):
-    """Of three processes one has its part done already; each picture is what one process alone makes."""
+    """One is killed, another has its part done already; each picture is what one process alone makes."""
     prompts, out = tmp_path / "prompts", tmp_path / "out"
     prompts.mkdir()
-    for name in "abcd":
+    for name in "abcde":
         (prompts / f"{name}.txt").write_text(f"a fox {name}")
     out.mkdir()
     (out / "c.png").write_bytes(b"kept")
     options = ["text", pipelines.root / "text", "--folder", prompts, "--steps", 1, "--batch", 1, "--size", "32x32"]
     options = [*map(str, options), "--decoder", str(decoder)]
     command = [sys.executable, "-m", "asymvq_jax.generate", *options, "--out", str(out)]
-    variables = os.environ | cluster_of(3)
-    started = [
-        subprocess.Popen(command, env={**variables, "JAX_PROCESS_ID": str(i)}, stderr=subprocess.PIPE, text=True)
-        for i in range(3)
-    ]
+    started = []
+    for i in range(3):
+        variables = os.environ | {"JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": str(i)}
+        started.append(subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True))
     try:
+        started[0].kill()
         logs = [process.communicate(timeout=DEADLINE)[1] for process in started]
     finally:
         for process in started:
             process.kill()
-    assert [process.returncode for process in started] == [0, 0, 0], logs
-    for log, said in zip(
-        logs, ("2 pictures, 1 steps", "1 pictures, 1 steps", "1 of 1 pictures are there"), strict=True
-    ):
-        assert said in log
+    assert [process.returncode for process in started] == [-signal.SIGKILL, 0, 0], logs
+    assert "2 pictures, 1 steps" in logs[1]
+    assert f"1 of 1 pictures are in {out} already" in logs[2]
+    assert sorted(p.name for p in out.glob("*.png")) == ["b.png", "c.png", "e.png"]
+    # What the killed one left, by one process.
+    assert run(*options, "--out", out) == 0
     assert (out / "c.png").read_bytes() == b"kept"
     assert run(*options, "--out", tmp_path / "alone") == 0
-    for name in "abd":
+    for name in "abde":
         assert (out / f"{name}.png").read_bytes() == (tmp_path / "alone" / f"{name}.png").read_bytes()
+
+
+def test_what_fails_is_named_and_the_rest_is_made(pipelines, tmp_path, capsys):
+    folder, out = tmp_path / "pairs", tmp_path / "out"
+    folder.mkdir()
+    image, mask = picture_and_mask((32, 32))
+    for name in "abc":
+        images.write(folder / f"{name}.png", image[0])
+        images.write(folder / f"{name}_mask.png", mask[0].repeat(3, -1) * 255)
+        (folder / f"{name}.TXT").write_text("a fox" if name != "c" else "")
+    (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:-50])
+    images.write(folder / "b_mask.png", np.zeros((32, 32, 3), np.uint8))
+    options = ("inpaint", pipelines.root / "inpaint", "--folder", folder, "--out", out, "--steps", 1, "--batch", 2)
+    assert run(*options) == 2
+    log = capsys.readouterr().err
+    for message in ("b_mask.png is black: nothing of", "c.TXT is empty", "error: 1 of 3 pictures could not be made:\n"):
+        assert message in log
+    assert log.rstrip().splitlines()[-1].startswith(f"  {folder}/a.png is not a readable picture")
+    assert sorted(p.name for p in out.glob("*.png")) == ["b.png", "c.png"]
+    (folder / "a.png").unlink()
+    (folder / "a_mask.png").unlink()
+    for path in out.iterdir():
+        path.unlink()
+    assert run(*options, "--guidance", 1e38, "--save-latents", tmp_path / "latents") == 2
+    assert "b: the latent is not finite; try --dtype float32, or less --guidance" in capsys.readouterr().err
+    assert not list(out.glob("*.png"))
+    assert not list((tmp_path / "latents").glob("*.npy"))
+
+
+def test_ctrl_c_is_no_traceback(pipelines, tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("asymvq_jax.generate.load", interrupt)
+    options = ("--prompt", "a fox", "--count", 2, "--out", tmp_path)
+    assert run("text", pipelines.root / "text", *options) == 130
+    assert capsys.readouterr().err.endswith("the same command makes the pictures that are missing\ninterrupted\n")
 
 
 def test_command_edit(pipelines, tmp_path):
@@ -425,7 +458,7 @@ def test_original_checkpoint(pipelines, open_clip, tmp_path):
     path, tokenizer = tmp_path / "sd.safetensors", str(pipelines.root / "tokenizer")
     tensors = save_checkpoint(path, unet, text, open_clip=open_clip)
     told = {"prediction_type": "v_prediction"} if open_clip else {}
-    read = load_checkpoint(path, "inpaint", tokenizer, **told)
+    read = load(describe_checkpoint(path, "inpaint", tokenizer, **told))
     assert (read.unet.config, read.text_encoder.config) == (unet.config, text.config)
     assert read.scheduler.prediction_type == ("v_prediction" if open_clip else "epsilon")
     for ours, original in ((read.unet, unet), (read.text_encoder, text)):
@@ -450,9 +483,9 @@ def test_original_checkpoint(pipelines, open_clip, tmp_path):
         assert read.tokenizer(["a fox"])[0, -1] == 0
         assert read_tokenizer(pipelines.root / "tokenizer", text.config)(["a fox"])[0, -1] != 0
         with pytest.raises(PipelineError, match="--prediction-type epsilon"):
-            load_checkpoint(path, "inpaint", tokenizer)
+            describe_checkpoint(path, "inpaint", tokenizer)
     with pytest.raises(PipelineError, match="in_channels=9, which is an inpainting model; 'text' needs 4"):
-        load_checkpoint(path, "text", tokenizer, **told)
+        describe_checkpoint(path, "text", tokenizer, **told)
 
 
 def test_command_on_an_original_checkpoint(pipelines, tmp_path, monkeypatch, capsys):
@@ -468,12 +501,18 @@ def test_command_on_an_original_checkpoint(pipelines, tmp_path, monkeypatch, cap
         ((), "has no tokenizer: name one by --tokenizer"),
         (("--tokenizer", tmp_path), "no tokenizer at"),
         ((*tokenizer, "--decode", "both"), "name the asymmetric decoder's checkpoint by --decoder"),
+        ((*tokenizer, "--size", "33x64"), "expected multiples of 16 px"),
+        ((*tokenizer, "--steps", 1000), "steps=1000: expected 1 to 999"),
     ):
         assert run(*inputs, *options) == 2
         assert message in capsys.readouterr().err
+    assert run("text", tmp_path / "none.safetensors", "--prompt", "a fox", "--out", out) == 2
+    assert "no checkpoint at" in capsys.readouterr().err
     pairs = ("--image", out, "--mask", out, "--prompt", "a fox", "--out", tmp_path / "o.png", *tokenizer)
     assert run("inpaint", path, *pairs) == 2
     assert "in_channels=4, which is a text-to-image model" in capsys.readouterr().err
+    assert run("edit", path, "--image", out, "--mask", out, "--example", out, "--out", tmp_path / "o.png") == 2
+    assert "'edit' takes a diffusers pipeline folder of Paint-by-Example" in capsys.readouterr().err
 
 
 def age(folder):
@@ -569,7 +608,11 @@ def test_bad_input(pipelines, tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts").mkdir()
     (tmp_path / "latin").mkdir()
     (tmp_path / "latin" / "a.txt").write_bytes("ä".encode("latin-1"))
+    (tmp_path / "twice").mkdir()
+    for name in ("a.png", "a.jpg"):
+        images.write(tmp_path / "twice" / name, image[0])
     prompt, out = ("--prompt", "a fox"), ("--out", tmp_path / "o.png")
+    many = ("--folder", tmp_path / "twice", "--out", tmp_path / "d")
     text, pairs = ("text", pipelines.root / "text"), ("inpaint", pipelines.root / "inpaint")
     picture = ("--image", tmp_path / "image.png")
     for arguments, message in (
@@ -583,14 +626,20 @@ def test_bad_input(pipelines, tmp_path, monkeypatch, capsys):
         ((*text, *prompt, *out, "--size", "64"), "expected HEIGHTxWIDTH"),
         ((*text, *prompt, *out, "--size", "0x64"), "expected HEIGHTxWIDTH"),
         ((*text, *prompt, *out, "--size", "33x64"), "expected multiples of 16 px, such as 32 x 64"),
-        ((*text, *prompt, *out, "--steps", 1000), "steps=1000: too many for 1000 timesteps"),
+        ((*text, *prompt, *out, "--steps", 1000), "steps=1000: expected 1 to 999, for 1000 timesteps"),
         ((*text, *prompt, *out, "--tokenizer", tmp_path), "is for original checkpoints"),
         ((*text, *prompt, *out, "--prediction-type", "epsilon"), "is for original checkpoints"),
         ((*text, *prompt, *out, "--folder", tmp_path), "takes the place of --prompt"),
-        ((*text, "--out", tmp_path / "d", "--folder", tmp_path, "--count", 2), "and not with --folder"),
+        ((*text, "--out", tmp_path / "d", "--folder", tmp_path, "--count", 2), "goes without --folder"),
         ((*text, "--out", tmp_path / "d", "--folder", tmp_path / "latin"), "a.txt is no readable text (UTF-8)"),
         ((*text, "--out", tmp_path / "d", "--folder", tmp_path / "prompts"), "holds no name.txt"),
         (("text", tmp_path / "none", *prompt, *out), "no pipeline at"),
+        ((*text, *prompt, *out, "--seed", -1), "--seed -1: expected 0 to 4294967295"),
+        ((*text, *prompt, "--out", tmp_path / "d", "--seed", 2**32 - 2, "--count", 3), "expected 0 to 4294967293"),
+        ((*text, *prompt, *out, "--guidance", "nan"), "--guidance nan: expected a number from 0"),
+        ((*text, *prompt, *out, "--guidance", -3), "--guidance -3.0: expected a number from 0"),
+        ((*pairs, *many, "--size", "32x32", "--save-latents", tmp_path / "twice"), "not of the size of the pictures"),
+        ((*pairs, *many), "twice/a.jpg and a.png are of one name"),
     ):
         assert run(*arguments) == 2
         assert message in capsys.readouterr().err
@@ -615,13 +664,24 @@ def test_arrays_that_do_not_fit(pipelines):
         sampling.decode(ours.autoencoder, np.zeros((2, 4, 4, 4), np.float32), image[:1], mask)
 
 
-def test_decoder_of_other_latents(pipelines, tmp_path, monkeypatch, capsys):
+def test_decoders_that_cannot_do_the_task(pipelines, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("asymvq_jax.generate.load", lambda *_: pytest.fail("weights were read"))
     other = dataclasses.replace(AUTOENCODER, scaling_factor=0.5)
     save_model(tmp_path / "other", Autoencoder(other, rngs=nnx.Rngs(0)))
-    inputs = ("--prompt", "a fox", "--decoder", tmp_path / "other", "--out", tmp_path / "o.png")
-    assert run("text", pipelines.root / "text", *inputs) == 2
-    assert "scaling_factor=0.5 (the pipeline's: 0.18215)" in capsys.readouterr().err
+    plain = dataclasses.replace(AUTOENCODER, condition=False)
+    save_model(tmp_path / "plain", Autoencoder(plain, rngs=nnx.Rngs(0)))
+    image, mask = picture_and_mask((32, 32))
+    images.write(tmp_path / "image.png", image[0])
+    images.write(tmp_path / "mask.png", mask[0].repeat(3, -1) * 255)
+    prompt, out = ("--prompt", "a fox"), ("--out", tmp_path / "o.png")
+    pair = ("--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png")
+    for task, inputs, decoder, message in (
+        ("text", prompt, tmp_path / "other", "scaling_factor=0.5 (the pipeline's: 0.18215)"),
+        ("inpaint", (*prompt, *pair), tmp_path / "plain", "has no condition branch, so it cannot preserve"),
+        ("text", prompt, tmp_path / "none", "no checkpoint at"),
+    ):
+        assert run(task, pipelines.root / task, *inputs, *out, "--decoder", decoder) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_long_text_is_cut_with_a_warning(pipelines, caplog):

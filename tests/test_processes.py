@@ -18,9 +18,9 @@ import pytest
 from flax import nnx
 from test_training import MODEL, ROOT
 
-from asymvq_jax import images
+from asymvq_jax import cluster, images
 from asymvq_jax.checkpoints import load_parameters, save_model
-from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, OptimizerConfig, RunConfig
+from asymvq_jax.config import Config, ConfigError, DataConfig, LossConfig, MeshConfig, OptimizerConfig, RunConfig
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.training.loop import EXIT_LOST_PEER, EXIT_PREEMPTED, train
 
@@ -216,6 +216,55 @@ def test_all_processes_refuse_bad_input_with_one_line(folder, overrides, message
     for text in run.texts():
         assert message in text
         assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "localhost"}, "'localhost' is not host:port. Set JAX_COORDINATOR_ADDRESS"),
+        ({"JAX_COORDINATOR_ADDRESS": "localhost:70000"}, "'localhost:70000' is not host:port"),
+        ({"JAX_COORDINATOR_ADDRESS": "localhost:{used}"}, "port {used} of this machine, process 0, cannot be listened"),
+        ({"JAX_PROCESS_ID": "first"}, "invalid literal for int"),
+    ],
+)
+def test_join_refuses_what_would_crash(variables, message, monkeypatch):
+    monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        used = taken.getsockname()[1]
+        told = {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"} | variables
+        for name, value in told.items():
+            monkeypatch.setenv(name, value.format(used=used))
+        with pytest.raises(ConfigError, match=re.escape(message.format(used=used))):
+            cluster.join()
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}, (2, 3)),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}, (1, 4)),
+        # An interactive allocation of four tasks, of which this is the one.
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, (0, 1)),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}, (1, 2)),
+        ({"JAX_NUM_PROCESSES": "3"}, "Set JAX_NUM_PROCESSES and JAX_PROCESS_ID"),
+        ({"JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "3"}, "an index from 0 to below it"),
+        ({"JAX_NUM_PROCESSES": "three", "JAX_PROCESS_ID": "3"}, "an index from 0 to below it"),
+    ],
+)
+def test_share_of_independent_processes(variables, expected, monkeypatch):
+    monkeypatch.delenv("JAX_LOCAL_DEVICE_IDS", raising=False)
+    updates = {}
+    monkeypatch.setattr("jax.config.update", updates.__setitem__)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(expected, str):
+        with pytest.raises(ConfigError, match=expected):
+            cluster.share()
+        return
+    assert cluster.share() == expected
+    local = [value for name, value in variables.items() if "LOCAL" in name and expected != (0, 1)]
+    assert list(updates.values()) == local * 2
 
 
 def test_a_process_that_cannot_find_the_others_says_what_it_needs(folder):

@@ -18,7 +18,7 @@ from asymvq_jax.checkpoints import CheckpointError, find_step, load_model, save_
 from asymvq_jax.config import ModelConfig, UserError
 from asymvq_jax.convert.files import misfits, read_folder, read_json, read_tensors, write_tensors
 from asymvq_jax.convert.mapping import OLD_ATTENTION, Format, dump_tensors, model_from_tensors, weights
-from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.autoencoder import Autoencoder, in_dtype
 
 log = logging.getLogger(__name__)
 
@@ -58,14 +58,14 @@ def convert(
     Raises:
         UserError: the source is unreadable, incomplete or not representable, or the target exists.
     """
-    source, target = Path(source), Path(target)
+    target = Path(target)
     given = {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
     told = {name: value for name, value in given.items() if value is not None}
     if target.exists():
         raise ConvertError(f"{target} exists already; choose another target or remove it first")
     if to == "ldm" and target.suffix not in (".safetensors", ".ckpt"):
         raise ConvertError(f"{target}: expected a name that ends in .safetensors or .ckpt for --to ldm")
-    if told and to != "ldm" and not source.is_file():
+    if told and to != "ldm" and not Path(source).is_file():
         raise ConvertError(
             f"{' and '.join(told)}: only original checkpoints have to be told; {source} has a configuration that tells"
         )
@@ -80,21 +80,31 @@ def convert(
     return model
 
 
-def read_model(source: Path, told: Mapping[str, float] | None = None) -> Autoencoder:
-    """Reads a model of any kind that `convert` knows; `told` are the fields of its config that a file cannot tell."""
-    if not source.exists():
-        raise ConvertError(f"no source at {source}")
+def read_model(source: str | Path, told: Mapping[str, float] | None = None, *, dtype: str | None = None) -> Autoencoder:
+    """Reads a model of any kind that `convert` knows.
+
+    Args:
+        source: as for `convert`; a JAX checkpoint may also be in a bucket (gs://).
+        told: fields of its config that an original checkpoint's file cannot tell.
+        dtype: in which it computes; by default as its config says.
+
+    Raises:
+        UserError: there is nothing, or nothing that is known, or it is incomplete.
+    """
+    model = load_model(source) if "://" in str(source) else _read_local(Path(source), told or {})
+    return model if dtype is None else in_dtype(model, dtype)
+
+
+def _read_local(source: Path, told: Mapping[str, float]) -> Autoencoder:
     if source.is_file():
-        return _read_ldm(source, told or {})
+        return _read_ldm(source, told)
     for folder in (source, source / "vae", source / "vqvae"):
         if (folder / "config.json").is_file():
             return _read_diffusers(folder)
     try:
         find_step(source)
-    except CheckpointError:
-        raise ConvertError(
-            f"{source} is nothing known: expected a JAX checkpoint, or a diffusers folder with config.json"
-        ) from None
+    except CheckpointError as error:
+        raise ConvertError(f"{error}; or a diffusers folder (with a config.json), or an original checkpoint") from None
     log.info("%s: a JAX checkpoint", source)
     return load_model(source)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -74,12 +75,18 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # torch's own words advise to load it all the same.
+        if "Unsupported operand" in str(error):
+            raise TensorFileError(f"{path} is no PyTorch checkpoint") from None
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise TensorFileError(
-            f"{path} holds more than tensors, such as code that would run on loading, and is refused "
-            f"({str(error).splitlines()[0]}); get it as .safetensors, or from another source"
+            f"{path} holds more than tensors, such as code that would run on loading, and is refused"
+            f"{f' (it names {named[1]})' if named else ''}; get it as .safetensors, or from another source"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise TensorFileError(f"{path} is no PyTorch checkpoint, or a truncated one: {error}") from None
+        raise TensorFileError(
+            f"{path} is no PyTorch checkpoint, or a truncated one: {type(error).__name__} {error}"
+        ) from None
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -50,7 +50,7 @@ class PipelineError(UserError):
 
 @dataclass(frozen=True)
 class Description:
-    """What a pipeline is, from its configuration files alone."""
+    """What a pipeline is, from its configuration alone."""
 
     path: Path
     task: Task
@@ -58,7 +58,11 @@ class Description:
     autoencoder: ModelConfig
     scheduler: SchedulerConfig
     encoder: TextConfig | ImageConfig
-    example: clip.ExampleConfig | None
+    # text and inpaint have the first, edit the second.
+    tokenizer: Tokenizer | None = None
+    example: clip.ExampleConfig | None = None
+    # An original checkpoint's tensors by their part, or only the shapes where the file has a head.
+    parts: Mapping[str, Mapping[str, np.ndarray | jax.ShapeDtypeStruct]] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -103,15 +107,19 @@ def describe(path: str | Path, task: Task, scheduler: Kind | None = None) -> Des
         return read_json(path / part), str(path / part)
 
     encoder_file = PARTS[task][0]
-    read_encoder = clip.read_image_config if task == "edit" else clip.read_text_config
+    parts: dict[str, Any]
+    if task == "edit":
+        parts = {"encoder": clip.read_image_config(*stored(encoder_file)), "example": _example(path)}
+    else:
+        parts = {"encoder": clip.read_text_config(*stored(encoder_file))}
+        parts["tokenizer"] = read_tokenizer(path / "tokenizer", parts["encoder"])
     description = Description(
         path=path,
         task=task,
         unet=_unet_config(*stored("unet/config.json"), task),
         autoencoder=diffusers_to_config(read_json(path / "vae/config.json"), path / "vae/config.json"),
         scheduler=_scheduler_config(*stored("scheduler/scheduler_config.json"), task, scheduler),
-        encoder=read_encoder(*stored(encoder_file)),
-        example=_example(path) if task == "edit" else None,
+        **parts,
     )
     _check_channels(task, description.unet, description.autoencoder, str(path / "unet/config.json"))
     _check_context(description.unet, description.encoder, str(path))
@@ -135,9 +143,9 @@ def _scheduler_config(stored: dict[str, Any], name: str, task: Task, kind: Kind 
     """As `schedulers.read_config`, but with the options that diffusers' pipelines for the task set whatever it says."""
     always = {"text": {"steps_offset": 1, "clip_sample": False}, "inpaint": {"steps_offset": 1, "skip_prk_steps": True}}
     changes = always.get(task, {})
-    for field in changes.keys() & stored.keys():
-        if stored[field] != changes[field]:
-            log.warning("%s: %s=%r is taken for %r, as diffusers does", name, field, stored[field], changes[field])
+    for option in changes.keys() & stored.keys():
+        if stored[option] != changes[option]:
+            log.warning("%s: %s=%r is taken for %r, as diffusers does", name, option, stored[option], changes[option])
     return schedulers.read_config({**stored, **changes}, name, kind)
 
 
@@ -172,27 +180,43 @@ def load(description: Description, dtype: str = "float32") -> Pipeline:
     """Reads the weights of a described pipeline.
 
     Args:
-        description: from `describe`.
+        description: from `describe` or `describe_checkpoint`.
         dtype: in which everything is computed, and kernels are kept; norms stay in float32.
 
     Raises:
         UserError: tensors that are missing, unexpected or misshapen, all of them listed.
     """
-    path = description.path
-    parts: dict[str, Any] = {}
-    if description.task == "edit":
-        parts["image_encoder"] = read_image_encoder(path / "image_encoder", dtype)
-        parts["example"] = description.example
-    else:
-        parts["tokenizer"] = read_tokenizer(path / "tokenizer", description.encoder)
-        parts["text_encoder"] = read_text_encoder(path / "text_encoder", dtype)
+    read = _read_folder if description.parts is None else _read_checkpoint
     return Pipeline(
         task=description.task,
-        unet=read_unet(path / "unet", dtype),
-        autoencoder=in_dtype(read_model(path / "vae"), dtype),
         scheduler=description.scheduler,
-        **parts,
+        tokenizer=description.tokenizer,
+        example=description.example,
+        **read(description, dtype),
     )
+
+
+def _read_folder(description: Description, dtype: str) -> dict[str, nnx.Module]:
+    path = description.path
+    if description.task == "edit":
+        encoder = {"image_encoder": read_image_encoder(path / "image_encoder", dtype)}
+    else:
+        encoder = {"text_encoder": read_text_encoder(path / "text_encoder", dtype)}
+    return {**encoder, "unet": read_unet(path / "unet", dtype), "autoencoder": read_model(path / "vae", dtype=dtype)}
+
+
+def _read_checkpoint(description: Description, dtype: str) -> dict[str, nnx.Module]:
+    path, parts = description.path, description.parts
+    if not _is_pickle(path):
+        parts = _checkpoint_parts(read_tensors(path), path)
+    open_clip = _is_open_clip(parts[CHECKPOINT_TEXT])
+    text = _text_tensors(parts[CHECKPOINT_TEXT], description.encoder, open_clip)
+    unet_tensors = mapping.flatten_projections(parts[CHECKPOINT_UNET])
+    return {
+        "text_encoder": _text_encoder(description.encoder, text, "ldm" if open_clip else "diffusers", path, dtype),
+        "unet": _unet(description.unet, unet_tensors, "ldm", path, dtype),
+        "autoencoder": in_dtype(ldm_model(parts[CHECKPOINT_VAE], path, {}), dtype),
+    }
 
 
 def place(pipeline: Pipeline, mesh: Mesh) -> Pipeline:
@@ -299,24 +323,22 @@ NOISE_SCHEDULE = {
 }  # fmt: skip
 
 
-def load_checkpoint(
+def describe_checkpoint(
     path: str | Path,
     task: Task,
-    tokenizer: str,
+    tokenizer: str | None,
     *,
     scheduler: Kind | None = None,
     prediction_type: str | None = None,
-    dtype: str = "float32",
-) -> Pipeline:
-    """Reads an original Stable Diffusion 1 or 2 checkpoint, with all its parts in one file.
+) -> Description:
+    """As `describe`, but of an original Stable Diffusion 1 or 2 checkpoint, with all its parts in one file.
 
     Args:
-        path: .ckpt or .safetensors.
+        path: .safetensors, of which only the head is read; or a pickle such as .ckpt, which is read as a whole.
         task: "text" or "inpaint".
         tokenizer: a folder with CLIP's tokenizer, which a checkpoint does not have.
         scheduler: the sampler; DDIM by default.
         prediction_type: "epsilon" or "v_prediction"; Stable Diffusion 1 has the first, 2 must be told.
-        dtype: as in `load`.
 
     Raises:
         UserError: the file is no such checkpoint, or cannot do the task; or something has to be told.
@@ -324,10 +346,12 @@ def load_checkpoint(
     path = Path(path)
     if task == "edit":
         raise PipelineError(f"{path}: 'edit' takes a diffusers pipeline folder of Paint-by-Example")
-    # A pickle has no head that could be read alone.
-    pickled = path.suffix != ".safetensors"
-    shapes = _checkpoint_parts(read_tensors(path) if pickled else read_shapes(path), path)
-    config, two = _unet_sizes(shapes[CHECKPOINT_UNET], path)
+    if not path.is_file():
+        raise PipelineError(f"no checkpoint at {path}")
+    if tokenizer is None:
+        raise PipelineError(f"{path} is an original checkpoint, which has no tokenizer: name one by --tokenizer")
+    parts = _checkpoint_parts((read_tensors if _is_pickle(path) else read_shapes)(path), path)
+    config, two = _unet_sizes(parts[CHECKPOINT_UNET], path)
     if two and prediction_type is None:
         raise PipelineError(
             f"{path} is a Stable Diffusion 2, which predicts the noise or v, and the file does not say which: give "
@@ -336,23 +360,31 @@ def load_checkpoint(
     prediction = prediction_type or "epsilon"
     if two and prediction == "v_prediction":
         config = replace(config, sample_size=96)
-    _check_channels(task, config, ldm_to_config(shapes[CHECKPOINT_VAE], path), str(path))
-    stored = {**NOISE_SCHEDULE, "prediction_type": prediction}
-    text_config, open_clip = _text_sizes(shapes[CHECKPOINT_TEXT], path)
+    autoencoder = ldm_to_config(parts[CHECKPOINT_VAE], path)
+    _check_channels(task, config, autoencoder, str(path))
+    text_config = _text_sizes(parts[CHECKPOINT_TEXT], path)
     _check_context(config, text_config, str(path))
+    stored = {**NOISE_SCHEDULE, "prediction_type": prediction}
     # OpenCLIP fills up with token 0, whatever the folder says, which may be CLIP's.
-    words = read_tokenizer(Path(tokenizer), text_config, pad=0 if open_clip else None)
-    parts = shapes if pickled else _checkpoint_parts(read_tensors(path), path)
-    form = "ldm" if open_clip else "diffusers"
-    text = _text_tensors(parts[CHECKPOINT_TEXT], text_config, open_clip)
-    return Pipeline(
+    pad = 0 if _is_open_clip(parts[CHECKPOINT_TEXT]) else None
+    return Description(
+        path=path,
         task=task,
-        tokenizer=words,
-        unet=_unet(config, mapping.flatten_projections(parts[CHECKPOINT_UNET]), "ldm", path, dtype),
-        text_encoder=_text_encoder(text_config, text, form, path, dtype),
-        autoencoder=in_dtype(ldm_model(parts[CHECKPOINT_VAE], path, {}), dtype),
+        unet=config,
+        autoencoder=autoencoder,
         scheduler=schedulers.read_config(stored, str(path), scheduler),
+        encoder=text_config,
+        tokenizer=read_tokenizer(Path(tokenizer), text_config, pad),
+        parts=parts,
     )
+
+
+def _is_pickle(path: Path) -> bool:
+    return path.suffix != ".safetensors"
+
+
+def _is_open_clip(tensors: Mapping[str, np.ndarray | jax.ShapeDtypeStruct]) -> bool:
+    return any(".resblocks." in name for name in tensors)
 
 
 T = TypeVar("T", np.ndarray, jax.ShapeDtypeStruct)
@@ -410,9 +442,9 @@ def _unet_sizes(tensors: Mapping[str, np.ndarray | jax.ShapeDtypeStruct], path: 
     return config, two
 
 
-def _text_sizes(tensors: Mapping[str, np.ndarray | jax.ShapeDtypeStruct], path: Path) -> tuple[TextConfig, bool]:
-    """The sizes of an original checkpoint's text encoder, and whether it is OpenCLIP's."""
-    open_clip = any(".resblocks." in name for name in tensors)
+def _text_sizes(tensors: Mapping[str, np.ndarray | jax.ShapeDtypeStruct], path: Path) -> TextConfig:
+    """The sizes of an original checkpoint's text encoder."""
+    open_clip = _is_open_clip(tensors)
     stripped = {
         name.removeprefix(OPEN_CLIP_PREFIX if open_clip else TRANSFORMERS_PREFIX): x for name, x in tensors.items()
     }
@@ -432,7 +464,7 @@ def _text_sizes(tensors: Mapping[str, np.ndarray | jax.ShapeDtypeStruct], path: 
         activation="gelu" if open_clip else "quick_gelu",
         epsilon=1e-5,
     )
-    return TextConfig(transformer, vocabulary=tokens.shape[0], length=positions.shape[0]), open_clip
+    return TextConfig(transformer, vocabulary=tokens.shape[0], length=positions.shape[0])
 
 
 def _text_tensors(tensors: Mapping[str, np.ndarray], config: TextConfig, open_clip: bool) -> dict[str, np.ndarray]:
@@ -445,5 +477,5 @@ def _text_tensors(tensors: Mapping[str, np.ndarray], config: TextConfig, open_cl
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether `path` is an original checkpoint's file, and no folder."""
-    return Path(path).is_file() and Path(path).suffix in (".safetensors", *PICKLES)
+    """Whether `path` is the name of an original checkpoint's file, and no folder's."""
+    return Path(path).suffix in (".safetensors", *PICKLES) and not Path(path).is_dir()

@@ -108,11 +108,14 @@ def read_config(stored: Mapping[str, Any], name: str, kind: Kind | None = None) 
     ]
     # The noise schedule's option matters to every sampler, its class's own ones to that class alone.
     expected = {"trained_betas": None} | (EXPECTED[chosen] if chosen == own else {})
-    problems += [f"{n}={values[n]!r} (there is {v!r})" for n, v in expected.items() if values.get(n, v) != v]
+    absent = [n for n, v in expected.items() if values.get(n, v) != v]
+    problems += [f"{n}={values[n]!r} (there is {expected[n]!r})" for n in absent]
     if values.get("rescale_betas_zero_snr") and values.get("prediction_type", "epsilon") == "epsilon":
         problems.append("rescale_betas_zero_snr=True (needs prediction_type='v_prediction')")
     if problems:
-        raise SchedulerError(f"{name}: not supported: {', '.join(problems)}")
+        others = [f"--scheduler {other}" for other in DEFAULTS if other != own and {*absent} <= EXPECTED[chosen].keys()]
+        hint = f"; {' or '.join(others)} runs on the same noise schedule" if others and absent else ""
+        raise SchedulerError(f"{name}: not supported: {', '.join(problems)}{hint}")
     fields = {f.name for f in dataclasses.fields(SchedulerConfig)} - {"kind"}
     return SchedulerConfig(kind=chosen, **{n: v for n, v in values.items() if n in fields})
 
@@ -164,13 +167,11 @@ def make_solver(config: SchedulerConfig, steps: int) -> Solver:
     Raises:
         SchedulerError: fewer than one step, or more than the training's timesteps, so spaced, have room for.
     """
-    count = config.num_train_timesteps
-    if not 1 <= steps <= count:
-        raise SchedulerError(f"steps={steps}: expected 1 to {count}")
-    timesteps = (_dpm_timesteps if config.kind == "dpm++" else _spaced)(config, steps)
-    if timesteps.min() < 0 or timesteps.max() >= count or len(np.unique(timesteps)) < steps:
+    if (timesteps := _timesteps(config, steps)) is None:
+        count = config.num_train_timesteps
+        most = next((n for n in range(count, 0, -1) if _timesteps(config, n) is not None), 0)
         raise SchedulerError(
-            f"steps={steps}: too many for {count} timesteps of training with "
+            f"steps={steps}: expected 1 to {most}, for {count} timesteps of training with "
             f"timestep_spacing={config.timestep_spacing!r} and steps_offset={config.steps_offset}"
         )
     make = {"ddim": _ddim, "pndm": _pndm, "dpm++": _dpm}[config.kind]
@@ -182,6 +183,16 @@ def make_solver(config: SchedulerConfig, steps: int) -> Solver:
             f"timestep_spacing={config.timestep_spacing!r}); choose another sampler"
         )
     return Solver(timesteps.astype(np.int32), samples.astype(np.float32), outputs.astype(np.float32))
+
+
+def _timesteps(config: SchedulerConfig, steps: int) -> np.ndarray | None:
+    """The timesteps in falling order; None where the training's have no room for so many."""
+    count = config.num_train_timesteps
+    if not 1 <= steps <= count:
+        return None
+    timesteps = (_dpm_timesteps if config.kind == "dpm++" else _spaced)(config, steps)
+    fits = timesteps.min() >= 0 and timesteps.max() < count and len(np.unique(timesteps)) == steps
+    return timesteps if fits else None
 
 
 Table = tuple[np.ndarray, np.ndarray, np.ndarray]

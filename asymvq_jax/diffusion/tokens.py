@@ -30,7 +30,8 @@ class Tokenizer:
         """(b, length) int32; longer texts are cut, and a warning says what is lost."""
         rows = np.full((len(texts), self._length), self._pad, np.int32)
         for row, text in zip(rows, texts, strict=True):
-            tokens = self._tokenizer(text, truncation=False).input_ids
+            # Not verbose: its warning of long texts says nothing of what follows.
+            tokens = self._tokenizer(text, truncation=False, verbose=False).input_ids
             # The last token of all is the end's.
             if len(tokens) > self._length:
                 kept, lost = tokens[: self._length - 1], tokens[self._length - 1 : -1]
@@ -64,7 +65,7 @@ def read_tokenizer(folder: Path, config: TextConfig, pad: int | None = None) -> 
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers raises whatever its reader met.
-        raise TokenizerError(f"{folder} is no readable CLIP tokenizer: {error}") from None
+        raise TokenizerError(f"{folder} is no readable CLIP tokenizer: {type(error).__name__}: {error}") from None
     if len(tokenizer) > config.vocabulary:
         raise TokenizerError(f"{folder} has {len(tokenizer)} tokens, and the text encoder knows {config.vocabulary}")
     return Tokenizer(tokenizer, config.length, tokenizer.pad_token_id if pad is None else pad)
