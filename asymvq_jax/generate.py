@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import io
 import logging
-import math
 import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -132,8 +131,12 @@ def _add_options(parser: argparse.ArgumentParser, task: str) -> None:
         add("--mask", help="a picture of the same size: white = generate, black = keep")
     if task == "edit":
         add("--example", help="the picture whose content is painted in")
-    size = "of the pictures" if task == "text" else "to which picture and mask are scaled; default: their own"
-    add("--size", metavar="HEIGHTxWIDTH", help=f"{size}, px")
+    size = (
+        "of the pictures; default: the model's"
+        if task == "text"
+        else "to which picture and mask are scaled; default: theirs"
+    )
+    add("--size", metavar="HEIGHTxWIDTH", help=f"in px, {size}")
     add(
         "--guidance",
         type=float,
@@ -193,8 +196,8 @@ def _check_options(options: argparse.Namespace) -> None:
     for name in ("steps", "count", "batch"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise GenerateError(f"--{name} {value}: expected 1 or more")
-    if not (math.isfinite(options.guidance) and options.guidance >= 0):
-        raise GenerateError(f"--guidance {options.guidance}: expected a number from 0")
+    if not 0 <= options.guidance <= 100:
+        raise GenerateError(f"--guidance {options.guidance}: expected 0 to 100")
     if options.folder is not None and options.count > 1:
         raise GenerateError(f"--count {options.count}: goes without --folder, each of whose names is one picture")
 
@@ -438,16 +441,18 @@ def _make_batch(
     image = mask = None
     if options.task != "text":
         image, mask = np.stack([each.image for each in filled]), np.stack([each.mask for each in filled])
-    latent = _latents(pipeline, filled, image, mask, options, mesh)
+    latent = np.asarray(_latents(pipeline, filled, image, mask, options, mesh))
+    finite = np.isfinite(latent).all((1, 2, 3))
+    latent = np.where(finite[:, None, None, None], latent, 0)
     decoded = {}
     for title, model in decoders.items():
         # A pipeline's own asymmetric autoencoder decodes plainly without the picture.
         seen = (None, None) if title == "plain" else (image, mask)
         decoded[title] = sampling.decode(model, latent, *seen, size=inputs[0].job.size, mesh=mesh)
     failed = []
-    for (job, *_), own, *pictures in zip(inputs, np.asarray(latent), *decoded.values(), strict=False):
-        if np.isfinite(own).all():
-            _write(job, own, dict(zip(decoded, pictures, strict=True)), options)
+    for i, (job, *_) in enumerate(inputs):
+        if finite[i]:
+            _write(job, latent[i], {title: pictures[i] for title, pictures in decoded.items()}, options)
         else:
             failed.append(f"{job.name}: the latent is not finite; try --dtype float32, or less --guidance")
     return failed
