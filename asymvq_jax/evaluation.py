@@ -172,7 +172,10 @@ def evaluate(
         if pair.latent is None:
             latent = inference.encode(model, images.to_float(pair.image)[None])
         else:
-            latent = inference.read_latent(pair.latent, model.config, pair.image.shape[:2])
+            try:
+                latent = inference.read_latent(pair.latent, model.config, pair.image.shape[:2])
+            except inference.InputError as error:
+                raise EvaluationError(f"the latent beside {pair.name}: {error}") from None
         rows = compose(model, plain, pair, latent)
         for row, image in rows.items():
             measured = all_metrics(image, pair.image, pair.mask)

@@ -186,9 +186,12 @@ def test_command_line(tmp_path, models):
     assert "the seam, own latent" in done.stdout
     assert images.read(tmp_path / "grid.png").shape[1] == 6 * 3 * 51 + 5 * 4
     assert (tmp_path / "seam.png").is_file()
+    model = f"--checkpoint={tmp_path / 'model'}"
     for bad, message in (
         (["--checkpoint=none"], "no checkpoint at none"),
         (["--checkpoint=x", "--json=t.txt"], "t.txt"),
+        ([model, "--plain=none"], "--plain none, the plain autoencoder: no checkpoint at none"),
+        ([model, "--run.init_from=none"], "run.init_from='none' of the config (or name one by --plain), the plain"),
     ):
         done = subprocess.run([*command, *bad], capture_output=True, text=True, check=False)
         assert done.returncode == 2
@@ -209,6 +212,9 @@ def test_edited_latents_beside_the_pairs_are_decoded(models, tmp_path):
                    for keep in (False, True))  # fmt: skip
     rows = [evaluate(*models, iter(p), 2, load_lpips("alexnet")).rows for p in (own, edited)]
     assert rows[0]["plain"]["psnr_masked"] != rows[1]["plain"]["psnr_masked"]
+    np.save(tmp_path / "p1.npy", latent)
+    with pytest.raises(EvaluationError, match=r"the latent beside p1\.png: the latent has shape \(4, 10, 13\)"):
+        evaluate(*models, read_pairs(list_pairs(str(tmp_path))), 2, load_lpips("alexnet"))
     (tmp_path / "p0.npy").write_bytes(b"none")
     with pytest.raises(EvaluationError, match=r"p0\.npy is no readable \.npy file"):
         list(read_pairs(list_pairs(str(tmp_path))))

@@ -12,6 +12,7 @@ from PIL import Image
 from asymvq_jax import images, inference
 from asymvq_jax.checkpoints import load_model, save_model
 from asymvq_jax.config import ModelConfig
+from asymvq_jax.convert.convert import convert
 from asymvq_jax.inference import InputError, decode, encode, inpaint, paste, read_latent
 from asymvq_jax.inpaint import main
 from asymvq_jax.models.autoencoder import Autoencoder
@@ -170,6 +171,9 @@ def test_command_line_inpaints(tmp_path, checkpoint, capsys):
     assert main(common) == 0
     own = images.read(tmp_path / "out.png")
     np.testing.assert_array_equal(own, inpaint(model, image, mask).image)
+    convert(checkpoint, tmp_path / "original.safetensors", "ldm")
+    assert main([*paths, f"--checkpoint={tmp_path / 'original.safetensors'}", f"--out={tmp_path / 'same.png'}"]) == 0
+    np.testing.assert_array_equal(images.read(tmp_path / "same.png"), own)
     assert main([*common, f"--latent={tmp_path / 'latent.npy'}", "--keep=exact", "--band=3"]) == 0
     assert "covered a tone step of" in capsys.readouterr().out
     np.testing.assert_array_equal(images.read(tmp_path / "out.png")[30:], image[30:])

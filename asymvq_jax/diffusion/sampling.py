@@ -198,7 +198,7 @@ def edit(
 
 def decode(
     model: Autoencoder,
-    latent: jax.Array,
+    latent: jax.Array | np.ndarray,
     image: np.ndarray | None = None,
     mask: np.ndarray | None = None,
     *,
