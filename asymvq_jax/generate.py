@@ -95,9 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _run(options)
     except KeyboardInterrupt:
-        if options.folder is not None or options.count > 1:
-            log.info("the same command makes the pictures that are missing")
-        raise
+        if options.folder is None and options.count == 1:
+            raise
+        print("interrupted; the same command makes the pictures that are missing", file=sys.stderr)
+        return 130
     return 0
 
 

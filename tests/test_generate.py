@@ -377,9 +377,13 @@ def test_ctrl_c_is_no_traceback(pipelines, tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("asymvq_jax.generate.load", interrupt)
-    options = ("--prompt", "a fox", "--count", 2, "--out", tmp_path)
-    assert run("text", pipelines.root / "text", *options) == 130
-    assert capsys.readouterr().err.endswith("the same command makes the pictures that are missing\ninterrupted\n")
+    options = ("text", pipelines.root / "text", "--prompt", "a fox")
+    for target, message in (
+        (("--out", tmp_path / "o.png"), "interrupted"),
+        (("--out", tmp_path, "--count", 2), "interrupted; the same command makes the pictures that are missing"),
+    ):
+        assert run(*options, *target) == 130
+        assert capsys.readouterr().err.splitlines()[-1] == message
 
 
 def test_command_edit(pipelines, tmp_path):
