@@ -4,13 +4,12 @@ import argparse
 import json
 import logging
 import math
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 from asymvq_jax import images
-from asymvq_jax.commands import command
+from asymvq_jax.commands import command, leave
 from asymvq_jax.compilation import keep_compiled_programs
 from asymvq_jax.config import Config, UserError, flatten, load_config
 from asymvq_jax.convert.convert import read_model
@@ -143,4 +142,4 @@ def _finite(value: object) -> object:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

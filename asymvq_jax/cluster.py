@@ -18,9 +18,10 @@ log = logging.getLogger(__name__)
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # How many processes a launcher has started, which of them this is, and which on its host.
 LAUNCHERS = (
+    # First, for mpirun may have been started by Slurm.
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
     # Of a step: an interactive allocation has more tasks than this one process.
     ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"),
-    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
 )
 # The others have to be started within this time, s.
 JOIN_TIMEOUT = 300
@@ -63,6 +64,11 @@ def join() -> None:
             ) from None
         if "coordinator_address" not in str(error):
             raise
+        if (count := next((n for name, *_ in LAUNCHERS if (n := os.environ.get(name, "1")) != "1"), None)) is not None:
+            # They would all write the same run.
+            raise ConfigError(
+                f"there are {count} processes, which JAX cannot find: set {ADDRESS}, {COUNT} and {INDEX}"
+            ) from None
 
 
 def _told() -> dict[str, str]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import NoReturn, ParamSpec
 
 from asymvq_jax.config import UserError
 
 P = ParamSpec("P")
+# As a shell has it for SIGINT.
+INTERRUPTED = 130
 
 
 def command(main: Callable[P, int]) -> Callable[P, int]:
@@ -24,7 +27,16 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            # As a shell has it for SIGINT.
-            return 130
+            return INTERRUPTED
 
     return run
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process with the exit code that `main` has returned."""
+    if code == INTERRUPTED:
+        # At once: JAX's threads still work, and would crash in an interpreter that is being taken down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 
 from asymvq_jax import images, inference
 from asymvq_jax.checkpoints import CheckpointError, find_step
-from asymvq_jax.commands import command
+from asymvq_jax.commands import command, leave
 from asymvq_jax.compilation import keep_compiled_programs
 from asymvq_jax.config import DTYPES, DataConfig, UserError
 from asymvq_jax.convert.convert import read_model
@@ -287,7 +286,7 @@ def _load(options: argparse.Namespace) -> tuple[Autoencoder, Autoencoder | None]
                 f"no checkpoint at {checkpoint}: run `make demo`, which trains one, or name yours by --checkpoint"
             ) from None
     model = read_model(checkpoint, dtype=options.dtype)
-    inference.check_condition(model.config)
+    inference.check_condition(model.config, f"--checkpoint {checkpoint}")
     if plain is None:
         return model, None
     other = read_model(plain, dtype=options.dtype)
@@ -296,4 +295,4 @@ def _load(options: argparse.Namespace) -> tuple[Autoencoder, Autoencoder | None]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -10,7 +10,6 @@ The file holds the program (StableHLO) and the weights; it runs without this pac
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import jax
@@ -19,7 +18,7 @@ from jax import export
 
 from asymvq_jax import images
 from asymvq_jax.checkpoints import load_model
-from asymvq_jax.commands import command
+from asymvq_jax.commands import command, leave
 from asymvq_jax.config import DTYPES, UserError
 from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.parameters import merge, split
@@ -97,4 +96,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

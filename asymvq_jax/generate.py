@@ -23,7 +23,7 @@ from etils import epath
 from tqdm import tqdm
 
 from asymvq_jax import cluster, images, inference, sharding
-from asymvq_jax.commands import command
+from asymvq_jax.commands import INTERRUPTED, command, leave
 from asymvq_jax.compilation import keep_compiled_programs
 from asymvq_jax.config import DTYPES, MeshConfig, ModelConfig, UserError
 from asymvq_jax.convert.convert import read_model
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.folder is None and options.count == 1:
             raise
         print("interrupted; the same command makes the pictures that are missing", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
 
 
@@ -142,7 +142,7 @@ def _add_options(parser: argparse.ArgumentParser, task: str) -> None:
         "--guidance",
         type=float,
         default=GUIDANCE[task],
-        help="strength of the condition; 1: none; default: %(default)s",
+        help="strength of the condition, 0 to 100; 1: none; default: %(default)s",
     )
     add("--steps", type=int, default=50, help="of the sampler; default: %(default)s")
     add("--scheduler", choices=DEFAULTS, help="the sampler; default: the pipeline's own")
@@ -180,9 +180,10 @@ def _run(options: argparse.Namespace) -> None:
     jobs = _sized(jobs, described, options)
     index, count = cluster.share()
     if count > 1:
-        log.info("process %d of %d makes its share of %d pictures", index, count, len(jobs))
+        log.info("process %d of %d makes %d of %d pictures", index, count, len(jobs[index::count]), len(jobs))
     # Before a look at what is there, which changes while the others work.
     jobs = jobs[index::count]
+    _check_made(jobs, options)
     waiting = [job for job in jobs if not _is_made(job, options)]
     if len(waiting) < len(jobs):
         log.info("%d of %d pictures are in %s already", len(jobs) - len(waiting), len(jobs), options.out)
@@ -223,7 +224,7 @@ def _read_decoder(own: ModelConfig, options: argparse.Namespace) -> Autoencoder 
         UserError: one is wanted and none is named, or it is of other latents than the pipeline's own, or has no
             condition branch where there is a picture to preserve.
     """
-    if options.decoder is None:
+    if options.decode == "plain" or options.decoder is None:
         if options.decode in ("asymmetric", "both") and not own.condition:
             raise GenerateError(f"--decode {options.decode}: name the asymmetric decoder's checkpoint by --decoder")
         return None
@@ -377,10 +378,18 @@ def _sized(jobs: Sequence[Job], described: Description, options: argparse.Namesp
 
 
 def _is_made(job: Job, options: argparse.Namespace) -> bool:
-    """Whether a picture of many is there already, with its latent if that is wanted."""
-    if options.folder is None and options.count == 1:
-        return False
-    return job.out.exists() and (not options.save_latents or _latent_file(job, options).exists())
+    """Whether a picture of many is there already."""
+    return (options.folder is not None or options.count > 1) and job.out.exists()
+
+
+def _check_made(jobs: Sequence[Job], options: argparse.Namespace) -> None:
+    """Raises GenerateError where pictures are there whose latents are wanted and are not."""
+    made = [job for job in jobs if _is_made(job, options)] if options.save_latents else []
+    if without := [job.out.name for job in made if not _latent_file(job, options).exists()]:
+        raise GenerateError(
+            f"{options.out} has {without[0]} and {len(without) - 1} more without a latent in {options.save_latents}: "
+            "name another --out, or remove them to make them again"
+        )
 
 
 def _latent_file(job: Job, options: argparse.Namespace) -> epath.Path:
@@ -420,8 +429,14 @@ def _make(pipeline: Pipeline, decoder: Autoencoder | None, jobs: Sequence[Job], 
                     inputs.append(_read_inputs(job))
                 except images.ImageError as error:
                     failed.append(str(error))
-            if inputs:
-                failed += _make_batch(pipeline, decoders, inputs, batch, options, mesh)
+            try:
+                failed += _make_batch(pipeline, decoders, inputs, batch, options, mesh) if inputs else []
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                height, width = inputs[0].job.size
+                reason = f"{batch} at once of {width} x {height} px need more memory than the devices have"
+                failed += [f"{each.job.name}: {reason}; try a smaller --batch or --size" for each in inputs]
             progress.update(len(part))
     made = len(jobs) - len(failed)
     log.info("%s: %d pictures in %.1f s with compilation", options.out, made, time.perf_counter() - begin)
@@ -473,6 +488,8 @@ def _read_inputs(job: Job) -> Inputs:
     if not job.image:
         return Inputs(job)
     image, mask = images.read(job.image), images.read_mask(job.mask)
+    if image.shape[:2] != mask.shape[:2]:
+        raise images.ImageError(f"{job.image} and {job.mask} are of different sizes, turned as they are to be shown")
     if not mask.any():
         log.warning("%s is black: nothing of %s is generated", job.mask, job.image)
     if image.shape[:2] != job.size:
@@ -514,4 +531,4 @@ def _write(job: Job, latent: np.ndarray, decoded: dict[str, np.ndarray], options
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -76,8 +76,10 @@ def read_size(path: str | epath.Path) -> tuple[int, int]:
     """
     file = _existing(path)
     with _reading(str(path)), file.open("rb") as stream, Image.open(stream) as image:
+        # For a PNG whose head has none, Pillow would look behind the picture, and decode it for that.
+        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
         # Orientations from 5 on are turned by 90 degrees.
-        turned = image.getexif().get(0x0112, 1) >= 5
+        turned = exif.get(0x0112, 1) >= 5
         return image.size if turned else image.size[::-1]
 
 

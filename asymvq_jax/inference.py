@@ -209,11 +209,11 @@ def inpaint(
     return paste(result, image, mask, band) if keep == "exact" else Inpainting(result, None)
 
 
-def check_condition(config: ModelConfig) -> None:
-    """Raises InputError unless the model can take a picture and a mask."""
+def check_condition(config: ModelConfig, name: str = "this model") -> None:
+    """Raises InputError, which says `name`, unless the model can take a picture and a mask."""
     if not config.condition:
         raise InputError(
-            "this model has no condition branch (model.condition=False), so it cannot preserve pixels; "
+            f"{name} has no condition branch (model.condition=False), so it cannot preserve pixels; "
             "use a checkpoint of an asymmetric decoder"
         )
 

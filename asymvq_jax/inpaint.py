@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +11,7 @@ import jax
 import numpy as np
 
 from asymvq_jax import images, sharding
-from asymvq_jax.commands import command
+from asymvq_jax.commands import command, leave
 from asymvq_jax.compilation import keep_compiled_programs
 from asymvq_jax.config import DTYPES
 from asymvq_jax.convert.convert import read_model
@@ -57,7 +56,7 @@ def _run(options: argparse.Namespace) -> None:
     check_mask(mask, image)
     latent = None if options.latent is None else _read_npy(options.latent)
     model = read_model(options.checkpoint, dtype=options.dtype)
-    check_condition(model.config)
+    check_condition(model.config, f"--checkpoint {options.checkpoint}")
     if latent is not None:
         read_latent(latent, model.config, image.shape[:2])
     begin = time.perf_counter()
@@ -107,4 +106,4 @@ def _read_npy(path: str) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

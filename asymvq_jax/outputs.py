@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
@@ -55,7 +56,8 @@ def write_bytes(path: str | epath.Path, data: bytes) -> None:
         OutputError: the file cannot be written; an older one is as it was.
     """
     file = epath.Path(path)
-    partial = file.with_name(f".{file.name}.partial")
+    # Another process may be writing the same file.
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     with writing(path):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:

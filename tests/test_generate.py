@@ -261,7 +261,7 @@ def run(*arguments):
     return main([str(a) for a in arguments])
 
 
-def test_command_text(pipelines, decoder, tmp_path):
+def test_command_text(pipelines, decoder, tmp_path, capsys):
     shared = ("--steps", 2, "--size", "32x48", "--batch", 2, "--dtype", "float32", "--decoder", decoder)
     assert run("text", pipelines.root / "text", "--prompt", "a fox", "--out", tmp_path / "fox.png", *shared) == 0
     assert images.read(tmp_path / "fox.png").shape == (32, 48, 3)
@@ -275,6 +275,9 @@ def test_command_text(pipelines, decoder, tmp_path):
     second, latent = (tmp_path / "many/0001.png").read_bytes(), np.load(tmp_path / "latents/0002.npy")
     (tmp_path / "many/0001.png").unlink()
     (tmp_path / "latents/0002.npy").unlink()
+    assert run("text", pipelines.root / "text", "--prompt", "a fox", *options, *shared) == 2
+    assert "has 0002.png and 0 more without a latent in" in capsys.readouterr().err
+    (tmp_path / "many/0002.png").unlink()
     (tmp_path / "many/0000.png").write_bytes(b"kept")
     assert run("text", pipelines.root / "text", "--prompt", "a fox", *options, *shared) == 0
     assert (tmp_path / "many/0001.png").read_bytes() == second
@@ -348,20 +351,20 @@ def test_what_fails_is_named_and_the_rest_is_made(pipelines, tmp_path, monkeypat
     folder, out = tmp_path / "pairs", tmp_path / "out"
     folder.mkdir()
     image, mask = picture_and_mask((32, 32))
-    for name, suffix in (("a", "jpg"), ("b", "png"), ("c", "png")):
+    for name, suffix in (("a", "png"), ("b", "png"), ("c", "jpg")):
         images.write(folder / f"{name}.{suffix}", image[0])
         images.write(folder / f"{name}_mask.png", mask[0].repeat(3, -1) * 255)
         (folder / f"{name}.TXT").write_text("a fox" if name != "c" else "")
-    (folder / "a.jpg").write_bytes((folder / "a.jpg").read_bytes()[:-50])
+    (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:-50])
     images.write(folder / "b_mask.png", np.zeros((32, 32, 3), np.uint8))
     options = ("inpaint", pipelines.root / "inpaint", "--folder", folder, "--out", out, "--steps", 1, "--batch", 2)
     assert run(*options) == 2
     log = capsys.readouterr().err
     for message in ("b_mask.png is black: nothing of", "c.TXT is empty", "error: 1 of 3 pictures could not be made:\n"):
         assert message in log
-    assert log.rstrip().splitlines()[-1].startswith(f"  {folder}/a.jpg is not a readable picture")
+    assert log.rstrip().splitlines()[-1].startswith(f"  {folder}/a.png is not a readable picture")
     assert sorted(p.name for p in out.glob("*.png")) == ["b.png", "c.png"]
-    (folder / "a.jpg").unlink()
+    (folder / "a.png").unlink()
     (folder / "a_mask.png").unlink()
     for path in out.iterdir():
         path.unlink()
@@ -370,6 +373,13 @@ def test_what_fails_is_named_and_the_rest_is_made(pipelines, tmp_path, monkeypat
     assert run(*options, "--save-latents", tmp_path / "latents") == 2
     assert "b: the latent is not finite; try --dtype float32, or less --guidance" in capsys.readouterr().err
     assert [path.name for path in (*out.iterdir(), *(tmp_path / "latents").iterdir())] == ["c.png", "c.npy"]
+
+    def exhaust(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr("asymvq_jax.generate._make_batch", exhaust)
+    assert run(*options) == 2
+    assert "b: 2 at once of 32 x 32 px need more memory than the devices have" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_no_traceback(pipelines, tmp_path, monkeypatch, capsys):

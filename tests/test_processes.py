@@ -238,6 +238,13 @@ def test_join_refuses_what_would_crash(variables, message, monkeypatch):
             cluster.join()
 
 
+def test_join_refuses_to_train_alone_beside_others(monkeypatch):
+    """Open MPI 5 does not set the variable by which JAX recognises it."""
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="there are 2 processes, which JAX cannot find: set JAX_COORDINATOR_ADDRESS"):
+        cluster.join()
+
+
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [

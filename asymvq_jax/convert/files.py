@@ -84,9 +84,9 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
             f"{f' (it names {named[1]})' if named else ''}; get it as .safetensors, or from another source"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise TensorFileError(
-            f"{path} is no PyTorch checkpoint, or a truncated one: {type(error).__name__} {error}"
-        ) from None
+        # torch's longer words are about its own insides.
+        reason = str(error).split(". ")[0] if isinstance(error, RuntimeError | OSError) else type(error).__name__
+        raise TensorFileError(f"{path} is no PyTorch checkpoint, or a truncated one ({reason})") from None
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):

@@ -347,7 +347,7 @@ def describe_checkpoint(
     if task == "edit":
         raise PipelineError(f"{path}: 'edit' takes a diffusers pipeline folder of Paint-by-Example")
     if not path.is_file():
-        raise PipelineError(f"no checkpoint at {path}")
+        raise PipelineError(f"no checkpoint at {path}: expected an original Stable Diffusion checkpoint (a file)")
     if tokenizer is None:
         raise PipelineError(f"{path} is an original checkpoint, which has no tokenizer: name one by --tokenizer")
     parts = _checkpoint_parts((read_tensors if _is_pickle(path) else read_shapes)(path), path)

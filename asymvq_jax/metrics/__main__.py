@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 
-from asymvq_jax.commands import command
+from asymvq_jax.commands import command, leave
 from asymvq_jax.compilation import keep_compiled_programs
 from asymvq_jax.config import UserError
 from asymvq_jax.data.sources import list_pictures
@@ -81,4 +80,4 @@ def _print(numbers: dict[str, float], reference: int | None, subset: int) -> Non
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
