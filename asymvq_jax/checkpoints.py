@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers as cm
 
@@ -148,6 +150,7 @@ class RunCheckpoints:
         self._manager = ocp.CheckpointManager(
             root, options=ocp.CheckpointManagerOptions(preservation_policy=keep, cleanup_tmp_directories=True)
         )
+        self._unchecked = False
 
     def latest_step(self) -> int | None:
         """The last complete step; None in a new run."""
@@ -177,11 +180,19 @@ class RunCheckpoints:
             items["ema"] = ocp.args.StandardSave(state.ema)
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        self._unchecked = True
 
     def check(self) -> None:
-        """Raises CheckpointError where a step that was being written in the background has failed."""
+        """Raises CheckpointError, in all processes alike, where a step written in the background has failed."""
+        if not self._unchecked:
+            return
+        ended = not self._manager.is_saving_in_progress()
+        if not multihost_utils.process_allgather(np.array(ended)).all():
+            return
+        self._unchecked = False
+        # Not check_for_errors, which may take the error from the thread that then deletes old steps.
         with self._writing():
-            self._manager.check_for_errors()
+            self._manager.wait_until_finished()
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Reads one step onto the shardings of `abstract`, whatever mesh wrote it.
