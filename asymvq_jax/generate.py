@@ -86,7 +86,7 @@ class Inputs(NamedTuple):
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after an error message."""
+    """Returns the exit code: 0, or 2 after an error message, or 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     for library in ("absl", "jax", "httpx"):

@@ -188,7 +188,7 @@ def test_command_line_messages(checkpoints, served, tmp_path, monkeypatch, capsy
     for arguments, message in (
         ([f"--checkpoint={tmp_path / 'none'}"], "no checkpoint at"),
         (["--port=99999"], "--port 99999: expected 1 to 65535"),
-        ([f"--checkpoint={plain}"], "this model has no condition branch"),
+        ([f"--checkpoint={plain}"], f"--checkpoint {plain} has no condition branch"),
         ([f"--checkpoint={ours}", f"--plain={tmp_path / 'other'}"], "the plain autoencoder has another encoder"),
     ):
         assert main(arguments) == 2
