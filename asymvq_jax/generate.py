@@ -183,10 +183,11 @@ def _run(options: argparse.Namespace) -> None:
         log.info("process %d of %d makes %d of %d pictures", index, count, len(jobs[index::count]), len(jobs))
     # Before a look at what is there, which changes while the others work.
     jobs = jobs[index::count]
-    _check_made(jobs, options)
-    waiting = [job for job in jobs if not _is_made(job, options)]
-    if len(waiting) < len(jobs):
-        log.info("%d of %d pictures are in %s already", len(jobs) - len(waiting), len(jobs), options.out)
+    made = {job for job in jobs if _is_made(job, options)}
+    waiting = [job for job in jobs if job not in made]
+    if made:
+        _check_latents(made, options)
+        log.info("%d of %d pictures are in %s already", len(made), len(jobs), options.out)
     if not waiting:
         return
     decoder = _read_decoder(described.autoencoder, options)
@@ -229,11 +230,8 @@ def _read_decoder(own: ModelConfig, options: argparse.Namespace) -> Autoencoder 
             raise GenerateError(f"--decode {options.decode}: name the asymmetric decoder's checkpoint by --decoder")
         return None
     decoder = read_model(options.decoder, dtype=options.dtype)
-    if options.task != "text" and not decoder.config.condition:
-        raise GenerateError(
-            f"--decoder {options.decoder} has no condition branch, so it cannot preserve pixels; name an asymmetric "
-            "decoder's checkpoint, or leave --decoder out for the pipeline's own"
-        )
+    if options.task != "text":
+        inference.check_condition(decoder.config, f"--decoder {options.decoder}")
     fields = ("latent_channels", "downsampling", "scaling_factor", "shift_factor")
     theirs = [f"{n}={getattr(decoder.config, n)} (the pipeline's: {getattr(own, n)})" for n in fields
               if getattr(decoder.config, n) != getattr(own, n)]  # fmt: skip
@@ -311,11 +309,10 @@ def _folder_jobs(options: argparse.Namespace, needed: Sequence[str]) -> list[Job
     files = sorted(root.iterdir())
     texts = _by_stem(files, (".txt",)) if "prompt" in needed else {}
     pictures = _by_stem(files, SUFFIXES) if "image" in needed else {}
-    names = [n for n in pictures if not n.endswith(("_mask", "_example"))] if "image" in needed else list(texts)
+    leading = "image" if "image" in needed else "prompt"
+    names = [n for n in pictures if not n.endswith(("_mask", "_example"))] if leading == "image" else list(texts)
     if not names:
-        raise GenerateError(
-            f"--folder {options.folder} holds no {PARTS[needed[0]] if len(needed) == 1 else PARTS['image']}"
-        )
+        raise GenerateError(f"--folder {options.folder} holds no {PARTS[leading]}")
     jobs, missing = [], []
     for i, name in enumerate(names):
         found = {
@@ -382,10 +379,11 @@ def _is_made(job: Job, options: argparse.Namespace) -> bool:
     return (options.folder is not None or options.count > 1) and job.out.exists()
 
 
-def _check_made(jobs: Sequence[Job], options: argparse.Namespace) -> None:
-    """Raises GenerateError where pictures are there whose latents are wanted and are not."""
-    made = [job for job in jobs if _is_made(job, options)] if options.save_latents else []
-    if without := [job.out.name for job in made if not _latent_file(job, options).exists()]:
+def _check_latents(made: Collection[Job], options: argparse.Namespace) -> None:
+    """Raises GenerateError where latents of pictures that are there are wanted and missing."""
+    if not options.save_latents:
+        return
+    if without := sorted(job.out.name for job in made if not _latent_file(job, options).exists()):
         raise GenerateError(
             f"{options.out} has {without[0]} and {len(without) - 1} more without a latent in {options.save_latents}: "
             "name another --out, or remove them to make them again"

@@ -213,7 +213,7 @@ def check_condition(config: ModelConfig, name: str = "this model") -> None:
     """Raises InputError, which says `name`, unless the model can take a picture and a mask."""
     if not config.condition:
         raise InputError(
-            f"{name} has no condition branch (model.condition=False), so it cannot preserve pixels; "
+            f"{name} has no condition branch, so it cannot preserve pixels (model.condition=False); "
             "use a checkpoint of an asymmetric decoder"
         )
 

@@ -37,7 +37,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from asymvq_jax import images
-from asymvq_jax.commands import command
+from asymvq_jax.commands import INTERRUPTED, command
 from asymvq_jax.config import DataConfig
 from asymvq_jax.data.sources import SUFFIXES, TFDS, DataError, in_order, is_hidden, is_picture, visible_files
 from asymvq_jax.images import ImageError
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
     except KeyboardInterrupt:
         print("interrupted; the same command goes on after the last complete shard", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
 
 
