@@ -1,53 +1,8 @@
-"""Trains a model: python train.py --config configs/demo.py [--run.steps=1000 ...]. Starting again resumes.
+"""Trains a model: python train.py --config configs/demo.py [--run.steps=1000 ...], as `asymvq train` does."""
 
-On several hosts, start it on each: TPU pods, Slurm and Open MPI are recognised; elsewhere set JAX_COORDINATOR_ADDRESS
-(host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID (from 0) for each process.
-"""
-
-import argparse
-import logging
 import sys
 
-import jax
-
-from asymvq_jax import cluster
-from asymvq_jax.compilation import keep_compiled_programs
-from asymvq_jax.config import UserError, load_config
-from asymvq_jax.training.loop import EXIT_LOST_PEER, LostPeerError, NonFiniteError, train
-
-EXIT_CODES = {NonFiniteError: 1, UserError: 2, LostPeerError: EXIT_LOST_PEER}
-
-
-def main() -> int:
-    """Returns the exit code.
-
-    0 done, 1 diverged, 2 bad input or a place that cannot be written to, 75 stopped by SIGTERM and saved, 76 another
-    process has ended (134 where JAX notices that first, and aborts with a message of its own).
-    """
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="Any field of the config can be set: --group.field=v",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", required=True, help="a Python file in configs/")
-    arguments, overrides = parser.parse_known_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    logging.getLogger("jax").setLevel(logging.WARNING)
-    # Orbax and its event loop log the traceback of a failed write, and raise the error as well.
-    for library in ("absl", "asyncio"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
-    try:
-        config = load_config(arguments.config, overrides)
-        keep_compiled_programs()
-        cluster.join()
-        return train(config)
-    except tuple(EXIT_CODES) as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
-    if jax.distributed.is_initialized():
-        cluster.leave(code)
-    return code
-
+from asymvq_jax.commands.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,3 +1,7 @@
-"""asymvq-jax: the asymmetric VQGAN (arXiv 2306.04632) for JAX: training, evaluation, inference, conversion."""
+"""The asymmetric VQGAN for Stable Diffusion (arXiv 2306.04632) in JAX."""
+
+from asymvq_jax import former
 
 __version__ = "0.1.0"
+
+former.install()

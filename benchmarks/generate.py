@@ -18,14 +18,15 @@ import numpy as np
 from flax import nnx
 
 from asymvq_jax import inference
-from asymvq_jax.commands import command
-from asymvq_jax.compilation import keep_compiled_programs
-from asymvq_jax.config import DTYPES, ModelConfig, UserError
+from asymvq_jax.commands.entry import command
+from asymvq_jax.config import DTYPES, ModelConfig
 from asymvq_jax.convert.convert import read_model
+from asymvq_jax.devices.compilation import keep_compiled_programs
 from asymvq_jax.diffusion.pipeline import read_unet
 from asymvq_jax.diffusion.sampling import denoise
 from asymvq_jax.diffusion.schedulers import SchedulerConfig, make_solver
 from asymvq_jax.diffusion.unet import UNet, UNetConfig
+from asymvq_jax.errors import UserError
 from asymvq_jax.models.autoencoder import in_dtype, structure
 from asymvq_jax.models.parameters import merge, split
 from asymvq_jax.plan.counting import matmul_flops

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import cv2
 
-from asymvq_jax import images
-from asymvq_jax.commands import command
+from asymvq_jax.commands.entry import command
 from asymvq_jax.config import DataConfig
 from asymvq_jax.data.build import build
 from asymvq_jax.data.pipeline import training_batches
 from asymvq_jax.data.sources import open_source
+from asymvq_jax.files import images
 from benchmarks import contest
 
 # Width and height, px, of an average ImageNet picture.

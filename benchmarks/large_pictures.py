@@ -17,12 +17,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from asymvq_jax import inference, strips
-from asymvq_jax.checkpoints import load_model, save_model
-from asymvq_jax.commands import command
+from asymvq_jax import inference
+from asymvq_jax.commands.entry import command
 from asymvq_jax.config import load_config
+from asymvq_jax.inference import strips
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.blocks import Conv
+from asymvq_jax.models.checkpoints import load_model, save_model
 from benchmarks import contest, subjects
 
 

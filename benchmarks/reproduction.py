@@ -21,18 +21,19 @@ import cv2
 import jax
 import numpy as np
 
-from asymvq_jax import images, inference
-from asymvq_jax.checkpoints import load_model
-from asymvq_jax.commands import command
-from asymvq_jax.compilation import keep_compiled_programs
+from asymvq_jax import inference
+from asymvq_jax.commands.entry import command
 from asymvq_jax.config import Config, load_config
 from asymvq_jax.data.pipeline import Example, held_out
 from asymvq_jax.data.sources import list_pictures
-from asymvq_jax.evaluation import COLUMNS, GRID_ROWS, markdown
-from asymvq_jax.metrics.image import all_metrics
+from asymvq_jax.devices.compilation import keep_compiled_programs
+from asymvq_jax.evaluation.metrics.image import all_metrics
+from asymvq_jax.evaluation.rows import COLUMNS, GRID_ROWS, markdown
+from asymvq_jax.files import images
+from asymvq_jax.files.outputs import write_bytes
 from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.checkpoints import load_model
 from asymvq_jax.models.parameters import split
-from asymvq_jax.outputs import write_bytes
 from asymvq_jax.training.loop import train
 
 VANILLA = "vanilla"

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from asymvq_jax import images
-from asymvq_jax.commands import command
+from asymvq_jax.commands.entry import command
 from asymvq_jax.config import load_config
+from asymvq_jax.files import images
 from benchmarks import contest, subjects
 
 # What a server does with an exported decoder: JAX and numpy, nothing of this package.

@@ -10,12 +10,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from asymvq_jax import images, sharding
-from asymvq_jax.checkpoints import load_parameters
-from asymvq_jax.commands import command
-from asymvq_jax.compilation import keep_compiled_programs
+from asymvq_jax.commands.entry import command
 from asymvq_jax.config import Config, load_config
+from asymvq_jax.devices import sharding
+from asymvq_jax.devices.compilation import keep_compiled_programs
+from asymvq_jax.files import images
 from asymvq_jax.losses.lpips import load_lpips
+from asymvq_jax.models.checkpoints import load_parameters
 from asymvq_jax.models.parameters import split
 from asymvq_jax.plan.counting import matmul_flops
 from asymvq_jax.training.state import abstract_state, build_networks, create_state

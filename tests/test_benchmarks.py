@@ -9,10 +9,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from flax import nnx
 from oracles import TINY, relative_error
 
-from asymvq_jax import images
-from asymvq_jax.checkpoints import save_model
 from asymvq_jax.config import Config
+from asymvq_jax.files import images
 from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.checkpoints import save_model
 from benchmarks import contest, decode, generate, large_pictures, peers, reproduction, subjects
 
 

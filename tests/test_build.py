@@ -19,12 +19,13 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from asymvq_jax import images
-from asymvq_jax.config import DataConfig, UserError
+from asymvq_jax.commands.build_data import main
+from asymvq_jax.config import DataConfig
 from asymvq_jax.data import build as module
-from asymvq_jax.data.build import Pictures, build, check, main
-from asymvq_jax.data.sources import DataError, open_source
-from asymvq_jax.outputs import OutputError
+from asymvq_jax.data.build import Pictures, build, check
+from asymvq_jax.data.sources import open_source
+from asymvq_jax.errors import DataError, OutputError, UserError
+from asymvq_jax.files import images
 
 SUFFIXES = (".png", ".jpg", ".webp", ".bmp")
 # A picture of noise, or a few.

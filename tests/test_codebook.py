@@ -11,8 +11,8 @@ from diffusers.models.autoencoders.vae import VectorQuantizer
 from flax import nnx
 from oracles import nchw, nhwc
 
-from asymvq_jax import sharding
 from asymvq_jax.config import MeshConfig
+from asymvq_jax.devices import sharding
 from asymvq_jax.models import codebook as codebooks
 from asymvq_jax.models.codebook import Codebook, nearest_codes, usage
 

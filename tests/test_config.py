@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from asymvq_jax.config import Config, ConfigError, ModelConfig, RunConfig, from_dict, load_config, override, to_json
+from asymvq_jax.config import Config, ModelConfig, RunConfig, from_dict, load_config, override, to_json
+from asymvq_jax.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BASE = Config(run=RunConfig(init_from="somewhere"))

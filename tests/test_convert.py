@@ -13,13 +13,13 @@ from flax import nnx
 from oracles import TINY, asymmetric, nchw, nhwc, numpy_state, perturb_norms, relative_error
 from safetensors.numpy import load_file, save_file
 
-from asymvq_jax.checkpoints import load_model, save_model
+from asymvq_jax.commands.convert import main
 from asymvq_jax.config import ModelConfig
-from asymvq_jax.convert.__main__ import main
-from asymvq_jax.convert.convert import ConvertError, convert, read_model
-from asymvq_jax.convert.files import TensorFileError
+from asymvq_jax.convert.convert import convert, read_model
 from asymvq_jax.convert.mapping import dump_tensors
+from asymvq_jax.errors import ConvertError, TensorFileError
 from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.checkpoints import load_model, save_model
 from asymvq_jax.models.parameters import split
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -10,7 +10,8 @@ from PIL import Image
 
 from asymvq_jax.config import DataConfig
 from asymvq_jax.data.pipeline import ATTEMPTS, CorruptFiles, held_out, training_batches
-from asymvq_jax.data.sources import DataError, open_source
+from asymvq_jax.data.sources import open_source
+from asymvq_jax.errors import DataError
 
 
 def _folder(path, count: int = 12, corrupt: tuple[int, ...] = ()) -> str:

@@ -18,11 +18,13 @@ from flax import nnx
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
-from asymvq_jax import demo, images, inference
-from asymvq_jax.checkpoints import save_model
+from asymvq_jax import inference
+from asymvq_jax.commands import page as demo
+from asymvq_jax.commands.page import Decoded, compare, describe, load, main, read_painting
 from asymvq_jax.config import ModelConfig
-from asymvq_jax.demo import Decoded, compare, describe, load, main, read_painting
+from asymvq_jax.files import images
 from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.checkpoints import save_model
 from asymvq_jax.models.parameters import merge, split
 
 CONFIG = ModelConfig(encoder_channels=(32, 32, 32), decoder_channels=(32, 32, 32), encoder_blocks=1, decoder_blocks=1)

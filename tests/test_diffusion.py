@@ -16,11 +16,11 @@ from oracles import nchw, nhwc, perturb_norms, relative_error
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
 
-from asymvq_jax.convert.files import TensorFileError
 from asymvq_jax.diffusion import layers
-from asymvq_jax.diffusion.clip import CLIPError, read_image_config, read_text_config
-from asymvq_jax.diffusion.pipeline import PipelineError, read_image_encoder, read_text_encoder, read_unet
-from asymvq_jax.diffusion.unet import UNet, UNetConfig, UNetError, read_config
+from asymvq_jax.diffusion.clip import read_image_config, read_text_config
+from asymvq_jax.diffusion.pipeline import read_image_encoder, read_text_encoder, read_unet
+from asymvq_jax.diffusion.unet import UNet, UNetConfig, read_config
+from asymvq_jax.errors import CLIPError, PipelineError, TensorFileError, UNetError
 from asymvq_jax.models.parameters import split
 
 TOLERANCE = 1e-4

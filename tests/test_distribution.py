@@ -9,11 +9,11 @@ import torch
 from oracles import TorchInception, relative_error
 from scipy.linalg import sqrtm
 
-from asymvq_jax import images, sharding
+from asymvq_jax.commands.score import main
 from asymvq_jax.config import MeshConfig
-from asymvq_jax.metrics.__main__ import main
-from asymvq_jax.metrics.distribution import (
-    DistributionError,
+from asymvq_jax.devices import sharding
+from asymvq_jax.errors import DistributionError, InceptionError
+from asymvq_jax.evaluation.metrics.distribution import (
     Extractor,
     frechet_distance,
     inception_score,
@@ -22,7 +22,8 @@ from asymvq_jax.metrics.distribution import (
     save_statistics,
     statistics,
 )
-from asymvq_jax.metrics.inception import InceptionError, load_inception
+from asymvq_jax.evaluation.metrics.inception import load_inception
+from asymvq_jax.files import images
 
 
 @pytest.fixture(scope="module")

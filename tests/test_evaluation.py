@@ -13,11 +13,11 @@ from flax import nnx
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from asymvq_jax import images
-from asymvq_jax.checkpoints import save_model
 from asymvq_jax.config import ModelConfig
-from asymvq_jax.evaluation import (
-    EvaluationError,
+from asymvq_jax.errors import EvaluationError
+from asymvq_jax.evaluation.metrics.distribution import statistics
+from asymvq_jax.evaluation.metrics.image import all_metrics, boundary_band, boundary_error
+from asymvq_jax.evaluation.rows import (
     Pair,
     evaluate,
     evaluate_text,
@@ -28,10 +28,10 @@ from asymvq_jax.evaluation import (
     table,
     text_table,
 )
+from asymvq_jax.files import images
 from asymvq_jax.losses.lpips import load_lpips
-from asymvq_jax.metrics.distribution import statistics
-from asymvq_jax.metrics.image import all_metrics, boundary_band, boundary_error
 from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.checkpoints import save_model
 from asymvq_jax.models.parameters import merge, split
 
 ROOT = Path(__file__).parents[1]
@@ -228,7 +228,7 @@ def inception(monkeypatch):
         x = images.reshape(-1, 299, 299, 3)[:, :298, :298].reshape(-1, 2, 149, 2, 149, 3).mean((2, 4)).reshape(-1, 12)
         return x, x / 50
 
-    monkeypatch.setattr("asymvq_jax.metrics.distribution.inception", network)
+    monkeypatch.setattr("asymvq_jax.evaluation.metrics.distribution.inception", network)
     return {}
 
 

@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 from oracles import TINY
 
-from asymvq_jax.checkpoints import save_model
-from asymvq_jax.export import main
+from asymvq_jax.commands.export import main
 from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.checkpoints import save_model
 
 # `-I` keeps this folder off the path, so that the package cannot be imported by accident.
 SERVER = """

@@ -32,18 +32,21 @@ from test_processes import DEADLINE
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from asymvq_jax import evaluation, images, inference, sharding
-from asymvq_jax.checkpoints import save_model
+from asymvq_jax import inference
+from asymvq_jax.commands.generate import main
 from asymvq_jax.config import MeshConfig, ModelConfig
 from asymvq_jax.convert.convert import convert
-from asymvq_jax.convert.files import TensorFileError
 from asymvq_jax.convert.mapping import dump_tensors, to_torch
+from asymvq_jax.devices import sharding
 from asymvq_jax.diffusion import clip, mapping, sampling
-from asymvq_jax.diffusion.pipeline import PipelineError, describe, describe_checkpoint, load
-from asymvq_jax.diffusion.tokens import TokenizerError, read_tokenizer
+from asymvq_jax.diffusion.pipeline import describe, describe_checkpoint, load
+from asymvq_jax.diffusion.tokens import read_tokenizer
 from asymvq_jax.diffusion.unet import UNet, UNetConfig
-from asymvq_jax.generate import main
+from asymvq_jax.errors import PipelineError, TensorFileError, TokenizerError
+from asymvq_jax.evaluation import rows as evaluation
+from asymvq_jax.files import images
 from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.checkpoints import save_model
 from asymvq_jax.models.parameters import split
 
 # diffusers hands torch tensors to NumPy 2 in the old way (as of 0.42).
@@ -377,7 +380,7 @@ def test_what_fails_is_named_and_the_rest_is_made(pipelines, tmp_path, monkeypat
     def exhaust(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setattr("asymvq_jax.generate._make_batch", exhaust)
+    monkeypatch.setattr("asymvq_jax.commands.generate._make_batch", exhaust)
     assert run(*options) == 2
     assert "b: 2 at once of 32 x 32 px need more memory than the devices have" in capsys.readouterr().err
 
@@ -386,7 +389,7 @@ def test_ctrl_c_is_no_traceback(pipelines, tmp_path, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("asymvq_jax.generate.load", interrupt)
+    monkeypatch.setattr("asymvq_jax.commands.generate.load", interrupt)
     options = ("text", pipelines.root / "text", "--prompt", "a fox")
     for target, message in (
         (("--out", tmp_path / "o.png"), "interrupted"),
@@ -601,7 +604,7 @@ def set_json(file, **values):
 )
 def test_pipelines_that_cannot_do_the_task(pipelines, tmp_path, monkeypatch, capsys, task, change, message):
     """Before any weight is read."""
-    monkeypatch.setattr("asymvq_jax.generate.load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("asymvq_jax.commands.generate.load", lambda *_: pytest.fail("weights were read"))
     image, mask = picture_and_mask((32, 32))
     images.write(tmp_path / "image.png", image[0])
     images.write(tmp_path / "mask.png", mask[0].repeat(3, -1) * 255)
@@ -616,7 +619,7 @@ def test_pipelines_that_cannot_do_the_task(pipelines, tmp_path, monkeypatch, cap
 
 
 def test_bad_input(pipelines, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("asymvq_jax.generate.load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("asymvq_jax.commands.generate.load", lambda *_: pytest.fail("weights were read"))
     image, mask = picture_and_mask((32, 32))
     images.write(tmp_path / "image.png", image[0])
     images.write(tmp_path / "mask.png", mask[0, :24].repeat(3, -1) * 255)
@@ -680,7 +683,7 @@ def test_arrays_that_do_not_fit(pipelines):
 
 
 def test_decoders_that_cannot_do_the_task(pipelines, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("asymvq_jax.generate.load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("asymvq_jax.commands.generate.load", lambda *_: pytest.fail("weights were read"))
     other = dataclasses.replace(AUTOENCODER, scaling_factor=0.5)
     save_model(tmp_path / "other", Autoencoder(other, rngs=nnx.Rngs(0)))
     plain = dataclasses.replace(AUTOENCODER, condition=False)

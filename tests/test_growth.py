@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 from oracles import relative_error
 
-from asymvq_jax.config import Config, ConfigError, ModelConfig, RunConfig
+from asymvq_jax.config import Config, ModelConfig, RunConfig
+from asymvq_jax.errors import ConfigError
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.growth import grow_decoder
 from asymvq_jax.models.parameters import merge, split

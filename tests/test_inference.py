@@ -9,14 +9,15 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from asymvq_jax import images, inference
-from asymvq_jax.checkpoints import load_model, save_model
+from asymvq_jax import inference
+from asymvq_jax.commands.inpaint import main
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.convert.convert import convert
-from asymvq_jax.inference import InputError, decode, encode, inpaint, paste, read_latent
-from asymvq_jax.inpaint import main
+from asymvq_jax.errors import InputError, OutputError
+from asymvq_jax.files import images
+from asymvq_jax.inference.whole import decode, encode, inpaint, paste, read_latent
 from asymvq_jax.models.autoencoder import Autoencoder
-from asymvq_jax.outputs import OutputError
+from asymvq_jax.models.checkpoints import load_model, save_model
 
 CONFIG = ModelConfig(encoder_channels=(32, 32, 32), decoder_channels=(32, 32, 32), encoder_blocks=1, decoder_blocks=1)
 

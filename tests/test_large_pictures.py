@@ -6,12 +6,15 @@ import pytest
 from flax import nnx
 from oracles import TINY, relative_error
 
-from asymvq_jax import images, inference, inpaint, sharding
-from asymvq_jax.checkpoints import save_model
+from asymvq_jax import inference
+from asymvq_jax.commands import inpaint
+from asymvq_jax.devices import sharding
+from asymvq_jax.files import images
+from asymvq_jax.inference.strips import decode_in_strips, encode_in_strips
 from asymvq_jax.models import blocks
 from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.checkpoints import save_model
 from asymvq_jax.plan.counting import collectives
-from asymvq_jax.strips import decode_in_strips, encode_in_strips
 
 
 @pytest.fixture(scope="module")

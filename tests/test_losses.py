@@ -8,7 +8,7 @@ import torch
 from oracles import TorchLPIPS, nchw, relative_error
 from safetensors.numpy import save_file
 
-from asymvq_jax.config import UserError
+from asymvq_jax.errors import UserError
 from asymvq_jax.losses.adversarial import adaptive_weight, discriminator_hinge, generator_term
 from asymvq_jax.losses.lpips import _TORCHVISION, load_lpips
 from asymvq_jax.losses.reconstruction import reconstruction_loss

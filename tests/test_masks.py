@@ -10,23 +10,16 @@ import torch
 from oracles import asymmetric, nchw, nhwc, numpy_state
 from PIL import Image
 
-from asymvq_jax import images, inpaint
-from asymvq_jax.checkpoints import save_model
-from asymvq_jax.config import (
-    MASK_PRESETS,
-    Config,
-    ConfigError,
-    DataConfig,
-    MaskConfig,
-    ModelConfig,
-    RunConfig,
-    override,
-)
+from asymvq_jax.commands import inpaint
+from asymvq_jax.commands import masks as draw_masks
+from asymvq_jax.config import MASK_PRESETS, Config, DataConfig, MaskConfig, ModelConfig, RunConfig, override
 from asymvq_jax.convert.mapping import model_from_tensors
 from asymvq_jax.data import masks
 from asymvq_jax.data.masks import find_files, random_mask
 from asymvq_jax.data.pipeline import held_out, training_batches
-from asymvq_jax.data.sources import DataError
+from asymvq_jax.errors import ConfigError, DataError
+from asymvq_jax.files import images
+from asymvq_jax.models.checkpoints import save_model
 
 NONE = dict.fromkeys(MaskConfig().weights, 0.0)
 KINDS = ("strokes", "boxes", "squares", "superres", "outpainting")
@@ -373,9 +366,9 @@ def test_inpainting_with_a_soft_mask_equals_diffusers(tmp_path):
 
 
 def test_the_command_draws_samples(tmp_path, capsys):
-    assert masks.main([str(tmp_path / "masks.png")]) == 0
+    assert draw_masks.main([str(tmp_path / "masks.png")]) == 0
     drawn = images.read(tmp_path / "masks.png")
     assert drawn.shape == (540, 9 * 132 - 4, 3)
     assert set(np.unique(drawn[16:])) == {0, 200, 255}
-    assert masks.main([str(tmp_path / "masks.txt")]) == 2
+    assert draw_masks.main([str(tmp_path / "masks.txt")]) == 2
     assert capsys.readouterr().err.startswith("error: ")

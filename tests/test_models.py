@@ -11,9 +11,9 @@ import torch
 from flax import nnx
 from oracles import SIZES, TINY, asymmetric, nchw, nhwc, numpy_state, perturb_norms, relative_error
 
-from asymvq_jax import sharding
 from asymvq_jax.config import MeshConfig, ModelConfig
 from asymvq_jax.convert.mapping import model_from_tensors
+from asymvq_jax.devices import sharding
 from asymvq_jax.models import blocks
 from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.parameters import merge, split

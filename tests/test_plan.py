@@ -10,12 +10,12 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from asymvq_jax import sharding
 from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, RunConfig
+from asymvq_jax.devices import sharding
 from asymvq_jax.diffusion import layers
 from asymvq_jax.diffusion.unet import UNet, UNetConfig
 from asymvq_jax.diffusion.unet import read_config as read_unet_config
-from asymvq_jax.inference import InputError
+from asymvq_jax.errors import InputError
 from asymvq_jax.models.parameters import merge, split
 from asymvq_jax.plan import __main__ as command
 from asymvq_jax.plan import table

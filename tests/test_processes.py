@@ -18,10 +18,12 @@ import pytest
 from flax import nnx
 from test_training import MODEL, ROOT
 
-from asymvq_jax import cluster, images
-from asymvq_jax.checkpoints import load_parameters, save_model
-from asymvq_jax.config import Config, ConfigError, DataConfig, LossConfig, MeshConfig, OptimizerConfig, RunConfig
+from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, OptimizerConfig, RunConfig
+from asymvq_jax.devices import cluster
+from asymvq_jax.errors import ConfigError
+from asymvq_jax.files import images
 from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.checkpoints import load_parameters, save_model
 from asymvq_jax.training.loop import EXIT_LOST_PEER, EXIT_PREEMPTED, train
 
 DEADLINE = 300

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from asymvq_jax.diffusion.schedulers import CLASSES, SchedulerError, Solver, advance, begin, make_solver, read_config
+from asymvq_jax.diffusion.schedulers import CLASSES, Solver, advance, begin, make_solver, read_config
+from asymvq_jax.errors import SchedulerError
 
 # diffusers hands torch tensors to NumPy 2 in the old way (as of 0.42).
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

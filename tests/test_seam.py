@@ -7,13 +7,10 @@ import pytest
 from flax import nnx
 from skimage.color import deltaE_ciede2000, rgb2lab
 
-from asymvq_jax import images
 from asymvq_jax.config import ModelConfig
-from asymvq_jax.evaluation import Pair, hard_paste
-from asymvq_jax.metrics.seam import CELL, Contour, join
-from asymvq_jax.models.autoencoder import Autoencoder
-from asymvq_jax.models.parameters import merge, split
-from asymvq_jax.seam import (
+from asymvq_jax.evaluation.metrics.seam import CELL, Contour, join
+from asymvq_jax.evaluation.rows import Pair, hard_paste
+from asymvq_jax.evaluation.seam import (
     BLURS,
     DRIFT_COLUMNS,
     LATENTS,
@@ -27,6 +24,9 @@ from asymvq_jax.seam import (
     plot,
     seam_table,
 )
+from asymvq_jax.files import images
+from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.parameters import merge, split
 
 CONFIG = ModelConfig(encoder_channels=(32, 32), decoder_channels=(32, 32), encoder_blocks=1, decoder_blocks=1)
 

@@ -14,9 +14,10 @@ from flax import nnx
 from oracles import TINY, TorchLPIPS, TorchPatchGAN, asymmetric, nchw, numpy_state, perturb_norms
 from torch.nn import functional as F
 
-from asymvq_jax import sharding
-from asymvq_jax.config import Config, ConfigError, DataConfig, LossConfig, MeshConfig, OptimizerConfig, RunConfig
+from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, OptimizerConfig, RunConfig
 from asymvq_jax.convert.mapping import from_torch, model_from_tensors, weights
+from asymvq_jax.devices import sharding
+from asymvq_jax.errors import ConfigError
 from asymvq_jax.losses.lpips import load_lpips
 from asymvq_jax.models.parameters import split
 from asymvq_jax.training import state as states

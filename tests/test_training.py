@@ -15,20 +15,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from asymvq_jax import images
-from asymvq_jax.checkpoints import CheckpointError, load_model, load_parameters, save_model
-from asymvq_jax.config import (
-    Config,
-    ConfigError,
-    DataConfig,
-    LossConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-)
+from asymvq_jax.commands import train as command
+from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
+from asymvq_jax.errors import CheckpointError, ConfigError, NonFiniteError
+from asymvq_jax.files import images
 from asymvq_jax.models.autoencoder import Autoencoder
-from asymvq_jax.training.loop import EXIT_PREEMPTED, NonFiniteError, Run, train
+from asymvq_jax.models.checkpoints import load_model, load_parameters, save_model
+from asymvq_jax.training.loop import EXIT_PREEMPTED, Run, train
 
 ROOT = Path(__file__).parents[1]
 MODEL = ModelConfig(encoder_channels=(32, 32), decoder_channels=(32, 32), encoder_blocks=1, decoder_blocks=1)
@@ -195,9 +188,6 @@ def test_killed_runs_resume_to_identical_parameters(first):
     ],
 )
 def test_bad_input_ends_before_training_with_one_line(first, tmp_path, overrides, message, capsys, monkeypatch):
-    sys.path.insert(0, str(ROOT))
-    import train as command
-
     (tmp_path / "file").write_text("")
     overrides = [o.format(file=tmp_path / "file") for o in overrides]
     monkeypatch.setattr(sys, "argv", _command(first, "bad", *overrides)[1:])

@@ -14,16 +14,18 @@ import torch
 from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, VQModel
 from oracles import nchw, nhwc, numpy_state, perturb_norms, relative_error
 
-from asymvq_jax import inference, sharding
-from asymvq_jax.checkpoints import load_model, save_model
+from asymvq_jax import inference
+from asymvq_jax.commands.convert import main
 from asymvq_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig, RunConfig, load_config
-from asymvq_jax.convert.__main__ import main
-from asymvq_jax.convert.convert import ConvertError, config_to_diffusers, convert, diffusers_to_config, read_model
+from asymvq_jax.convert.convert import config_to_diffusers, convert, diffusers_to_config, read_model
 from asymvq_jax.convert.mapping import weights
-from asymvq_jax.export import export_decoder
+from asymvq_jax.devices import sharding
+from asymvq_jax.errors import ConvertError
+from asymvq_jax.inference.export import export_decoder
+from asymvq_jax.inference.strips import decode_in_strips, encode_in_strips
 from asymvq_jax.models.autoencoder import Autoencoder, structure
+from asymvq_jax.models.checkpoints import load_model, save_model
 from asymvq_jax.models.parameters import merge, split
-from asymvq_jax.strips import decode_in_strips, encode_in_strips
 from asymvq_jax.training.state import build_networks, create_state, starting_parameters
 from asymvq_jax.training.step import train_step
 

@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from asymvq_jax.checkpoints import CheckpointError, find_step, load_model, save_model
-from asymvq_jax.config import ModelConfig, UserError
-from asymvq_jax.convert.files import misfits, read_folder, read_json, read_tensors, write_tensors
+from asymvq_jax.config import ModelConfig
 from asymvq_jax.convert.mapping import OLD_ATTENTION, Format, dump_tensors, model_from_tensors, weights
+from asymvq_jax.errors import CheckpointError, ConvertError
+from asymvq_jax.files.weights import misfits, read_folder, read_json, read_tensors, write_tensors
 from asymvq_jax.models.autoencoder import Autoencoder, in_dtype
+from asymvq_jax.models.checkpoints import find_step, load_model, save_model
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +29,6 @@ PREFIX = "first_stage_model."
 LDM_UNUSED = ("loss.", "decoder.up_layers.", "model_ema.")
 WEIGHTS = "diffusion_pytorch_model"
 KINDS = ("AsymmetricAutoencoderKL", "AutoencoderKL", "VQModel")
-
-
-class ConvertError(UserError):
-    """Weights that cannot be converted; the message lists every tensor or field at fault."""
 
 
 def convert(

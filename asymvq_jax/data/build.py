@@ -8,7 +8,6 @@ shard. python -m asymvq_jax.data.build TARGET --name my_photos --check reads eve
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import gzip
 import hashlib
@@ -36,12 +35,11 @@ from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
-from asymvq_jax import images
-from asymvq_jax.commands import INTERRUPTED, command
 from asymvq_jax.config import DataConfig
-from asymvq_jax.data.sources import SUFFIXES, TFDS, DataError, in_order, is_hidden, is_picture, visible_files
-from asymvq_jax.images import ImageError
-from asymvq_jax.outputs import OutputError, try_out, write_bytes, writing
+from asymvq_jax.data.sources import SUFFIXES, TFDS, in_order, is_hidden, is_picture, visible_files
+from asymvq_jax.errors import DataError, ImageError, OutputError, TooSmallError
+from asymvq_jax.files import images
+from asymvq_jax.files.outputs import try_out, write_bytes, writing
 
 VERSION = "1.0.0"
 MANIFESTS = "manifests"
@@ -50,41 +48,6 @@ SERIALIZER = tfds.core.ExampleSerializer(FEATURES.get_serialized_info())
 # First bytes of the formats that TFDS's Image feature decodes to three axes: JPEG and PNG.
 KEPT_FORMATS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 GZIP = b"\x1f\x8b"
-
-
-@command
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after an error message, or 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m asymvq_jax.data.build", description=__doc__)
-    parser.add_argument("source", nargs="?", help="pictures: a directory tree, a .tar or a .tar.gz")
-    parser.add_argument("target", help="the data_dir in which the data set lies or is to lie")
-    parser.add_argument("--name", required=True, help="of the data set: lower-case letters, digits and underscores")
-    parser.add_argument("--check", action="store_true", help="verify the data set in TARGET; takes no SOURCE")
-    parser.add_argument("--min-side", type=int, default=0, help="leave out pictures whose shorter side is below this")
-    parser.add_argument("--held-out", type=float, default=0.02, help="share of the pictures for the validation split")
-    parser.add_argument("--eval", help="pictures for the validation split; then none of SOURCE are held out")
-    parser.add_argument("--shard-mib", type=float, default=256, help="about the size of a shard, MiB")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that read and decode")
-    options = parser.parse_intermixed_args(arguments)
-    if options.check == (options.source is not None):
-        parser.error("expected SOURCE and TARGET, or TARGET and --check")
-    try:
-        if options.check:
-            check(options.target, options.name, workers=options.workers)
-        else:
-            build(
-                options.source,
-                options.target,
-                options.name,
-                held_out=options.eval or options.held_out,
-                min_side=options.min_side,
-                shard_mib=options.shard_mib,
-                workers=options.workers,
-            )
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the last complete shard", file=sys.stderr)
-        return INTERRUPTED
-    return 0
 
 
 def build(
@@ -472,10 +435,6 @@ def _check_room(directory: Path, shards: Sequence[_Shard]) -> None:
         )
 
 
-class TooSmallError(ImageError):
-    """A picture whose shorter side is below the minimum."""
-
-
 def _record(picture: Picture, min_side: int) -> bytes:
     """The serialised record; raises ImageError where the picture is to be left out."""
     try:
@@ -607,4 +566,7 @@ def _use(source: TFDS, min_side: int, index: int) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # The former spelling of a command, for one release.
+    from asymvq_jax.former import run
+
+    run("commands.build_data")

@@ -5,20 +5,16 @@ python -m asymvq_jax.data.masks docs/masks.png draws samples.
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Iterator, Sequence
 
 import cv2
 import numpy as np
 from etils import epath
 
-from asymvq_jax import images
-from asymvq_jax.commands import command
 from asymvq_jax.config import MASK_PRESETS, MaskConfig
 from asymvq_jax.data.sources import list_pictures
-from asymvq_jax.outputs import check_writable
+from asymvq_jax.files import images
 
 # LaMa's shortest segment and thinnest brush, px at the configuration's resolution.
 MIN_LENGTH, MIN_WIDTH = 10, 5
@@ -169,16 +165,8 @@ def samples() -> np.ndarray:
     return images.grid(columns)
 
 
-@command
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after an error message."""
-    parser = argparse.ArgumentParser(prog="python -m asymvq_jax.data.masks", description="Draws samples of the masks.")
-    parser.add_argument("out", help="the picture: .png, .jpg or .webp")
-    options = parser.parse_args(arguments)
-    check_writable(options.out, images.FORMATS)
-    images.write(options.out, samples())
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    # The former spelling of a command, for one release.
+    from asymvq_jax.former import run
+
+    run("commands.masks")

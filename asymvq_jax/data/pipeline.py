@@ -15,8 +15,8 @@ from etils import epath
 
 from asymvq_jax.config import DataConfig, MaskConfig
 from asymvq_jax.data.masks import find_files, random_mask
-from asymvq_jax.data.sources import DataError, Source, open_source
-from asymvq_jax.images import ImageError
+from asymvq_jax.data.sources import Source, open_source
+from asymvq_jax.errors import DataError, ImageError
 
 log = logging.getLogger(__name__)
 

@@ -13,16 +13,13 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from etils import epath
 
-from asymvq_jax import images
-from asymvq_jax.config import DataConfig, UserError
+from asymvq_jax.config import DataConfig
+from asymvq_jax.errors import DataError
+from asymvq_jax.files import images
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class DataError(UserError):
-    """Data that is missing, empty or too often corrupt; the message names the path and the remedy."""
 
 
 class Source(Protocol):

@@ -13,13 +13,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from PIL import Image
 
-from asymvq_jax.config import UserError
 from asymvq_jax.diffusion.layers import ACTIVATIONS, FeedForward, LayerNorm, MultiHeadAttention, linear
+from asymvq_jax.errors import CLIPError
 from asymvq_jax.models.blocks import Conv
-
-
-class CLIPError(UserError):
-    """An encoder of a kind that we do not have; the message names the fields."""
 
 
 @dataclass(frozen=True)

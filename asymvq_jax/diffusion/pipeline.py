@@ -17,15 +17,16 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from asymvq_jax import inference
-from asymvq_jax.config import ModelConfig, UserError
+from asymvq_jax.config import ModelConfig
 from asymvq_jax.convert.convert import diffusers_to_config, ldm_model, ldm_to_config, read_model
-from asymvq_jax.convert.files import PICKLES, misfits, read_folder, read_json, read_shapes, read_tensors, weight_files
 from asymvq_jax.convert.mapping import Weight, from_torch
 from asymvq_jax.diffusion import clip, mapping, schedulers, unet
 from asymvq_jax.diffusion.clip import ImageConfig, ImageEncoder, TextConfig, TextEncoder, TransformerConfig
 from asymvq_jax.diffusion.schedulers import Kind, SchedulerConfig
 from asymvq_jax.diffusion.tokens import Tokenizer, read_tokenizer
 from asymvq_jax.diffusion.unet import UNet, UNetConfig
+from asymvq_jax.errors import PipelineError
+from asymvq_jax.files.weights import PICKLES, misfits, read_folder, read_json, read_shapes, read_tensors, weight_files
 from asymvq_jax.models.autoencoder import Autoencoder, in_dtype
 from asymvq_jax.models.parameters import merge, split
 
@@ -42,10 +43,6 @@ PARTS: dict[Task, tuple[str, ...]] = {
     "edit": ("image_encoder/config.json",),
 }
 COMMON_PARTS = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
-
-
-class PipelineError(UserError):
-    """A folder or file that is no pipeline for the task; the message names the part and what was expected."""
 
 
 @dataclass(frozen=True)

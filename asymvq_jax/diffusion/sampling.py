@@ -11,18 +11,17 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from asymvq_jax import images, inference, sharding
-from asymvq_jax.config import ModelConfig, UserError
+from asymvq_jax import inference
+from asymvq_jax.config import ModelConfig
+from asymvq_jax.devices import sharding
 from asymvq_jax.diffusion.clip import ImageEncoder, TextEncoder, prepare_example
 from asymvq_jax.diffusion.pipeline import Pipeline, Task
 from asymvq_jax.diffusion.schedulers import History, Solver, advance, begin, make_solver
 from asymvq_jax.diffusion.unet import UNet, UNetConfig
+from asymvq_jax.errors import SamplingError
+from asymvq_jax.files import images
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.parameters import Params, merge, split
-
-
-class SamplingError(UserError):
-    """What is asked for does not fit the pipeline; the message gives the sizes."""
 
 
 @partial(nnx.jit, static_argnames="mesh")

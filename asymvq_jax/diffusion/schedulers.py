@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from asymvq_jax.config import UserError
+from asymvq_jax.errors import SchedulerError
 
 Kind = Literal["ddim", "pndm", "dpm++"]
 # diffusers' class of each kind, and the values that its scheduler_config.json has where it says nothing.
@@ -55,10 +55,6 @@ CHOICES = {
     "timestep_spacing": ("leading", "linspace", "trailing"),
     "final_sigmas_type": ("zero", "sigma_min"),
 }
-
-
-class SchedulerError(UserError):
-    """A scheduler that we do not have; the message names the field and what there is."""
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from asymvq_jax.config import UserError
 from asymvq_jax.diffusion.clip import TextConfig
+from asymvq_jax.errors import TokenizerError
 
 log = logging.getLogger(__name__)
-
-
-class TokenizerError(UserError):
-    """A folder that is no tokenizer, or one of another model."""
 
 
 class Tokenizer:

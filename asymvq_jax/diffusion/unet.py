@@ -11,13 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from asymvq_jax.config import UserError
 from asymvq_jax.diffusion.layers import FeedForward, LayerNorm, MultiHeadAttention, linear
+from asymvq_jax.errors import UNetError
 from asymvq_jax.models.blocks import Conv, GroupNorm, UpsampleConv
-
-
-class UNetError(UserError):
-    """A UNet of a kind that we do not have; the message names the fields."""
 
 
 @dataclass(frozen=True)

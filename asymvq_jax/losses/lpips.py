@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from asymvq_jax.config import UserError
-from asymvq_jax.convert.files import read_tensors
+from asymvq_jax.errors import UserError
+from asymvq_jax.files.weights import read_tensors
 from asymvq_jax.models.blocks import Conv
 from asymvq_jax.models.parameters import Params, merge, split
 

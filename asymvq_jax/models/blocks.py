@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from asymvq_jax.sharding import activation_ways, constrain_activation, gather_kernel, gather_rows, height_ways
+from asymvq_jax.devices.sharding import activation_ways, constrain_activation, gather_kernel, gather_rows, height_ways
 
 # The reference's initialisation: uniform in ±1/sqrt(fan_in).
 _uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")

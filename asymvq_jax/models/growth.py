@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from asymvq_jax.config import ConfigError, ModelConfig
+from asymvq_jax.config import ModelConfig
+from asymvq_jax.errors import ConfigError
 from asymvq_jax.models.autoencoder import structure
 from asymvq_jax.models.parameters import Params
 

@@ -12,13 +12,9 @@ from importlib import metadata, util
 import jax
 from jax.experimental import topologies
 
-from asymvq_jax.config import UserError
+from asymvq_jax.errors import TopologyError
 
 GIB = 2**30
-
-
-class TopologyError(UserError):
-    """A topology that does not exist or cannot be compiled for; the message lists what is known."""
 
 
 @dataclass(frozen=True)

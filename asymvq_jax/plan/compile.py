@@ -21,16 +21,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from asymvq_jax import sharding
 from asymvq_jax.config import Config, MeshConfig
+from asymvq_jax.devices import sharding
 from asymvq_jax.diffusion.sampling import denoise
 from asymvq_jax.diffusion.schedulers import SchedulerConfig, make_solver
 from asymvq_jax.diffusion.unet import UNet, UNetConfig
-from asymvq_jax.inference import InputError
+from asymvq_jax.errors import InputError
+from asymvq_jax.files.outputs import write_bytes
 from asymvq_jax.losses.lpips import LPIPS
 from asymvq_jax.models.autoencoder import structure
 from asymvq_jax.models.parameters import Params, merge, split
-from asymvq_jax.outputs import write_bytes
 from asymvq_jax.plan.chips import Target
 from asymvq_jax.plan.counting import Collective, collectives, matmul_flops
 from asymvq_jax.training.state import TrainState, abstract_state, build_networks

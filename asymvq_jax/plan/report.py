@@ -6,8 +6,8 @@ import dataclasses
 import math
 from typing import Any
 
-from asymvq_jax import sharding
 from asymvq_jax.config import Config
+from asymvq_jax.devices import sharding
 from asymvq_jax.plan.chips import GIB, Target, roofline
 from asymvq_jax.plan.compile import Program, ways
 

@@ -11,8 +11,8 @@ from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from asymvq_jax import images
-from asymvq_jax.outputs import write_bytes, writing
+from asymvq_jax.files import images
+from asymvq_jax.files.outputs import write_bytes, writing
 
 log = logging.getLogger(__name__)
 

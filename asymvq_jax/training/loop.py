@@ -18,14 +18,17 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from asymvq_jax import checkpoints, images, sharding
-from asymvq_jax.checkpoints import RunCheckpoints
-from asymvq_jax.config import Config, ConfigError, to_json
+from asymvq_jax.config import Config, to_json
 from asymvq_jax.data import pipeline
 from asymvq_jax.data.sources import open_source
+from asymvq_jax.devices import sharding
+from asymvq_jax.errors import ConfigError, LostPeerError, NonFiniteError
+from asymvq_jax.files import images
 from asymvq_jax.losses.lpips import load_lpips
 from asymvq_jax.models.autoencoder import Autoencoder, structure
+from asymvq_jax.models.checkpoints import load_parameters
 from asymvq_jax.models.parameters import Params, merge, split
+from asymvq_jax.training.checkpoints import RunCheckpoints
 from asymvq_jax.training.logs import RunLog
 from asymvq_jax.training.state import (
     TrainState,
@@ -44,14 +47,6 @@ EXIT_PREEMPTED = 75
 # "Remote error": another process of the run has ended; the run resumes when all of them are started again.
 EXIT_LOST_PEER = 76
 PICTURES = 8
-
-
-class NonFiniteError(RuntimeError):
-    """A metric became NaN or infinite; the message names the step and the checkpoint to go back to."""
-
-
-class LostPeerError(RuntimeError):
-    """A computation of several processes failed, most often because one of them has ended."""
 
 
 def train(config: Config) -> int:
@@ -99,7 +94,7 @@ class Run:
         self.batches = pipeline.training_batches(config.data, config.run.seed, process_index=part, process_count=parts)
         self.held_out = self._held_out()
         self.saved = RunCheckpoints(config)
-        initial = checkpoints.load_parameters(config.run.init_from) if config.run.init_from else None
+        initial = load_parameters(config.run.init_from) if config.run.init_from else None
 
         self.networks = build_networks(config)
         self.perceptual: Params = {}

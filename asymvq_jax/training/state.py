@@ -13,8 +13,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from asymvq_jax import sharding
-from asymvq_jax.config import Config, ConfigError, ModelConfig
+from asymvq_jax.config import Config, ModelConfig
+from asymvq_jax.devices import sharding
+from asymvq_jax.errors import ConfigError
 from asymvq_jax.losses.lpips import LPIPS
 from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.discriminator import BatchStat, Discriminator

@@ -17,13 +17,13 @@ import optax
 from jax.sharding import Mesh
 
 from asymvq_jax.config import Config
-from asymvq_jax.images import to_float
+from asymvq_jax.devices.sharding import constrain_activation, replicated
+from asymvq_jax.files.images import to_float
 from asymvq_jax.losses.adversarial import adaptive_weight, discriminator_hinge, generator_term
 from asymvq_jax.losses.reconstruction import reconstruction_loss
 from asymvq_jax.models.codebook import usage
 from asymvq_jax.models.discriminator import BatchStat
 from asymvq_jax.models.parameters import Params, merge, state_of
-from asymvq_jax.sharding import constrain_activation, replicated
 from asymvq_jax.training.state import Networks, TrainState
 
 Metrics = dict[str, jax.Array]

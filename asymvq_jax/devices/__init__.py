@@ -1,0 +1,1 @@
+"""Devices and processes: the mesh and its rules, the other hosts, the compilation cache."""

@@ -1,0 +1,130 @@
+"""The other processes of a command that is started on several hosts: working with them, or beside them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import sys
+import threading
+
+import jax
+
+from asymvq_jax.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+# How many processes a launcher has started, which of them this is, and which on its host.
+LAUNCHERS = (
+    # First, for mpirun may have been started by Slurm.
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    # Of a step: an interactive allocation has more tasks than this one process.
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+)
+# The others have to be started within this time, s.
+JOIN_TIMEOUT = 300
+# A process that has sent no sign of life for so long is taken for dead, and the others end: longer than a machine that
+# is short of memory or being migrated stalls.
+HEARTBEAT_TIMEOUT = 60
+# At the end the others wait so long for process 0, which completes the last checkpoint.
+SHUTDOWN_TIMEOUT = 300
+
+
+def join() -> None:
+    """Joins the other processes, with which this one computes; alone where there are none.
+
+    TPU pods, Slurm and Open MPI are recognised; elsewhere JAX_COORDINATOR_ADDRESS (host:port of process 0),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID name them.
+
+    Raises:
+        ConfigError: the environment names other processes, but not all that it takes to find them, or a port that is
+            not free.
+    """
+    told = _told()
+    explicit = {}
+    try:
+        if len(told) == 3:
+            # JAX itself reads the address only.
+            explicit = {"num_processes": int(told[COUNT]), "process_id": int(told[INDEX])}
+            explicit["cluster_detection_method"] = "deactivate"
+            _check_port(told[ADDRESS], first=explicit["process_id"] == 0)
+            log.info("waiting at %s for all %s processes, up to %d s", told[ADDRESS], told[COUNT], JOIN_TIMEOUT)
+        jax.distributed.initialize(
+            initialization_timeout=JOIN_TIMEOUT,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+            shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
+            **explicit,
+        )
+    except (ValueError, OSError) as error:
+        if told:
+            raise ConfigError(
+                f"cannot find the other processes: {error} Set {ADDRESS}, {COUNT}, {INDEX}; got {told}"
+            ) from None
+        if "coordinator_address" not in str(error):
+            raise
+        if (count := next((n for name, *_ in LAUNCHERS if (n := os.environ.get(name, "1")) != "1"), None)) is not None:
+            # They would all write the same run.
+            raise ConfigError(
+                f"there are {count} processes, which JAX cannot find: set {ADDRESS}, {COUNT} and {INDEX}"
+            ) from None
+
+
+def _told() -> dict[str, str]:
+    return {name: os.environ[name] for name in (ADDRESS, COUNT, INDEX) if name in os.environ}
+
+
+def _check_port(address: str, *, first: bool) -> None:
+    """Raises where JAX would crash: ValueError for an address without port, OSError where the first cannot have it."""
+    # Where process 0 listens, if not there.
+    bound = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", address)
+    for text in (address, bound):
+        if not re.fullmatch(r".+:\d+", text) or int(text.rpartition(":")[2]) > 65535:
+            raise ValueError(f"{text!r} is not host:port.")
+    if first:
+        port = int(bound.rpartition(":")[2])
+        try:
+            socket.create_server(("", port)).close()
+        except OSError as error:
+            raise OSError(f"port {port} of this machine, process 0, cannot be listened at ({error}).") from None
+
+
+def share() -> tuple[int, int]:
+    """Which part of the work is this process's, where several processes are started that need nothing of each other.
+
+    Nothing connects them: each may end, fail, or be started again without the others. JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID say it, or Slurm or Open MPI, under which JAX gives each process one GPU; TPUs of a pod know of their
+    hosts.
+
+    Returns:
+        This process's index and their number; (0, 1) alone.
+
+    Raises:
+        ConfigError: the environment says only a part of it.
+    """
+    launcher = next((names for names in ((COUNT, INDEX, ""), *LAUNCHERS) if {*names[:2]} <= os.environ.keys()), None)
+    if launcher is None:
+        if told := _told():
+            raise ConfigError(f"which share of the work is this process's? Set {COUNT} and {INDEX}; got {told}")
+        # libtpu counts the hosts of a pod; elsewhere this is (0, 1).
+        return jax.process_index(), jax.process_count()
+    count, index, local = (os.environ.get(name) for name in launcher)
+    if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
+        names = " and ".join(launcher[:2])
+        raise ConfigError(f"{names} are {count!r} and {index!r}: expected a number and an index from 0 to below it")
+    if local is not None:
+        # As jax.distributed.initialize does.
+        for kind in ("cuda", "rocm"):
+            jax.config.update(f"jax_{kind}_visible_devices", os.environ.get("JAX_LOCAL_DEVICE_IDS", local))
+    return int(index), int(count)
+
+
+def leave(code: int) -> None:
+    """Ends this process after an error, without waiting for processes that may go on or be gone."""
+    sys.stderr.flush()
+    # Where all of them met the same error, none is to be aborted by JAX because another was quicker to end.
+    farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    farewell.start()
+    farewell.join(10)
+    os._exit(code)

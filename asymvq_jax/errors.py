@@ -1,0 +1,99 @@
+"""What can go wrong for a reason that the user can mend; command lines print these messages without a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Bad input; the message is for the user, and command lines print it without a traceback."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot work; the message names the field, what was expected and how to fix it."""
+
+
+class ImageError(UserError):
+    """A file that is no picture, or a picture that does not fit; the message names the file."""
+
+
+class OutputError(UserError):
+    """A place that cannot be written to; the message names the path and the reason."""
+
+
+class TensorFileError(UserError):
+    """A weights file that is missing, broken, dangerous, or of another model; the message names it and the remedy."""
+
+
+class ConvertError(UserError):
+    """Weights that cannot be converted; the message lists every tensor or field at fault."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, unfinished or of another model; the message names the path and the remedy."""
+
+
+class DataError(UserError):
+    """Data that is missing, empty or too often corrupt; the message names the path and the remedy."""
+
+
+class InputError(UserError):
+    """Arrays that do not fit each other or the model; the message gives both shapes."""
+
+
+class EvaluationError(UserError):
+    """Pictures, masks or models that do not belong together; the message names them."""
+
+
+class GenerateError(UserError):
+    """Options or files that do not belong together; the message names them."""
+
+
+class SamplingError(UserError):
+    """What is asked for does not fit the pipeline; the message gives the sizes."""
+
+
+class TokenizerError(UserError):
+    """A folder that is no tokenizer, or one of another model."""
+
+
+class UNetError(UserError):
+    """A UNet of a kind that we do not have; the message names the fields."""
+
+
+class SchedulerError(UserError):
+    """A scheduler that we do not have; the message names the field and what there is."""
+
+
+class CLIPError(UserError):
+    """An encoder of a kind that we do not have; the message names the fields."""
+
+
+class PipelineError(UserError):
+    """A folder or file that is no pipeline for the task; the message names the part and what was expected."""
+
+
+class InceptionError(UserError):
+    """A weights file of another network; the message lists what does not fit."""
+
+
+class DistributionError(UserError):
+    """Sets of pictures that a score cannot be taken of; the message names them and the remedy."""
+
+
+class TopologyError(UserError):
+    """A topology that does not exist or cannot be compiled for; the message lists what is known."""
+
+
+class ExportError(UserError):
+    """A size that the model cannot decode; the message says which it can."""
+
+
+class TooSmallError(ImageError):
+    """A picture whose shorter side is below the minimum."""
+
+
+class NonFiniteError(RuntimeError):
+    """A metric became NaN or infinite; the message names the step and the checkpoint to go back to."""
+
+
+class LostPeerError(RuntimeError):
+    """A computation of several processes failed, most often because one of them has ended."""

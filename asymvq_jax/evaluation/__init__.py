@@ -1,0 +1,1 @@
+"""What is measured on pictures: rows, metrics, the seam, the drift."""

@@ -1,0 +1,405 @@
+"""Evaluation: our decode beside the plain decode of the same latents, and beside what a sceptic would try first."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import cv2
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+from tqdm import tqdm
+
+from asymvq_jax import inference
+from asymvq_jax.config import ModelConfig
+from asymvq_jax.data.sources import SUFFIXES
+from asymvq_jax.errors import EvaluationError
+from asymvq_jax.evaluation.metrics.distribution import (
+    Extractor,
+    Statistics,
+    frechet_distance,
+    inception_score,
+    statistics,
+)
+from asymvq_jax.evaluation.metrics.image import all_metrics
+from asymvq_jax.files import images
+from asymvq_jax.losses.lpips import LPIPS
+from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.parameters import Params, split
+
+log = logging.getLogger(__name__)
+
+ORIGINAL = "original"
+PLAIN = "plain"
+PLAIN_OURS = "plain (ours, no condition)"
+GRID_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One picture, (h, w, 3) uint8, its mask, (h, w, 1) float32, and its edited latent (None: the picture's own)."""
+
+    name: str
+    image: np.ndarray
+    mask: np.ndarray
+    latent: np.ndarray | None = None
+
+
+@dataclass
+class Results:
+    """Means of every metric for every row, how many pictures each covers, and a picture grid."""
+
+    pictures: int
+    rows: dict[str, dict[str, float]]
+    counts: dict[str, dict[str, int]]
+    columns: list[tuple[str, list[np.ndarray]]] = field(repr=False)
+
+    def grid(self) -> np.ndarray:
+        """The first pictures, (h, w, 3) uint8; all are scaled down to the first one's size."""
+        height, width, _ = self.columns[0][1][0].shape
+        fit = [
+            (title, [cv2.resize(p, (width, height), interpolation=cv2.INTER_AREA) for p in pictures])
+            for title, pictures in self.columns
+        ]
+        return images.grid(fit)
+
+
+def list_pairs(folder: str) -> list[tuple[epath.Path, epath.Path]]:
+    """The files `name.png` and `name_mask.png` (any picture format) of a folder; `name_example.png` is passed over.
+
+    Raises:
+        EvaluationError: the folder is missing or empty, or a picture or mask lacks its other half, or some pictures
+            have an edited latent (`name.npy`) and others none.
+    """
+    root = epath.Path(folder)
+    if not root.is_dir():
+        raise EvaluationError(f"--pairs {folder} is not a directory")
+    files = {p.stem: p for p in sorted(root.iterdir()) if p.suffix.lower() in SUFFIXES}
+    names = [stem for stem in files if not stem.endswith(("_mask", "_example"))]
+    missing = [f"{n}_mask (for {files[n].name})" for n in names if f"{n}_mask" not in files]
+    missing += [
+        f"{stem.removesuffix('_mask')} (for {path.name})"
+        for stem, path in files.items()
+        if stem.endswith("_mask") and stem.removesuffix("_mask") not in files
+    ]
+    if missing:
+        raise EvaluationError(f"--pairs {folder}: missing {', '.join(missing)}")
+    if not names:
+        raise EvaluationError(f"--pairs {folder} holds no pictures; expected name.png beside name_mask.png")
+    without = [n for n in names if not (root / f"{n}.npy").is_file()]
+    if 0 < len(without) < len(names):
+        raise EvaluationError(
+            f"--pairs {folder}: {without[0]}.npy is missing; expected a latent of every picture or none"
+        )
+    return [(files[n], files[f"{n}_mask"]) for n in names]
+
+
+def read_pairs(paths: Sequence[tuple[epath.Path, epath.Path]]) -> Iterator[Pair]:
+    """Reads what `list_pairs` found, one pair at a time.
+
+    Raises:
+        EvaluationError: a mask is of another size than its picture.
+    """
+    for path, mask_path in paths:
+        image, mask = images.read(path), images.read_mask(mask_path)
+        if image.shape[:2] != mask.shape[:2]:
+            sizes = [f"{p.name} is {x.shape[1]} x {x.shape[0]} px" for p, x in ((path, image), (mask_path, mask))]
+            raise EvaluationError(f"{' and '.join(sizes)}; they must be of one size")
+        latent = path.parent / f"{path.stem}.npy"
+        yield Pair(path.name, image, mask, read_array(latent) if latent.is_file() else None)
+
+
+def read_array(path: epath.Path) -> np.ndarray:
+    """Reads a .npy file.
+
+    Raises:
+        EvaluationError: it is no such file.
+    """
+    try:
+        return np.load(io.BytesIO(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{path} is no readable .npy file: {error}") from None
+
+
+def check_same_encoder(model: Autoencoder, plain: Autoencoder) -> None:
+    """Raises EvaluationError unless both models encode alike, so that their decoders get the same latents."""
+    ours, theirs = split(model)[1], split(plain)[1]
+    differing = [
+        name
+        for name in ours
+        if not name.startswith("decoder.")
+        and (name not in theirs or not np.array_equal(np.asarray(ours[name]), np.asarray(theirs[name])))
+    ]
+    if differing:
+        raise EvaluationError(
+            f"the plain autoencoder has another encoder ({len(differing)} parameters differ, such as {differing[0]}), "
+            "so the latents would not be the same; name the one that the decoder was trained with by --plain"
+        )
+
+
+def evaluate(
+    model: Autoencoder,
+    plain: Autoencoder | None,
+    pairs: Iterator[Pair],
+    count: int,
+    lpips: LPIPS,
+    inception: Params | None = None,
+) -> Results:
+    """Measures every row on every pair, with its edited latent or, without one, the original's own (its mode).
+
+    Args:
+        model: the autoencoder with a condition branch.
+        plain: the one whose decoder came with the encoder; None: our decoder without condition stands in, and the row
+            says so.
+        pairs: pictures and masks.
+        count: how many there are, for the progress bar.
+        lpips: the perceptual metric, on whole pictures.
+        inception: the network of FID, which is then measured too: of each row's pictures against the originals.
+
+    Raises:
+        InputError, EvaluationError: the models do not fit the task.
+    """
+    inference.check_condition(model.config)
+    if plain is not None:
+        check_same_encoder(model, plain)
+    values: dict[str, dict[str, list[float]]] = {}
+    shown: dict[str, list[np.ndarray]] = {}
+    # None is made twice: each puts the network onto the devices.
+    extractors: defaultdict[str, Extractor] = defaultdict(lambda: Extractor(inception))
+    done = 0
+    for pair in tqdm(pairs, total=count, unit="picture", desc="evaluating"):
+        if pair.latent is None:
+            latent = inference.encode(model, images.to_float(pair.image)[None])
+        else:
+            try:
+                latent = inference.read_latent(pair.latent, model.config, pair.image.shape[:2])
+            except inference.InputError as error:
+                raise EvaluationError(f"the latent beside {pair.name}: {error}") from None
+        rows = compose(model, plain, pair, latent)
+        for row, image in rows.items():
+            measured = all_metrics(image, pair.image, pair.mask)
+            measured["lpips"] = _lpips(lpips, image, pair.image)
+            for name, value in measured.items():
+                values.setdefault(row, {}).setdefault(name, []).append(value)
+        if inception is not None:
+            for row, image in {**rows, ORIGINAL: pair.image}.items():
+                extractors[row].add(image)
+        if done < GRID_ROWS:
+            for title, picture in _shown(rows, pair).items():
+                shown.setdefault(title, []).append(picture)
+        done += 1
+    means = {r: {n: _mean(v) for n, v in metrics.items()} for r, metrics in values.items()}
+    for row, distance in _distances(extractors).items():
+        means[row]["fid"] = distance
+    return Results(
+        pictures=done,
+        rows=means,
+        counts={r: {n: int(np.sum(~np.isnan(v))) for n, v in metrics.items()} for r, metrics in values.items()},
+        columns=list(shown.items()),
+    )
+
+
+def _distances(extractors: dict[str, Extractor]) -> dict[str, float]:
+    """FID of every row against the originals."""
+    known = {row: statistics(extractor.features().pool) for row, extractor in extractors.items()}
+    original = known.pop(ORIGINAL, None)
+    return {row: frechet_distance(stats, original) for row, stats in known.items()}
+
+
+def _mean(values: list[float]) -> float:
+    """The mean over the pictures that have the metric; a PSNR is infinite only where all of them are."""
+    kept = np.array([v for v in values if not np.isnan(v)])
+    finite = kept[np.isfinite(kept)]
+    if not kept.size:
+        return float("nan")
+    return float(finite.mean()) if finite.size else float(kept[0])
+
+
+def compose(
+    model: Autoencoder, plain: Autoencoder | None, pair: Pair, latent: jax.Array | np.ndarray
+) -> dict[str, np.ndarray]:
+    """The pictures, (h, w, 3) uint8, that every row makes of one latent; arguments as in `evaluate`."""
+    plain_image = decode_plain(plain or model, pair.image, latent)
+    ours = decode_ours(model, pair.image, pair.mask, latent)
+    return {
+        PLAIN if plain is not None else PLAIN_OURS: plain_image,
+        "paste": hard_paste(plain_image, pair.image, pair.mask),
+        "Poisson": poisson_blend(plain_image, pair.image, pair.mask),
+        "ours": ours,
+        "ours + paste": hard_paste(ours, pair.image, pair.mask),
+    }
+
+
+def decode_plain(plain: Autoencoder, image: np.ndarray, latent: jax.Array | np.ndarray) -> np.ndarray:
+    """The decode without a condition, (h, w, 3) uint8, of the size of `image`."""
+    return images.to_uint8(inference.decode(plain, latent, size=image.shape[:2])[0])
+
+
+def decode_ours(model: Autoencoder, image: np.ndarray, mask: np.ndarray, latent: jax.Array | np.ndarray) -> np.ndarray:
+    """The decode, (h, w, 3) uint8, conditioned on `image` where the mask preserves it."""
+    return images.to_uint8(inference.decode(model, latent, images.to_float(image)[None], mask[None])[0])
+
+
+def _shown(rows: dict[str, np.ndarray], pair: Pair) -> dict[str, np.ndarray]:
+    plain, ours = next(iter(rows.values())), rows["ours"]
+    return {
+        ORIGINAL: pair.image,
+        "masked": np.where(pair.mask > 0.5, np.uint8(127), pair.image),
+        next(iter(rows)): plain,
+        "ours": ours,
+        "plain, error x 4": images.error_map(plain, pair.image),
+        "ours, error x 4": images.error_map(ours, pair.image),
+    }
+
+
+def hard_paste(image: np.ndarray, original: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The original where the mask is 0, `image` elsewhere."""
+    return np.where(mask > 0.5, image, original)
+
+
+def poisson_blend(image: np.ndarray, original: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """OpenCV's seamlessClone of the masked region of `image` into `original` (Perez et al. 2003).
+
+    A frame of one mirrored pixel is put around both, because the solver needs a border around the region; a full mask
+    has none, and returns `image`.
+    """
+    region = (mask[..., 0] > 0.5).astype(np.uint8) * 255
+    if not region.any():
+        return original.copy()
+    if region.all():
+        return image.copy()
+    frame = 2
+    image, original = (cv2.copyMakeBorder(x, *[frame] * 4, cv2.BORDER_REFLECT) for x in (image, original))
+    region = cv2.copyMakeBorder(region, *[frame] * 4, cv2.BORDER_CONSTANT, value=0)
+    # The region's bounding box is placed with its centre at this point; OpenCV halves its size rounding down.
+    x, y, width, height = cv2.boundingRect(region)
+    blended = cv2.seamlessClone(image, original, region, (x + width // 2, y + height // 2), cv2.NORMAL_CLONE)
+    return np.ascontiguousarray(blended[frame:-frame, frame:-frame])
+
+
+def _lpips(lpips: LPIPS, image: np.ndarray, original: np.ndarray) -> float:
+    # The network halves the picture four times; smaller ones are enlarged to what it can take.
+    if min(image.shape[:2]) < 32:
+        scale = 32 / min(image.shape[:2])
+        size = tuple(max(32, round(s * scale)) for s in image.shape[1::-1])
+        image, original = (cv2.resize(x, size, interpolation=cv2.INTER_LINEAR) for x in (image, original))
+    return float(_distance(lpips, images.to_float(image)[None], images.to_float(original)[None])[0])
+
+
+@nnx.jit
+def _distance(lpips: LPIPS, a: jax.Array, b: jax.Array) -> jax.Array:
+    return lpips(a, b)
+
+
+COLUMNS = {
+    "preservation_error": ("preservation error x 1e-5", 1e5),
+    "psnr_preserved": ("PSNR kept, dB", 1.0),
+    "ssim_preserved": ("SSIM kept", 1.0),
+    "psnr_masked": ("PSNR masked, dB", 1.0),
+    "ssim_masked": ("SSIM masked", 1.0),
+    "lpips": ("LPIPS", 1.0),
+    "boundary_error": ("boundary error x 1e-3", 1e3),
+    "fid": ("FID", 1.0),
+}
+# The paper's tables: ImageNet inpainting (FID, LPIPS, preservation error) and MS-COCO text-to-image (FID, Inception
+# Score), both with Stable Diffusion 1.5.
+PUBLISHED_INPAINTING = {
+    "vanilla": (9.57, 0.255, 1082.8e-5),
+    "base": (7.60, 0.137, 5.7e-5),
+    "x1.5": (7.55, 0.136, 2.6e-5),
+    "x2": (7.49, 0.134, 2.1e-5),
+}
+PUBLISHED_TEXT = {"vanilla": (19.88, 37.55), "x2 without condition": (19.68, 37.73)}
+
+
+def table(results: Results) -> str:
+    """The results as aligned Markdown."""
+    columns = {name: column for name, column in COLUMNS.items() if name in results.rows["ours"]}
+    rows = [
+        [row, *(f"{metrics[name] * scale:.4g}" for name, (_, scale) in columns.items())]
+        for row, metrics in results.rows.items()
+    ]
+    return markdown(["", *(title for title, _ in columns.values())], rows)
+
+
+def paper_table(results: Results) -> str:
+    """The paper's inpainting table as Markdown: its published rows, and the plain and our decoder beside them."""
+    first = next(iter(results.rows))
+    measured = {f"{row} (measured)": results.rows[row] for row in (first, "ours")}
+    rows = {f"{name} (published)": values for name, values in PUBLISHED_INPAINTING.items()}
+    rows |= {name: (m["fid"], m["lpips"], m["preservation_error"]) for name, m in measured.items()}
+    cells = [[name, f"{fid:.2f}", f"{lpips:.3f}", f"{1e5 * error:.1f}"] for name, (fid, lpips, error) in rows.items()]
+    return markdown(["", "FID", "LPIPS", "preservation error x 1e-5"], cells)
+
+
+def list_latents(folder: str) -> list[epath.Path]:
+    """The .npy files of a folder.
+
+    Raises:
+        EvaluationError: the folder is missing or holds none.
+    """
+    root = epath.Path(folder)
+    paths = sorted(p for p in root.iterdir() if p.suffix == ".npy") if root.is_dir() else []
+    if not paths:
+        raise EvaluationError(f"--latents {folder}: expected a directory of .npy files")
+    return paths
+
+
+def evaluate_text(
+    model: Autoencoder, plain: Autoencoder | None, folder: str, reference: Statistics, inception: Params
+) -> dict[str, tuple[float, float]]:
+    """FID against `reference` and Inception Score of what the decoders make of latents alone (text-to-image).
+
+    Args:
+        model: our autoencoder, whose decoder runs without picture and mask.
+        plain: the one whose decoder came with the encoder; None leaves the row out.
+        folder: latents as a diffusion model gives them, (c, h, w) or (h, w, c) times the scaling factor, as .npy files.
+        reference: of the real pictures.
+        inception: the network of the scores.
+
+    Raises:
+        EvaluationError: the folder is missing or holds no latents.
+    """
+    paths = list_latents(folder)
+    models = {PLAIN: plain, "ours": model} if plain is not None else {"ours": model}
+    extractors = {row: Extractor(inception) for row in models}
+    for path in tqdm(paths, unit="picture", desc="decoding"):
+        array = read_array(path)
+        for row, decoder in models.items():
+            latent = inference.read_latent(array, decoder.config, _latent_size(array, decoder.config))
+            extractors[row].add(images.to_uint8(inference.decode(decoder, latent)[0]))
+    features = {row: extractor.features() for row, extractor in extractors.items()}
+    return {
+        row: (frechet_distance(statistics(f.pool), reference), inception_score(f.logits)[0])
+        for row, f in features.items()
+    }
+
+
+def _latent_size(array: np.ndarray, config: ModelConfig) -> tuple[int, int]:
+    """Height and width of the picture that a latent of either layout stands for; any other shape is refused later."""
+    shape = array.shape[-3:]
+    sides = shape[1:] if shape[0] == config.latent_channels else shape[:2]
+    return sides[0] * config.downsampling, sides[-1] * config.downsampling
+
+
+def text_table(rows: dict[str, tuple[float, float]]) -> str:
+    """The paper's text-to-image table as Markdown: its published rows, and what `evaluate_text` measured."""
+    together = {f"{name} (published)": v for name, v in PUBLISHED_TEXT.items()}
+    together |= {f"{name} (measured)": v for name, v in rows.items()}
+    return markdown(["", "FID", "Inception Score"], [[n, f"{f:.2f}", f"{i:.2f}"] for n, (f, i) in together.items()])
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as Markdown, its columns aligned: the first to the left, the others to the right."""
+    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
+    lines = [
+        [cell.ljust(w) for cell, w in zip(header, widths, strict=True)],
+        ["-" * w for w in widths],
+        *([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

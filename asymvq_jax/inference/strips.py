@@ -1,0 +1,221 @@
+"""Encodes and decodes pictures that one device's memory cannot hold: layer by layer, each in strips of rows.
+
+The feature maps lie in the host's memory, and the device holds one strip of one layer at a time. A strip comes with the
+one row on either side that a 3x3 convolution reaches, and every group normalisation gets the statistics of the whole
+picture, gathered while the layer before it was written. So the result is the whole model's but for the order of sums:
+there is no seam, at no more arithmetic than without strips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from asymvq_jax.inference.whole import check_condition, pad
+from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.blocks import Attention, Conv, GroupNorm, ResBlock, channel_moments
+from asymvq_jax.models.decoder import Decoder, blend
+
+STRIP_PIXELS = 2**19
+
+
+class FeatureMap(NamedTuple):
+    """A whole feature map, (b, h, w, c) on the host, and its `channel_moments`."""
+
+    values: np.ndarray
+    moments: jax.Array | None
+
+
+class Condition(NamedTuple):
+    """The condition branch's features, outermost first, and the mask (b, h, w, 1)."""
+
+    features: list[np.ndarray]
+    mask: np.ndarray
+
+
+def encode_in_strips(model: Autoencoder, image: jax.Array | np.ndarray, strip_pixels: int = STRIP_PIXELS) -> jax.Array:
+    """As `inference.encode`, in the host's memory but for a strip at a time; see `decode_in_strips`."""
+    encoder, sweep = model.encoder, partial(_sweep, strip_pixels=strip_pixels)
+    x = sweep(FeatureMap(np.asarray(pad(image, model.config.downsampling)), None), encoder.conv_in)
+    for level in encoder.levels:
+        for layer in level.layers():
+            x = _layer(layer, x, None, sweep)
+        if level.downsample is not None:
+            x = sweep(x, level.downsample)
+    return _latent_mode(model, x.values)
+
+
+@nnx.jit
+def _latent_mode(model: Autoencoder, x: jax.Array) -> jax.Array:
+    return model.latent(model.encoder.head(x)).mode()
+
+
+def decode_in_strips(
+    model: Autoencoder,
+    latent: jax.Array | np.ndarray,
+    image: jax.Array | np.ndarray | None = None,
+    mask: jax.Array | np.ndarray | None = None,
+    strip_pixels: int = STRIP_PIXELS,
+) -> np.ndarray:
+    """As `inference.decode`, in the host's memory but for a strip at a time.
+
+    Args:
+        model: the autoencoder.
+        latent: (b, ceil(h / 8), ceil(w / 8), latent_channels); at this resolution everything is computed whole.
+        image: (b, h, w, 3) in [-1, 1], of any size.
+        mask: (b, h, w, 1), 1 = generate, 0 = preserve.
+        strip_pixels: most pixels of a strip. At full resolution it takes about 4 * channels * 4 bytes a pixel.
+
+    Returns:
+        (b, h, w, 3) float32.
+
+    Raises:
+        InputError: a mask for a model without a condition branch.
+    """
+    decoder, sweep = model.decoder, partial(_sweep, strip_pixels=strip_pixels)
+    condition, size = None, (None, None)
+    if image is not None and mask is not None:
+        check_condition(model.config)
+        size = image.shape[1:3]
+        image, mask = (np.asarray(pad(x, model.config.downsampling)) for x in (image, mask))
+        condition = Condition(_condition(decoder, image, mask, sweep), mask)
+    first = (None, None) if condition is None else (condition.features[-1], condition.mask)
+    values, moments = _latent_part(model, latent, *first)
+    x = FeatureMap(np.asarray(values), moments)
+    for i, level in enumerate(decoder.levels):
+        # What the next level begins with is blended as it is written: where this level upsamples, with the feature of
+        # the doubled resolution; after the last one, with the outermost.
+        after = (
+            None if condition is None else condition._replace(features=condition.features[: len(decoder.levels) - i])
+        )
+        layers = list(level.layers())
+        for layer in layers:
+            last = level.upsample is None and layer is layers[-1]
+            x = _layer(layer, x, after if last else None, sweep)
+        if level.upsample is not None:
+            x = sweep(x, level.upsample, upsample=True, condition=after)
+    result = sweep(x, decoder.conv_out, norm=decoder.norm_out).values
+    return result[:, : size[0], : size[1]].astype(np.float32)
+
+
+@nnx.jit
+def _latent_part(
+    model: Autoencoder, z: jax.Array, feature: jax.Array | None, mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    z = model.quantize(z)
+    z = z if model.post_quant_conv is None else model.post_quant_conv(z)
+    return _blended(model.decoder.mid(model.decoder.conv_in(z)), feature, mask)
+
+
+def _blended(h: jax.Array, feature: jax.Array | None, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    if feature is not None:
+        h = blend(h, feature, mask.astype(h.dtype))
+    return h, channel_moments(h)
+
+
+def _condition(decoder: Decoder, image: np.ndarray, mask: np.ndarray, sweep: Callable) -> list[np.ndarray]:
+    x = FeatureMap((1 - mask) * image, None)
+    features = []
+    for i, layer in enumerate(decoder.condition.layers):
+        x = sweep(x, layer, relu=i > 0)
+        features.append(x.values)
+    return features
+
+
+def _layer(layer: ResBlock | Attention, x: FeatureMap, condition: Condition | None, sweep: Callable) -> FeatureMap:
+    if isinstance(layer, Attention):
+        # Of the whole map, as at the latent's resolution: every pixel attends to all.
+        feature, mask = (None, None) if condition is None else (condition.features[-1], condition.mask)
+        values, moments = _attend(layer, x.values, feature, mask)
+        return FeatureMap(np.asarray(values), moments)
+    h = sweep(x, layer.conv1, norm=layer.norm1)
+    return sweep(h, layer.conv2, norm=layer.norm2, residual=x.values, shortcut=layer.shortcut, condition=condition)
+
+
+@nnx.jit
+def _attend(
+    attention: Attention, x: jax.Array, feature: jax.Array | None, mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    return _blended(attention(x), feature, mask)
+
+
+def _sweep(
+    x: FeatureMap,
+    conv: Conv,
+    *,
+    strip_pixels: int,
+    norm: GroupNorm | None = None,
+    relu: bool = False,
+    upsample: bool = False,
+    residual: np.ndarray | None = None,
+    shortcut: Conv | None = None,
+    condition: Condition | None = None,
+) -> FeatureMap:
+    """One convolution with what surrounds it, over the whole map: its input is normalised or rectified, or doubled;
+    to its output a residual is added, and the condition's innermost feature blended in."""
+    batch, height, width, _ = x.values.shape
+    height, width = (2 * height, 2 * width) if upsample else (height // conv.stride, width // conv.stride)
+    rows = max(2, strip_pixels // width // 2 * 2)
+    values = np.empty((batch, height, width, conv.kernel.shape[-1]), conv.dtype)
+    moments = jnp.zeros(())
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        strip, inside = _input_rows(x.values, top, bottom, conv, upsample)
+        feature = mask = None
+        if condition is not None:
+            scale = condition.mask.shape[1] // height
+            feature = condition.features[-1][:, top:bottom]
+            mask = condition.mask[:, top * scale : bottom * scale]
+        y, part = _strip(
+            conv, norm, shortcut, strip, x.moments if norm is not None else None, inside,
+            None if residual is None else residual[:, top:bottom], feature, mask, relu=relu, upsample=upsample,
+        )  # fmt: skip
+        values[:, top:bottom] = y
+        moments = moments + part * ((bottom - top) / height)
+    return FeatureMap(values, moments)
+
+
+def _input_rows(x: np.ndarray, top: int, bottom: int, conv: Conv, upsample: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of `x` under the output's rows top to bottom, and which of them are inside the picture: (rows,) bool."""
+    if upsample:
+        low, high = top // 2 - 1, bottom // 2 + 1
+    else:
+        low = top * conv.stride - conv.padding[0]
+        high = (bottom - 1) * conv.stride - conv.padding[0] + conv.kernel.shape[0]
+    rows = np.arange(low, high)
+    inside = (rows >= 0) & (rows < x.shape[1])
+    return x[:, rows.clip(0, x.shape[1] - 1)], inside
+
+
+@partial(nnx.jit, static_argnames=("relu", "upsample"))
+def _strip(
+    conv: Conv,
+    norm: GroupNorm | None,
+    shortcut: Conv | None,
+    x: jax.Array,
+    moments: jax.Array | None,
+    inside: jax.Array,
+    residual: jax.Array | None,
+    feature: jax.Array | None,
+    mask: jax.Array | None,
+    *,
+    relu: bool,
+    upsample: bool,
+) -> tuple[jax.Array, jax.Array]:
+    if norm is not None:
+        x = norm.normalize(x, moments)
+    if relu:
+        x = jax.nn.relu(x)
+    # The convolution pads what comes after the normalisation with zeros.
+    x = jnp.where(inside[None, :, None, None], x, jnp.zeros((), x.dtype))
+    # A doubled strip has two rows at either end that are its neighbours'.
+    y = conv(x)[:, 2:-2] if upsample else conv.apply(x, row_padding=(0, 0))
+    if residual is not None:
+        y = y + (residual if shortcut is None else shortcut(residual))
+    return _blended(y, feature, mask)

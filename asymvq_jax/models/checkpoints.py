@@ -1,0 +1,101 @@
+"""A model on disk: what `convert` writes, and what a run's step holds of one. Writing is atomic."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import SingleDeviceSharding
+
+from asymvq_jax import config as configs
+from asymvq_jax.config import ModelConfig
+from asymvq_jax.errors import CheckpointError
+from asymvq_jax.models.autoencoder import Autoencoder, structure
+from asymvq_jax.models.parameters import Params, merge, split
+
+STEPS = "checkpoints"
+
+
+def checkpoint_path(path: str | Path) -> epath.Path:
+    return epath.Path(path) if "://" in str(path) else epath.Path(path).absolute()
+
+
+def save_model(path: str | Path, model: Autoencoder) -> None:
+    """Writes a model checkpoint atomically.
+
+    Raises:
+        CheckpointError: `path` exists already; nothing is overwritten.
+    """
+    path = checkpoint_path(path)
+    if path.exists():
+        raise CheckpointError(f"{path} exists already; choose another target or remove it first")
+    items = ocp.args.Composite(
+        config=ocp.args.JsonSave({"model": dataclasses.asdict(model.config)}),
+        model=ocp.args.StandardSave(split(model)[1]),
+    )
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path, args=items)
+
+
+def load_model(path: str | Path, **changes: object) -> Autoencoder:
+    """Reads the autoencoder of a run (its last step), of one step of a run, or of what `convert` wrote.
+
+    Where the run kept a moving average of the parameters, that is what is read.
+
+    Args:
+        path: the checkpoint's directory.
+        changes: fields of the model's configuration to replace, such as dtype="bfloat16".
+
+    Raises:
+        CheckpointError: no model checkpoint at `path`.
+    """
+    config, params = load_parameters(path)
+    return merge(structure(dataclasses.replace(config, **changes))[0], params)
+
+
+def load_parameters(path: str | Path) -> tuple[ModelConfig, Params]:
+    """As `load_model`, but the configuration and the flat parameters, on the first local device."""
+    step = find_step(path)
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    me = jax.process_index()
+    # Each process reads for itself, whatever the others do meanwhile.
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=str(me))
+    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        stored = checkpointer.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+        config = configs.from_dict(ModelConfig, stored["model"], "model.")
+        _, shapes = structure(config)
+        abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=device) for k, v in shapes.items()}
+        items = {"model": ocp.args.StandardRestore(abstract)}
+        if (step / "ema").exists():
+            with ocp.StandardCheckpointer(multiprocessing_options=alone) as reader:
+                averaged = reader.metadata(step / "ema").item_metadata.tree
+            items["ema"] = ocp.args.StandardRestore({k: abstract[k] for k in averaged})
+        restored = checkpointer.restore(step, args=ocp.args.Composite(**items))
+    return config, {**restored["model"], **(restored.get("ema") or {})}
+
+
+def find_step(path: str | Path) -> epath.Path:
+    """The directory that holds the items `config` and `model`: `path` itself, or its last step if it is a run."""
+    root = checkpoint_path(path)
+    if not root.is_dir():
+        raise CheckpointError(
+            f"no checkpoint at {path}: expected a run's directory, one of its steps, or what asymvq_jax.convert wrote"
+        )
+    for parent in (root / STEPS, root):
+        steps = (
+            sorted((p for p in parent.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+            if parent.is_dir()
+            else []
+        )
+        if steps:
+            return steps[-1]
+    if (root / "model").is_dir() and (root / "config").is_dir():
+        return root
+    raise CheckpointError(
+        f"{path} holds no model checkpoint (no finished step, and no items 'model' and 'config'); expected a run's "
+        "directory, one of its steps, or what asymvq_jax.convert wrote"
+    )
