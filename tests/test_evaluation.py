@@ -17,14 +17,12 @@ from asymvq_jax.config import ModelConfig
 from asymvq_jax.errors import EvaluationError
 from asymvq_jax.evaluation.metrics.distribution import statistics
 from asymvq_jax.evaluation.metrics.image import all_metrics, boundary_band, boundary_error
+from asymvq_jax.evaluation.pairs import Pair, list_pairs, read_pairs
 from asymvq_jax.evaluation.rows import (
-    Pair,
     evaluate,
     evaluate_text,
-    list_pairs,
     paper_table,
     poisson_blend,
-    read_pairs,
     table,
     text_table,
 )

@@ -43,7 +43,7 @@ from asymvq_jax.diffusion.pipeline import describe, describe_checkpoint, load
 from asymvq_jax.diffusion.tokens import read_tokenizer
 from asymvq_jax.diffusion.unet import UNet, UNetConfig
 from asymvq_jax.errors import PipelineError, TensorFileError, TokenizerError
-from asymvq_jax.evaluation import rows as evaluation
+from asymvq_jax.evaluation.pairs import list_pairs, read_pairs
 from asymvq_jax.files import images
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.checkpoints import save_model
@@ -311,7 +311,7 @@ def test_command_folder(pipelines, decoder, tmp_path):
     options = ("--folder", folder, "--out", tmp_path / "out", "--steps", 2, "--batch", 2, "--save-latents", folder)
     assert run("inpaint", pipelines.root / "inpaint", *options, "--decoder", decoder) == 0
     assert images.read(tmp_path / "out/c.png").shape == (40, 48, 3)
-    pairs = list(evaluation.read_pairs(evaluation.list_pairs(str(folder))))
+    pairs = list(read_pairs(list_pairs(str(folder))))
     assert [pair.name for pair in pairs] == ["a.png", "b.png", "c.png"]
     for pair in pairs:
         inference.read_latent(pair.latent, AUTOENCODER, pair.image.shape[:2])
@@ -404,7 +404,7 @@ def test_command_edit(pipelines, tmp_path):
     images.write(tmp_path / "image.png", image[0])
     images.write(tmp_path / "image_mask.png", mask[0].repeat(3, -1) * 255)
     images.write(tmp_path / "image_example.png", image[0, :20])
-    evaluation.list_pairs(str(tmp_path))
+    list_pairs(str(tmp_path))
     inputs = ["--image", tmp_path / "image.png", "--mask", tmp_path / "image_mask.png"]
     inputs += ["--example", tmp_path / "image_example.png", "--steps", 2, "--batch", 1, "--size", "48x32"]
     made = {}

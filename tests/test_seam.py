@@ -9,7 +9,8 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.evaluation.metrics.seam import CELL, Contour, join
-from asymvq_jax.evaluation.rows import Pair, hard_paste
+from asymvq_jax.evaluation.pairs import Pair
+from asymvq_jax.evaluation.rows import hard_paste
 from asymvq_jax.evaluation.seam import (
     BLURS,
     DRIFT_COLUMNS,

@@ -16,14 +16,12 @@ from asymvq_jax.devices.compilation import keep_compiled_programs
 from asymvq_jax.errors import UserError
 from asymvq_jax.evaluation.metrics.distribution import read_reference
 from asymvq_jax.evaluation.metrics.inception import load_inception
+from asymvq_jax.evaluation.pairs import Pair, list_pairs, read_pairs
 from asymvq_jax.evaluation.rows import (
-    Pair,
     evaluate,
     evaluate_text,
     list_latents,
-    list_pairs,
     paper_table,
-    read_pairs,
     table,
     text_table,
 )

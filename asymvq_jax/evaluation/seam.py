@@ -18,7 +18,8 @@ from tqdm import tqdm
 from asymvq_jax import inference
 from asymvq_jax.evaluation.metrics.image import boundary_error, decibels, mean_squared_error, psnr
 from asymvq_jax.evaluation.metrics.seam import Contour, Steps, join
-from asymvq_jax.evaluation.rows import PLAIN, Pair, compose, decode_ours, decode_plain, hard_paste, markdown
+from asymvq_jax.evaluation.pairs import Pair
+from asymvq_jax.evaluation.rows import PLAIN, compose, decode_ours, decode_plain, hard_paste, markdown
 from asymvq_jax.files import images
 from asymvq_jax.files.outputs import write_bytes
 from asymvq_jax.models.autoencoder import Autoencoder
