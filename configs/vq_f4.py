@@ -24,6 +24,5 @@ def get_config() -> Config:
         ),
         loss=LossConfig(reduction="mean", gan_start=0, gan_weight=0.75),
         data=DataConfig(source="tfds", path="open_images_v4", min_side=256, batch_size=8, workers=8),
-        # A least rate above the peak keeps the peak.
-        optimizer=OptimizerConfig(warmup_steps=0, min_learning_rate=1.0),
+        optimizer=OptimizerConfig(warmup_steps=0, schedule="constant"),
     )

@@ -28,6 +28,5 @@ def get_config() -> Config:
         data=DataConfig(
             source="tfds", path="open_images_v4", min_side=256, crop=(256 / 384, 256 / 384), batch_size=10, workers=8
         ),
-        # A least rate above the peak keeps the peak.
-        optimizer=OptimizerConfig(warmup_steps=0, min_learning_rate=1.0),
+        optimizer=OptimizerConfig(warmup_steps=0, schedule="constant"),
     )

@@ -5,9 +5,22 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from asymvq_jax.config import Config, ModelConfig, RunConfig, from_dict, load_config, override, to_json
+from asymvq_jax.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    from_dict,
+    load_config,
+    override,
+    to_json,
+)
 from asymvq_jax.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -66,3 +79,78 @@ def test_bad_files_are_named(tmp_path):
         load_config(tmp_path / "empty.py")
     with pytest.raises(ConfigError, match="width is not a field of ModelConfig"):
         from_dict(ModelConfig, {"width": 3})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RunConfig(init_from="x", steps="4"), "run.steps='4': expected an integer"),
+        (lambda: RunConfig(init_from="x", keep=True), "run.keep=True: expected an integer"),
+        (lambda: RunConfig(init_from="x", train_encoder=1), "run.train_encoder=1: expected True or False"),
+        (lambda: RunConfig(init_from="x", seed=-1), "run.seed=-1: expected an integer from 0"),
+        (lambda: RunConfig(init_from="x", seed=2**32), "run.seed=4294967296: expected an integer from 0"),
+        (lambda: RunConfig(init_from=None), "run.init_from=None: expected a path"),
+        (lambda: RunConfig(init_from="x", directory="a\0b"), "expected text without null characters"),
+        (lambda: RunConfig(init_from="x", directory="~nobody_has_this_name/x"), "no home directory is known for it"),
+        (lambda: DataConfig(batch_size=2.0), "data.batch_size=2.0: expected an integer"),
+        (lambda: DataConfig(crop=(0.5,)), "data.crop=(0.5,): expected a tuple of 2 numbers"),
+        (lambda: DataConfig(crop=0.5), "data.crop=0.5: expected a tuple of 2 numbers"),
+        (lambda: DataConfig(crop=("0.5", 1)), "data.crop='0.5': expected a finite number"),
+        (lambda: DataConfig(source=Path("photos")), "expected text"),
+        (lambda: DataConfig(mask={"boxes": 1}), "data.mask={'boxes': 1}: expected a MaskConfig"),
+        (lambda: ModelConfig(encoder_channels="128"), "model.encoder_channels='128': expected a tuple of integers"),
+        (lambda: ModelConfig(encoder_channels=(64.0, 64)), "model.encoder_channels=64.0: expected an integer"),
+        (lambda: LossConfig(kl_weight=float("nan")), "loss.kl_weight=nan: expected a finite number"),
+        (lambda: OptimizerConfig(base_learning_rate=float("inf")), "base_learning_rate=inf: expected a finite number"),
+        (lambda: OptimizerConfig(base_learning_rate="1e-4"), "base_learning_rate='1e-4': expected a finite number"),
+        (lambda: OptimizerConfig(schedule="linear"), "optimizer.schedule='linear': expected one of cosine, constant"),
+        (lambda: MeshConfig(data=None), "mesh.data=None: expected an integer"),
+        (lambda: Config(run="runs/x"), "run='runs/x': expected a RunConfig"),
+        (
+            lambda: dataclasses.replace(BASE, optimizer=OptimizerConfig(min_learning_rate=1.0)),
+            "expected at most the peak rate, optimizer.base_learning_rate x data.batch_size = 0.000144",
+        ),
+    ],
+)
+def test_values_of_another_type_or_form_name_the_field(make, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make()
+
+
+def test_values_are_kept_in_one_form(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = RunConfig(init_from=tmp_path / "first", directory="~/runs/x", steps=np.int64(7))
+    config = Config(
+        run=run,
+        model=ModelConfig(encoder_channels=[64, 64], decoder_channels=[64, 64], scaling_factor=1),
+        data=DataConfig(crop=[0.5, 1]),
+    )
+    assert run.init_from == str(tmp_path / "first")
+    assert run.directory == str(tmp_path / "runs/x")
+    assert config.model.encoder_channels == (64, 64)
+    assert [type(side) for side in config.data.crop] == [float, float]
+    assert (type(config.model.scaling_factor), type(config.run.steps)) == (float, int)
+    assert from_dict(Config, json.loads(to_json(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (None, "Config=None: expected the fields of a Config"),
+        ({"run": []}, "run=[]: expected the fields of a RunConfig"),
+        ({"run": {"init_from": "x", "steps": None}}, "run.steps=None: expected an integer"),
+        ({"model": {}}, "Config lacks a field: .*'run'"),
+    ],
+)
+def test_damaged_json_is_named(values, message):
+    with pytest.raises(ConfigError, match=message if "*" in message else re.escape(message)):
+        from_dict(Config, values)
+
+
+def test_a_stored_minimum_above_the_peak_is_read_as_a_constant_rate():
+    values = json.loads(to_json(BASE))
+    del values["optimizer"]["schedule"]
+    assert from_dict(Config, values) == BASE
+    values["optimizer"]["min_learning_rate"] = 1.0
+    constant = dataclasses.replace(BASE, optimizer=OptimizerConfig(schedule="constant"))
+    assert from_dict(Config, values) == constant

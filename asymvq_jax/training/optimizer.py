@@ -7,14 +7,25 @@ import optax
 from asymvq_jax.config import Config
 from asymvq_jax.models.parameters import Params
 
+# The warm-up begins at this share of the peak.
+WARMUP_SHARE = 0.01
+
 
 def learning_rate(peak: float, minimum: float, warmup_steps: int, steps: int) -> optax.Schedule:
     """Linear from 1 % of `peak` over the warm-up, then a cosine down to `minimum` (absolute) at `steps`."""
-    minimum = min(minimum, peak)
-    decay = optax.cosine_decay_schedule(peak, max(steps - warmup_steps, 1), alpha=minimum / peak)
-    if not warmup_steps:
-        return decay
-    return optax.join_schedules([optax.linear_schedule(0.01 * peak, peak, warmup_steps), decay], [warmup_steps])
+    # One step at least, where the warm-up is longer than the run.
+    end = max(steps, warmup_steps + 1)
+    return optax.warmup_cosine_decay_schedule(WARMUP_SHARE * peak, peak, warmup_steps, end, min(minimum, peak))
+
+
+def autoencoder_schedule(config: Config, scale: float = 1.0) -> optax.Schedule:
+    """The learning rate by steps done: of the condition branch and of all that is new, times `scale` for the rest."""
+    return _schedule(config, scale, config.run.steps)
+
+
+def discriminator_schedule(config: Config) -> optax.Schedule:
+    """The discriminator's learning rate by its own steps, whose schedule begins when it does."""
+    return _schedule(config, 1.0, config.run.steps - max(config.loss.gan_start, 0))
 
 
 def autoencoder_optimizer(config: Config, params: Params) -> optax.GradientTransformation:
@@ -23,9 +34,7 @@ def autoencoder_optimizer(config: Config, params: Params) -> optax.GradientTrans
     labels = {name: "condition" if name.startswith("decoder.condition.") else "rest" for name in params}
     scales = {"condition": 1.0, "rest": c.pretrained_scale}
     schedules = {
-        label: optax.scale_by_learning_rate(_schedule(config, scale, config.run.steps))
-        if scale
-        else optax.set_to_zero()
+        label: optax.scale_by_learning_rate(autoencoder_schedule(config, scale)) if scale else optax.set_to_zero()
         for label, scale in scales.items()
     }
     return optax.chain(optax.scale_by_adam(*c.betas), optax.partition(schedules, labels))
@@ -33,13 +42,14 @@ def autoencoder_optimizer(config: Config, params: Params) -> optax.GradientTrans
 
 def discriminator_optimizer(config: Config) -> optax.GradientTransformation:
     """Adam for the discriminator, whose schedule begins when it does."""
-    steps = config.run.steps - max(config.loss.gan_start, 0)
     return optax.chain(
-        optax.scale_by_adam(*config.optimizer.betas), optax.scale_by_learning_rate(_schedule(config, 1.0, steps))
+        optax.scale_by_adam(*config.optimizer.betas), optax.scale_by_learning_rate(discriminator_schedule(config))
     )
 
 
 def _schedule(config: Config, scale: float, steps: int) -> optax.Schedule:
     c = config.optimizer
     peak = c.base_learning_rate * config.data.batch_size * scale
+    if c.schedule == "constant":
+        return optax.warmup_constant_schedule(WARMUP_SHARE * peak, peak, c.warmup_steps)
     return learning_rate(peak, c.min_learning_rate, c.warmup_steps, steps)
