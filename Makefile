@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' 2>/d
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: demo test lint clean-demo
+.PHONY: demo test lint docs clean-demo
 
 # Runtime packages only. The stamp is newer than the requirements once they are installed.
 .venv/runtime: pyproject.toml requirements.txt
@@ -49,6 +49,18 @@ test: .venv/browser lint
 lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+# Its own environment, since it needs nothing of ours: the API's pages are written from the source.
+.venv/docs/bin/mkdocs: pyproject.toml
+	$(PYTHON) -m venv .venv/docs
+	.venv/docs/bin/python -m pip install --quiet --disable-pip-version-check $$($(PYTHON) -c \
+		'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	touch $@
+
+# Strict: a warning, such as a link that leads nowhere, is an error. The first variable silences mkdocs-material's
+# advertisement against MkDocs 2.
+docs: .venv/docs/bin/mkdocs
+	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --strict
 
 clean-demo:
 	rm -rf $(DEMO)
