@@ -14,7 +14,7 @@ from flax import nnx
 from oracles import TINY, TorchLPIPS, TorchPatchGAN, asymmetric, nchw, numpy_state, perturb_norms
 from torch.nn import functional as F
 
-from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, OptimizerConfig, RunConfig
+from asymvq_jax.config import Config, DataConfig, HarmoniseConfig, LossConfig, MeshConfig, OptimizerConfig, RunConfig
 from asymvq_jax.convert.mapping import from_torch, model_from_tensors, weights
 from asymvq_jax.devices import sharding
 from asymvq_jax.errors import ConfigError
@@ -294,6 +294,7 @@ def _mesh_config(mesh: MeshConfig) -> Config:
     return _config(
         mesh=mesh,
         data=DataConfig(batch_size=8, image_size=SIZE),
+        harmonise=HarmoniseConfig(probability=0.5, composite=True, halo_weight=1.0),
         # Small steps: Adam turns a gradient that is rounding noise into a whole one, and the next metrics must agree.
         optimizer=OptimizerConfig(base_learning_rate=MESH_RATE / 8, warmup_steps=0),
     )

@@ -341,6 +341,40 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HarmoniseConfig:
+    """Training that harmonises a fill whose tone is off; the defaults leave the published training as it is.
+
+    What the encoder sees is corrupted under the mask (asymvq_jax/training/corruption.py); condition and target are not.
+    """
+
+    # Probability that a sample is corrupted; the others teach that colours which are meant stay.
+    probability: float = 0.0
+    # Most that a channel's tone moves by an offset, by a linear gradient from the middle to the border, both on the
+    # [-1, 1] scale, and by a gain about the mean.
+    offset: float = 0.15
+    gradient: float = 0.1
+    gain: float = 0.15
+    # Most that a fill is blurred (standard deviation, px), or that noise is added (standard deviation on [-1, 1]).
+    blur: float = 1.5
+    noise: float = 0.08
+    # The corrupted region ends up to so many px outside or inside the mask.
+    edge: int = 2
+    # LPIPS is taken of the original with the fill pasted in, as a user sees it; and L1 counts 1 + halo_weight times in
+    # a halo of so many px on both sides of the mask's edge.
+    composite: bool = False
+    halo_weight: float = 0.0
+    halo_width: int = 4
+
+    def __post_init__(self) -> None:
+        settle(self, "harmonise")
+        require(0 <= self.probability <= 1, "harmonise.probability", self.probability, "a number in [0, 1]")
+        for name in ("offset", "gradient", "gain", "blur", "noise", "halo_weight"):
+            require(getattr(self, name) >= 0, f"harmonise.{name}", getattr(self, name), "zero or more")
+        require(self.edge >= 0, "harmonise.edge", self.edge, "zero or more pixels")
+        require(self.halo_width >= 1, "harmonise.halo_width", self.halo_width, "one pixel or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Devices along each mesh axis; one axis may be -1 and takes what the others leave."""
 
@@ -408,6 +442,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    harmonise: HarmoniseConfig = field(default_factory=HarmoniseConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:

@@ -11,7 +11,14 @@ from asymvq_jax.losses.lpips import LPIPS
 
 
 def reconstruction_loss(
-    image: jax.Array, target: jax.Array, lpips: LPIPS | None, perceptual_weight: float, reduction: str = "sum"
+    image: jax.Array,
+    target: jax.Array,
+    lpips: LPIPS | None,
+    perceptual_weight: float,
+    reduction: str = "sum",
+    *,
+    emphasis: jax.Array | None = None,
+    pasted: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """L1 plus LPIPS, the latter broadcast to every element, reduced over each sample and averaged over the batch.
 
@@ -21,15 +28,18 @@ def reconstruction_loss(
         lpips: the perceptual distance; None leaves it out.
         perceptual_weight: its weight.
         reduction: "sum" or "mean".
+        emphasis: (b, h, w, 1), how often each pixel counts in L1; by default once.
+        pasted: (b, h, w, 1), 1 = generate; where given, LPIPS is taken of the target with the image pasted in.
 
     Returns:
         The loss (with "sum" the reference's nll at logvar 0), and its parts as means: "l1" per element, "lpips" per
         picture.
     """
-    l1 = jnp.mean(jnp.abs(image - target))
-    parts = {"l1": l1}
-    total = l1
+    error = jnp.abs(image - target)
+    parts = {"l1": jnp.mean(error)}
+    total = parts["l1"] if emphasis is None else jnp.mean(emphasis * error)
     if lpips is not None:
-        parts["lpips"] = jnp.mean(lpips.distance(lpips.features(image), lpips.features(target)))
+        seen = image if pasted is None else target + pasted * (image - target)
+        parts["lpips"] = jnp.mean(lpips.distance(lpips.features(seen), lpips.features(target)))
         total = total + perceptual_weight * parts["lpips"]
     return total * (math.prod(image.shape[1:]) if reduction == "sum" else 1), parts

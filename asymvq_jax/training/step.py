@@ -24,12 +24,15 @@ from asymvq_jax.losses.reconstruction import reconstruction_loss
 from asymvq_jax.models.codebook import usage
 from asymvq_jax.models.discriminator import BatchStat
 from asymvq_jax.models.parameters import Params, merge, state_of
+from asymvq_jax.training.corruption import corrupt, halo
 from asymvq_jax.training.state import Networks, TrainState
 
 Metrics = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
 
 LAST_KERNEL = "decoder.conv_out.kernel"
+# Folded into a step's key for the corruption of what the encoder sees.
+CORRUPTION = 1
 # Among a micro-batch's metrics: an array of which, once averaged over the batch, two metrics are made.
 CODE_SHARES = "code_shares"
 
@@ -142,11 +145,13 @@ def _gradients(
     adversarial: bool,
 ) -> tuple[Gradients, Params, Metrics]:
     """Losses and gradients of one micro-batch: image (b, h, w, 3) in [-1, 1], mask (b, h, w, 1)."""
-    config = networks.config
+    config, harmonise = networks.config, networks.config.harmonise
+    # A key of its own, so that the posterior's sample is that of a training without corruption.
+    seen = corrupt(image, mask, jax.random.fold_in(key, CORRUPTION), harmonise) if harmonise.probability else image
 
     def reconstruct(params: Params) -> tuple[tuple[jax.Array, Metrics], tuple[jax.Array, Metrics]]:
         model = merge(networks.autoencoder, {**state.frozen, **params})
-        latent = model.encode(image)
+        latent = model.encode(seen)
         condition = (image, mask) if config.model.condition else (None, None)
         features = model.decode_features(latent.sample(key), *condition)
         shares = {} if model.codebook is None else {CODE_SHARES: model.codebook.shares(latent.codes)}
@@ -157,7 +162,13 @@ def _gradients(
 
     lpips = None if networks.lpips is None else merge(networks.lpips, perceptual)
     (nll, parts), cotangent = jax.value_and_grad(reconstruction_loss, has_aux=True)(
-        recon, image, lpips, config.loss.perceptual_weight, config.loss.reduction
+        recon,
+        image,
+        lpips,
+        config.loss.perceptual_weight,
+        config.loss.reduction,
+        emphasis=1 + harmonise.halo_weight * halo(mask, harmonise.halo_width) if harmonise.halo_weight else None,
+        pasted=mask if harmonise.composite else None,
     )
     penalty = sum(weights[name] * value for name, value in penalties.items())
     metrics = {"nll": nll, "loss": nll + penalty, **parts, **penalties, **shares}
