@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from asymvq_jax.devices.sharding import activation_ways, constrain_activation, gather_kernel, gather_rows, height_ways
+from asymvq_jax.models.convolution import convolve
 
 # The reference's initialisation: uniform in ±1/sqrt(fan_in).
 _uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -54,12 +55,8 @@ class Conv(nnx.Module):
         return self._add_bias(self._convolve(x, kernel, (row_padding or self.padding, self.padding)))
 
     def _convolve(self, x: jax.Array, kernel: jax.Array, padding: tuple[tuple[int, int], tuple[int, int]]) -> jax.Array:
-        return jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            gather_kernel(kernel.astype(self.dtype)),
-            window_strides=(self.stride, self.stride),
-            padding=padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        return convolve(
+            x.astype(self.dtype), gather_kernel(kernel.astype(self.dtype)), stride=self.stride, padding=padding
         )
 
     def _add_bias(self, y: jax.Array) -> jax.Array:

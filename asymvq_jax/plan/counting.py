@@ -178,10 +178,11 @@ def _axes(groups: list[list[int]], mesh: Mapping[str, int]) -> tuple[str, ...]:
 def matmul_flops(jaxpr: Any) -> float:
     """FLOPs of a jaxpr's convolutions and matrix products: two for each product with an element that exists.
 
-    Zeros that padding or dilation put in do not count. A loop of unknown length counts once, and of a conditional the
-    dearest branch.
+    Zeros that padding or dilation put in do not count. A loop of unknown length counts once, of a conditional the
+    dearest branch, and of a choice by platform the default, which accelerators take.
     """
     total = 0.0
+    platforms = {e.outvars[0] for e in jaxpr.eqns if e.primitive.name == "platform_index"}
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if name == "conv_general_dilated":
@@ -191,7 +192,8 @@ def matmul_flops(jaxpr: Any) -> float:
             left = equation.invars[0].aval.shape
             total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
         elif name == "cond":
-            total += max(map(matmul_flops, _inner(params["branches"])))
+            branches = params["branches"][-1:] if equation.invars[0] in platforms else params["branches"]
+            total += max(map(matmul_flops, _inner(branches)))
         else:
             total += _repeats(name, params) * sum(map(matmul_flops, _inner(params.values())))
     return total
