@@ -14,6 +14,7 @@ from asymvq_jax import config as configs
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.errors import CheckpointError
 from asymvq_jax.models.autoencoder import Autoencoder, structure
+from asymvq_jax.models.embedded import embedded_parameters, is_embedded
 from asymvq_jax.models.parameters import Params, merge, split
 
 STEPS = "checkpoints"
@@ -41,12 +42,13 @@ def save_model(path: str | Path, model: Autoencoder) -> None:
 
 
 def load_model(path: str | Path, **changes: object) -> Autoencoder:
-    """Reads the autoencoder of a run (its last step), of one step of a run, or of what `convert` wrote.
+    """Reads the autoencoder of a run (its last step), of one step of a run, or of what `convert` wrote, or one that the
+    package holds.
 
     Where the run kept a moving average of the parameters, that is what is read.
 
     Args:
-        path: the checkpoint's directory.
+        path: the checkpoint's directory, or a name in `asymvq_jax.models.embedded.MODELS`.
         changes: fields of the model's configuration to replace, such as dtype="bfloat16".
 
     Raises:
@@ -58,6 +60,8 @@ def load_model(path: str | Path, **changes: object) -> Autoencoder:
 
 def load_parameters(path: str | Path) -> tuple[ModelConfig, Params]:
     """As `load_model`, but the configuration and the flat parameters, on the first local device."""
+    if is_embedded(path):
+        return embedded_parameters(str(path))
     step = find_step(path)
     device = SingleDeviceSharding(jax.local_devices()[0])
     me = jax.process_index()
