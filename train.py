@@ -1,8 +1,7 @@
-"""Trains a model: python train.py --config configs/demo.py [--run.steps=1000 ...], as `asymvq train` does."""
+"""Trains a model, as `asymvq train` does: python train.py --config configs/demo.py [--run.steps=1000 ...]."""
 
-import sys
-
+from asymvq_jax.commands.entry import leave
 from asymvq_jax.commands.train import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

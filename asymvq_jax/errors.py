@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
+import enum
+
+
+class ExitCode(enum.IntEnum):
+    """What every command of this package ends with."""
+
+    DONE = 0
+    # Training diverged, a benchmark's contender failed, or an unexpected error, whose traceback is printed.
+    FAILED = 1
+    # Options, files or settings that cannot work; one line says what to do.
+    WRONG_INPUT = 2
+    # "Temporary failure, try again" in sysexits.h: told to stop, saved, and resumes when started again.
+    SAVED = 75
+    # "Remote error": another process of the run has ended; the run resumes when all of them are started again.
+    LOST_PEER = 76
+    # Ctrl-C, as shells report it.
+    INTERRUPTED = 130
+
 
 class UserError(ValueError):
     """Bad input; the message is for the user, and command lines print it without a traceback."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import platform
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from asymvq_jax.config import DTYPES
+from asymvq_jax.config import Dtype
 
 # Runs once and returns when the device is done, with what fetches the result to the host.
 Run = Callable[[], Callable[[], np.ndarray]]
@@ -58,15 +57,20 @@ class Result:
         return statistics.median(self.seconds)
 
 
-def parser(name: str, description: str, size: int) -> argparse.ArgumentParser:
-    """The options of a contest with PyTorch; `size` is the default of --size."""
-    result = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
-    result.add_argument("--config", default="configs/base.py")
-    result.add_argument("--size", type=int, default=size, help="height and width, px")
-    result.add_argument("--batch", type=int, default=1)
-    result.add_argument("--dtype", choices=DTYPES, default="float32")
-    result.add_argument("--rounds", type=int, default=11)
-    return result
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of a contest with PyTorch."""
+
+    # A published configuration by its name, such as base, or a Python file that defines get_config().
+    config: str = "base"
+    # Height and width of the pictures, px.
+    size: int = 256
+    # Pictures at once.
+    batch: int = 1
+    # Compute type.
+    dtype: Dtype = "float32"
+    # Timed runs of each contender.
+    rounds: int = 11
 
 
 def hold(contenders: Sequence[Contender], rounds: int, warm_up: int = 2) -> list[Result]:

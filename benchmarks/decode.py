@@ -1,10 +1,10 @@
-"""Times the decode beside diffusers': python -m benchmarks.decode [--config configs/base.py --size 256 --batch 1]."""
+"""Times the decode beside diffusers': asymvq benchmark decode."""
 
 from __future__ import annotations
 
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -21,10 +21,13 @@ from asymvq_jax.plan.counting import matmul_flops
 from benchmarks import contest, peers, subjects
 
 
-@command
-def main(arguments: Sequence[str] | None = None) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Decode(contest.Options):
+    """Time the decode beside diffusers'."""
+
+
+def work(options: Decode) -> int:
     """Returns the exit code: 0, or 1 if a contender failed."""
-    options = contest.parser("decode", __doc__, size=256).parse_args(arguments)
     config = load_config(options.config).model
     arrays = subjects.pictures(config, options.batch, options.size)
     with tempfile.TemporaryDirectory() as directory:
@@ -71,5 +74,4 @@ def flops(config: ModelConfig, arrays: dict[str, np.ndarray]) -> float:
     return matmul_flops(jax.make_jaxpr(lambda params, *x: merge(graphdef, params).decode(*x))(params, *inputs))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = command("asymvq benchmark decode", Decode, work)

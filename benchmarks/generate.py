@@ -1,4 +1,4 @@
-"""Times text-to-image beside diffusers': python -m benchmarks.generate [--size 512 --batch 1 --steps 20].
+"""Times text-to-image beside diffusers': asymvq benchmark generate.
 
 The denoising loop with guidance (DPM-Solver++) and the plain decode, at Stable Diffusion 1.5's sizes with random
 weights, from the same noise and the same random features of texts.
@@ -6,10 +6,9 @@ weights, from the same noise and the same random features of texts.
 
 from __future__ import annotations
 
-import argparse
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -19,7 +18,7 @@ from flax import nnx
 
 from asymvq_jax import inference
 from asymvq_jax.commands.entry import command
-from asymvq_jax.config import DTYPES, ModelConfig
+from asymvq_jax.config import Dtype, ModelConfig
 from asymvq_jax.convert.convert import read_model
 from asymvq_jax.devices.compilation import keep_compiled_programs
 from asymvq_jax.diffusion.pipeline import read_unet
@@ -38,17 +37,26 @@ GUIDANCE = 7.5
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-@command
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 if a contender failed, or 2 after an error message."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.generate", description=__doc__)
-    parser.add_argument("--size", type=int, default=512, help="height and width, px")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--skip-compiled", action="store_true", help="without torch.compile, where memory is short")
-    options = parser.parse_args(arguments)
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Time text-to-image beside diffusers'."""
+
+    # Height and width of the pictures, px.
+    size: int = 512
+    # Pictures at once.
+    batch: int = 1
+    # Steps of the sampler.
+    steps: int = 20
+    # Compute type.
+    dtype: Dtype = "float32"
+    # Timed runs of each contender.
+    rounds: int = 5
+    # Leave torch.compile out, where memory is short.
+    skip_compiled: bool = False
+
+
+def work(options: Generate) -> int:
+    """Returns the exit code: 0, or 1 if a contender failed."""
     config = UNetConfig()
     if options.size % (8 * config.downsampling) or options.size < 1:
         raise UserError(f"--size {options.size}: expected a multiple of {8 * config.downsampling}")
@@ -105,5 +113,4 @@ def flops(config: UNetConfig, arrays: dict[str, np.ndarray], steps: int) -> floa
     return steps * matmul_flops(predict) + matmul_flops(decode)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = command("asymvq benchmark generate", Generate, work)

@@ -1,4 +1,4 @@
-"""Measures the input pipeline: python -m benchmarks.input [--workers 0 1 2 --seconds 20].
+"""Measures the input pipeline: asymvq benchmark input [--workers 0,1,2 --seconds 20].
 
 Over JPEG files of ImageNet's usual size, made from the photographs that the packages ship, and over the same files as
 an ArrayRecord data set: reading, decoding, random crop to 256 px, LaMa's masks. Prints the pictures a second, which a
@@ -7,14 +7,12 @@ pod's host needs its chips' images/s of, and how many the time of one core pays 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import multiprocessing
 import os
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -32,13 +30,18 @@ SIZE = (500, 375)
 FILES = 200
 
 
-@command
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code, 0."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.input", description=__doc__)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of worker processes")
-    parser.add_argument("--seconds", type=float, default=20, help="to measure for, each")
-    options = parser.parse_args(arguments)
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """Measure the input pipeline, in pictures a second."""
+
+    # Numbers of worker processes to measure with, separated by commas.
+    workers: tuple[int, ...] = (0, 1, 2)
+    # Time of each measurement, s.
+    seconds: float = 20.0
+
+
+def work(options: Input) -> None:
+    """Measures, and prints a table."""
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder) / "files"
         _write_files(files)
@@ -55,7 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for workers in options.workers:
                 speed, per_core = _measure(dataclasses.replace(data, workers=workers), options.seconds)
                 print(f"| {name} | {workers} | {speed:.0f} | {per_core:.0f} |", flush=True)
-    return 0
 
 
 def _write_files(folder: Path) -> None:
@@ -86,5 +88,4 @@ def _core_seconds() -> float:
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = command("asymvq benchmark input", Input, work)

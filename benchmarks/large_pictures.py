@@ -1,4 +1,4 @@
-"""Decodes a large picture whole and in strips: python -m benchmarks.large_pictures [--config F --size 1024 ...].
+"""Decodes a large picture whole and in strips: asymvq benchmark large_pictures --config base [--size 1024 ...].
 
 Prints what the programs need of the device's memory, the time of one decode with what comes before it (start), the
 process's peak memory (on a CPU the device's and the host's) and the difference. Any field of the config can be set.
@@ -6,10 +6,10 @@ process's peak memory (on a CPU the device's and the host's) and the difference.
 
 from __future__ import annotations
 
-import argparse
-import sys
+import dataclasses
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
@@ -19,7 +19,7 @@ from flax import nnx
 
 from asymvq_jax import inference
 from asymvq_jax.commands.entry import command
-from asymvq_jax.config import load_config
+from asymvq_jax.config import Settings
 from asymvq_jax.inference import strips
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.blocks import Conv
@@ -27,14 +27,20 @@ from asymvq_jax.models.checkpoints import load_model, save_model
 from benchmarks import contest, subjects
 
 
-@command
-def main(arguments: Sequence[str] | None = None) -> int:
+@dataclass(frozen=True, kw_only=True)
+class LargePictures:
+    """Decode a large picture whole and in strips."""
+
+    # A published configuration by its name, such as base, or a Python file that defines get_config().
+    config: str = "base"
+    # Height and width of the picture, px.
+    size: int = 1024
+    settings: Settings
+
+
+def work(options: LargePictures) -> int:
     """Returns the exit code: 0, or 1 if one of them failed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.large_pictures", description=__doc__)
-    parser.add_argument("--config", default="configs/base.py")
-    parser.add_argument("--size", type=int, default=1024, help="height and width, px")
-    options, overrides = parser.parse_known_args(arguments)
-    config = load_config(options.config, ["--model.dtype=float32", *overrides]).model
+    config = dataclasses.replace(options.settings.model, dtype="float32")
     with tempfile.TemporaryDirectory() as directory:
         model = str(Path(directory) / "model")
         save_model(model, Autoencoder(config, rngs=nnx.Rngs(0)))
@@ -45,8 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rounds=0,
             warm_up=0,
         )
-    about = " ".join([options.config, *overrides])
-    print(f"\ndecode of one picture, {about}, {options.size} x {options.size} px, float32")
+    print(f"\ndecode of one picture, {options.config}, {options.size} x {options.size} px, float32")
     print(contest.machine())
     print(f"they differ by at most {contest.difference(results)}\n")
     print("| | start | memory of the process |\n| --- | --- | --- |")
@@ -108,5 +113,4 @@ class _Reported:
         return self.function(*arguments, **options)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = command("asymvq benchmark large_pictures", LargePictures, work)

@@ -1,20 +1,17 @@
-"""The paper's comparison at small scale: python -m benchmarks.reproduction --photos DIR [--out runs/reproduction].
+"""The paper's comparison at small scale: asymvq benchmark reproduction --photos DIR [--out runs/reproduction].
 
 Trains a small symmetric autoencoder (configs/reproduction.py), then, on its frozen encoder and for one number of steps,
 its plain decoder further, the asymmetric base, x1.5, x2, and x2 grown from the plain decoder instead of from random
-weights; evaluates all of them on held-out photographs. Started again, it goes on where it was.
+weights; evaluates all of them on held-out photographs. Started again, it continues where it was.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import logging
 import math
-import sys
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -23,7 +20,7 @@ import numpy as np
 
 from asymvq_jax import inference
 from asymvq_jax.commands.entry import command
-from asymvq_jax.config import Config, load_config
+from asymvq_jax.config import Config, Settings
 from asymvq_jax.data.pipeline import Example, held_out
 from asymvq_jax.data.sources import list_pictures
 from asymvq_jax.devices.compilation import keep_compiled_programs
@@ -57,25 +54,31 @@ SHORTER_SIDE = 256
 SHOWN = {n: COLUMNS[n] for n in ("preservation_error", "boundary_error", "psnr_preserved", "psnr_masked")}
 
 
-@command
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after an error message."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.reproduction", description=__doc__)
-    parser.add_argument("--photos", required=True, help="a folder of photographs")
-    parser.add_argument("--out", default="runs/reproduction", help="where runs, table.json and pictures.png go")
-    parser.add_argument("--config", default="configs/reproduction.py", help="the first stage")
-    parser.add_argument("--steps", type=int, default=800, help="of each decoder")
-    parser.add_argument("--batch", type=int, default=4, help="of each decoder")
-    options, overrides = parser.parse_known_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    logging.getLogger("absl").setLevel(logging.WARNING)
+@dataclass(frozen=True, kw_only=True)
+class Reproduction:
+    """Reproduce the paper's comparison at small scale. Started again, it continues where it was."""
+
+    # A folder of photographs.
+    photos: str
+    # The directory for the runs, table.json and pictures.png.
+    out: str = "runs/reproduction"
+    # The first stage: a published configuration by its name, or a Python file that defines get_config().
+    config: str = "reproduction"
+    # Training steps of each decoder.
+    steps: int = 800
+    # Pictures in a training step of each decoder.
+    batch: int = 4
+    settings: Settings
+
+
+def work(options: Reproduction) -> int:
+    """Returns the exit code of the first training that did not end well, or 0."""
     keep_compiled_programs()
     out = Path(options.out)
-    first = load_config(
-        options.config,
-        [f"--data.path={out / 'train'}", f"--data.eval_path={out / 'held_out'}",
-         f"--run.directory={out / 'first_stage'}", *overrides],
-    )  # fmt: skip
+    given = options.settings
+    data = dataclasses.replace(given.data, path=str(out / "train"), eval_path=str(out / "held_out"))
+    run = dataclasses.replace(given.run, directory=str(out / "first_stage"))
+    first = dataclasses.replace(given, data=data, run=run)
     shrink_photos(options.photos, out)
     configs = decoders(first, out, options.steps, options.batch)
     for config in (first, *configs.values()):
@@ -158,5 +161,4 @@ def _speed(model: Autoencoder, latent: jax.Array, condition: tuple) -> float:
     return len(latent) / float(np.median(seconds))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = command("asymvq benchmark reproduction", Reproduction, work, clock=True)

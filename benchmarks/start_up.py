@@ -1,11 +1,10 @@
-"""Times whole processes from start to a written picture, cold and warm: python -m benchmarks.start_up [--size 256].
+"""Times whole processes from start to a written picture, cold and warm: asymvq benchmark start_up [--size 256].
 
 Cold: nothing is compiled yet. Warm: the compilation cache holds the programs of an earlier process.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -13,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +34,20 @@ np.save(sys.argv[2], result)
 """
 
 
-@command
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code, 0."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.start_up", description=__doc__)
-    parser.add_argument("--config", default="configs/base.py")
-    parser.add_argument("--size", type=int, default=256, help="height and width, px")
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args(arguments)
+@dataclass(frozen=True, kw_only=True)
+class StartUp:
+    """Time whole processes from start to a written picture, cold and warm."""
+
+    # A published configuration by its name, such as base, or a Python file that defines get_config().
+    config: str = "base"
+    # Height and width of the picture, px.
+    size: int = 256
+    # Timed processes of each kind, of which the median is printed.
+    rounds: int = 3
+
+
+def work(options: StartUp) -> None:
+    """Measures, and prints a table."""
     config = load_config(options.config).model
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
@@ -52,10 +58,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         images.write(files["mask"], np.repeat(arrays["mask"][0] * 255, 3, axis=-1).astype(np.uint8))
         exported = str(folder / "decoder.jax")
         size = f"{options.size}x{options.size}"
-        _run([sys.executable, "-m", "asymvq_jax.export", model, exported, f"--size={size}"], folder / "unused")
+        _run(
+            [
+                sys.executable,
+                "-m",
+                "asymvq_jax",
+                "export",
+                f"--checkpoint={model}",
+                f"--out={exported}",
+                f"--size={size}",
+            ],
+            folder / "unused",
+        )
         commands = {
-            "python -m asymvq_jax.inpaint": [
-                *(sys.executable, "-m", "asymvq_jax.inpaint", f"--checkpoint={model}"),
+            "asymvq inpaint": [
+                *(sys.executable, "-m", "asymvq_jax", "inpaint", f"--checkpoint={model}"),
                 *(f"--{name}={file}" for name, file in files.items()),
             ],
             "a server with the exported decoder": [sys.executable, "-c", SERVE, exported, str(folder / "out.npy")],
@@ -71,7 +88,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n| | cold | warm |\n| --- | --- | --- |")
     for name, cold, warm in rows:
         print(f"| {name} | {cold:.1f} s | {warm:.1f} s |")
-    return 0
 
 
 def _run(command: Sequence[str], cache: Path) -> float:
@@ -81,5 +97,4 @@ def _run(command: Sequence[str], cache: Path) -> float:
     return time.perf_counter() - begin
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = command("asymvq benchmark start_up", StartUp, work)

@@ -1,10 +1,10 @@
-"""Times the training step beside PyTorch's: python -m benchmarks.train_step [--config configs/base.py --size 128]."""
+"""Times the training step beside PyTorch's: asymvq benchmark train_step."""
 
 from __future__ import annotations
 
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -24,10 +24,16 @@ from asymvq_jax.training.step import compiled_step
 from benchmarks import contest, peers, subjects
 
 
-@command
-def main(arguments: Sequence[str] | None = None) -> int:
+@dataclass(frozen=True, kw_only=True)
+class TrainStep(contest.Options):
+    """Time the training step beside PyTorch's."""
+
+    # Height and width of the pictures, px.
+    size: int = 128
+
+
+def work(options: TrainStep) -> int:
     """Returns the exit code: 0, or 1 if a contender failed."""
-    options = contest.parser("train_step", __doc__, size=128).parse_args(arguments)
     config = load_config(options.config, [f"--model.dtype={options.dtype}"])
     arrays = subjects.pictures(config.model, options.batch, options.size)
     with tempfile.TemporaryDirectory() as directory:
@@ -87,5 +93,4 @@ def _flops(config: Config, arrays: dict[str, np.ndarray]) -> float:
     return matmul_flops(step.trace(state, perceptual, _batch(arrays), adversarial=True).jaxpr)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = command("asymvq benchmark train_step", TrainStep, work)

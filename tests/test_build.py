@@ -151,7 +151,8 @@ def dying(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return decode(*arguments)
 build.images.decode = dying
-build.main(sys.argv[1:])
+from asymvq_jax.commands.build_data import main
+main(sys.argv[1:])
 """
 
 
@@ -331,9 +332,8 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, folder, monkeypatch, capsys):
 def test_check_wants_a_complete_data_set(tmp_path, capsys):
     assert main([str(tmp_path), "--name=mine", "--check"]) == 2
     assert "holds no complete data set of this command's; build it first" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main([str(tmp_path), "--name=mine"])
-    assert "expected SOURCE and TARGET, or TARGET and --check" in capsys.readouterr().err
+    assert main(["--out", str(tmp_path), "--name=mine"]) == 2
+    assert "expected --images SOURCE and --out TARGET to build, or --out TARGET and --check" in capsys.readouterr().err
 
 
 def test_pictures_are_ordered_by_a_hash_of_their_names():

@@ -19,9 +19,10 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 from asymvq_jax import inference
-from asymvq_jax.commands import page as demo
-from asymvq_jax.commands.page import Decoded, compare, describe, load, main, read_painting
+from asymvq_jax.commands.page import main
 from asymvq_jax.config import ModelConfig
+from asymvq_jax.evaluation import page
+from asymvq_jax.evaluation.page import Decoded, compare, describe, load, read_painting
 from asymvq_jax.files import images
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.checkpoints import save_model
@@ -157,7 +158,7 @@ def test_what_was_painted(tmp_path):
 def served(monkeypatch):
     """The arguments of `serve`, in the place of serving; Gradio passes for installed."""
     calls = []
-    monkeypatch.setattr(demo, "serve", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(page, "serve", lambda *arguments: calls.append(arguments))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     return calls
 

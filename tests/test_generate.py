@@ -380,7 +380,7 @@ def test_what_fails_is_named_and_the_rest_is_made(pipelines, tmp_path, monkeypat
     def exhaust(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setattr("asymvq_jax.commands.generate._make_batch", exhaust)
+    monkeypatch.setattr("asymvq_jax.diffusion.generate._make_batch", exhaust)
     assert run(*options) == 2
     assert "b: 2 at once of 32 x 32 px need more memory than the devices have" in capsys.readouterr().err
 
@@ -389,7 +389,7 @@ def test_ctrl_c_is_no_traceback(pipelines, tmp_path, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("asymvq_jax.commands.generate.load", interrupt)
+    monkeypatch.setattr("asymvq_jax.diffusion.generate.load", interrupt)
     options = ("text", pipelines.root / "text", "--prompt", "a fox")
     for target, message in (
         (("--out", tmp_path / "o.png"), "interrupted"),
@@ -518,7 +518,7 @@ def test_command_on_an_original_checkpoint(pipelines, tmp_path, monkeypatch, cap
     for options, message in (
         ((), "has no tokenizer: name one by --tokenizer"),
         (("--tokenizer", tmp_path), "no tokenizer at"),
-        ((*tokenizer, "--decode", "both"), "name the asymmetric decoder's checkpoint by --decoder"),
+        ((*tokenizer, "--decode", "both"), "name the asymmetric decoder's checkpoint by --checkpoint"),
         ((*tokenizer, "--size", "33x64"), "expected multiples of 16 px"),
         ((*tokenizer, "--steps", 1000), "steps=1000: expected 1 to 999"),
     ):
@@ -604,7 +604,7 @@ def set_json(file, **values):
 )
 def test_pipelines_that_cannot_do_the_task(pipelines, tmp_path, monkeypatch, capsys, task, change, message):
     """Before any weight is read."""
-    monkeypatch.setattr("asymvq_jax.commands.generate.load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("asymvq_jax.diffusion.generate.load", lambda *_: pytest.fail("weights were read"))
     image, mask = picture_and_mask((32, 32))
     images.write(tmp_path / "image.png", image[0])
     images.write(tmp_path / "mask.png", mask[0].repeat(3, -1) * 255)
@@ -619,7 +619,7 @@ def test_pipelines_that_cannot_do_the_task(pipelines, tmp_path, monkeypatch, cap
 
 
 def test_bad_input(pipelines, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("asymvq_jax.commands.generate.load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("asymvq_jax.diffusion.generate.load", lambda *_: pytest.fail("weights were read"))
     image, mask = picture_and_mask((32, 32))
     images.write(tmp_path / "image.png", image[0])
     images.write(tmp_path / "mask.png", mask[0, :24].repeat(3, -1) * 255)
@@ -683,7 +683,7 @@ def test_arrays_that_do_not_fit(pipelines):
 
 
 def test_decoders_that_cannot_do_the_task(pipelines, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("asymvq_jax.commands.generate.load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("asymvq_jax.diffusion.generate.load", lambda *_: pytest.fail("weights were read"))
     other = dataclasses.replace(AUTOENCODER, scaling_factor=0.5)
     save_model(tmp_path / "other", Autoencoder(other, rngs=nnx.Rngs(0)))
     plain = dataclasses.replace(AUTOENCODER, condition=False)

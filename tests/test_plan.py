@@ -10,6 +10,9 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from asymvq_jax.commands import plan as command
+from asymvq_jax.commands import plan_denoising as plan_denoising_command
+from asymvq_jax.commands import plan_table
 from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, RunConfig
 from asymvq_jax.devices import sharding
 from asymvq_jax.diffusion import layers
@@ -17,8 +20,8 @@ from asymvq_jax.diffusion.unet import UNet, UNetConfig
 from asymvq_jax.diffusion.unet import read_config as read_unet_config
 from asymvq_jax.errors import InputError
 from asymvq_jax.models.parameters import merge, split
-from asymvq_jax.plan import __main__ as command
-from asymvq_jax.plan import table
+from asymvq_jax.plan import advice, chips
+from asymvq_jax.plan import compile as compiling
 from asymvq_jax.plan.chips import CHIPS, GIB, Target, largest_fit, open_topology, roofline
 from asymvq_jax.plan.compile import (
     Memory,
@@ -30,7 +33,6 @@ from asymvq_jax.plan.compile import (
     plan_step,
 )  # fmt: skip
 from asymvq_jax.plan.counting import collectives, matmul_flops
-from asymvq_jax.plan.generate import main as generate_plan
 
 SMALL = ModelConfig(encoder_channels=(32, 32), decoder_channels=(32, 64), encoder_blocks=1, decoder_blocks=1)
 BATCH = 8
@@ -371,12 +373,9 @@ def pretended(monkeypatch, tmp_path):
         shortage = 16 * GIB if memory.peak > 16 * GIB else None
         return Program(memory, shortage, 1e12, 1e12, 1.01e12, None if shortage else 1e11, (), 0.0)
 
-    for module in (command, table):
-        monkeypatch.setattr(
-            module, "open_topology", lambda name, **_: Target(name, jax.devices(), CHIPS[0], "a compiler")
-        )
-        monkeypatch.setattr(module, "plan_step", plan_step)
-        monkeypatch.setattr(module, "plan_decode", plan_step)
+    monkeypatch.setattr(chips, "open_topology", lambda name, **_: Target(name, jax.devices(), CHIPS[0], "a compiler"))
+    monkeypatch.setattr(compiling, "plan_step", plan_step)
+    monkeypatch.setattr(compiling, "plan_decode", plan_step)
     (tmp_path / "tiny.py").write_text(CONFIG)
     return ["--config", str(tmp_path / "tiny.py")]
 
@@ -403,23 +402,23 @@ def test_search(pretended, capsys, tmp_path):
 
 def test_table_of_slices(pretended, capsys, monkeypatch):
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
-    assert table.main([*pretended, "--topologies=v5e:2x4,v6e:2x4", "--per-chip=4", "--mesh.fsdp=2"]) == 0
+    assert plan_table.main([*pretended, "--topologies=v5e:2x4,v6e:2x4", "--per-chip=4", "--mesh.fsdp=2"]) == 0
     header, _, *rows = capsys.readouterr().out.splitlines()
     cells = [dict(zip(header.split(" | "), row.split(" | "), strict=True)) for row in rows]
     assert [row["| slice"] for row in cells] == ["| v5e:2x4", "| v6e:2x4"]
     assert cells[0]["batch"] == "32"
     assert cells[0]["peak memory"] == "14.00 GiB of 16.00 GiB: fits"
     assert cells[0]["least time"] == f"{1e11 / 819e9 * 1e3:.0f} ms"
-    assert table.main([*pretended, "--topologies=v5e:2x4", "--per-chip=8"]) == 0
+    assert plan_table.main([*pretended, "--topologies=v5e:2x4", "--per-chip=8"]) == 0
     assert "24.00 GiB of 16.00 GiB: too much by 8.00 GiB" in capsys.readouterr().out.splitlines()[-1]
-    assert table.main([*pretended, "--per-chip=0"]) == 2
+    assert plan_table.main([*pretended, "--per-chip=0"]) == 2
     assert "--per-chip=0: expected at least 1" in capsys.readouterr().err
 
 
 def test_variants_say_what_to_set():
     target = Target("local", jax.devices(), None, "x")
     config = _config(data=DataConfig(batch_size=16, image_size=32))
-    assert list(command._variants(config, target)) == [
+    assert list(advice.variants(config, target)) == [
         "--model.remat=true",
         "--mesh.data=1 --mesh.fsdp=8",
         "--optimizer.accumulate=2",
@@ -460,9 +459,9 @@ def test_generation(tmp_path, capsys):
     assert few.flops == pytest.approx(2 * once)
     count = sum(math.prod(x.shape) for x in shapes.values())
     assert 2 * count < few.memory.parameters < 2.2 * count
-    assert generate_plan(["--unet", str(tmp_path), "--size", "64x128", "--steps", "2"]) == 0
+    assert plan_denoising_command.main(["--unet", str(tmp_path), "--size", "64x128", "--steps", "2"]) == 0
     assert "8 pictures of 128 x 64 px, 2 steps with guidance" in capsys.readouterr().out
-    assert generate_plan(["--unet", str(tmp_path), "--size", "60x128"]) == 2
+    assert plan_denoising_command.main(["--unet", str(tmp_path), "--size", "60x128"]) == 2
     assert "expected multiples of 16 px" in capsys.readouterr().err
 
 

@@ -17,6 +17,7 @@ from flax import nnx
 
 from asymvq_jax.commands import train as command
 from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
+from asymvq_jax.devices import cluster
 from asymvq_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from asymvq_jax.files import images
 from asymvq_jax.models.autoencoder import Autoencoder
@@ -192,7 +193,7 @@ def test_bad_input_ends_before_training_with_one_line(first, tmp_path, overrides
     overrides = [o.format(file=tmp_path / "file") for o in overrides]
     monkeypatch.setattr(sys, "argv", _command(first, "bad", *overrides)[1:])
     # This process has used its devices already, and can join no others.
-    monkeypatch.setattr(command.cluster, "join", lambda: None)
+    monkeypatch.setattr(cluster, "join", lambda: None)
     assert command.main() == 2
     error = capsys.readouterr().err
     assert re.search(re.escape(message), error), error

@@ -1,46 +1,69 @@
-"""Makes a TFDS data set of pictures, or verifies one: asymvq build-data SOURCE TARGET --name my_photos."""
+"""asymvq build-data."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from asymvq_jax.commands.entry import INTERRUPTED, command
-from asymvq_jax.data.build import build, check
+from asymvq_jax.commands.entry import command
+from asymvq_jax.errors import ConfigError
 
 
-@command
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after an error message, or 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m asymvq_jax.data.build", description=__doc__)
-    parser.add_argument("source", nargs="?", help="pictures: a directory tree, a .tar or a .tar.gz")
-    parser.add_argument("target", help="the data_dir in which the data set lies or is to lie")
-    parser.add_argument("--name", required=True, help="of the data set: lower-case letters, digits and underscores")
-    parser.add_argument("--check", action="store_true", help="verify the data set in TARGET; takes no SOURCE")
-    parser.add_argument("--min-side", type=int, default=0, help="leave out pictures whose shorter side is below this")
-    parser.add_argument("--held-out", type=float, default=0.02, help="share of the pictures for the validation split")
-    parser.add_argument("--eval", help="pictures for the validation split; then none of SOURCE are held out")
-    parser.add_argument("--shard-mib", type=float, default=256, help="about the size of a shard, MiB")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that read and decode")
-    options = parser.parse_intermixed_args(arguments)
-    if options.check == (options.source is not None):
-        parser.error("expected SOURCE and TARGET, or TARGET and --check")
+@dataclass(frozen=True, kw_only=True)
+class BuildData:
+    """Pack pictures into a TFDS data set of ArrayRecord shards, which training reads at random; or verify one.
+
+    Started again after an interruption, it continues after the last complete shard.
+    """
+
+    # Name of the data set: lower-case letters, digits and underscores.
+    name: str
+    # The data_dir in which the data set lies or is to lie.
+    out: str
+    # Pictures to pack: a directory tree, a .tar or a .tar.gz.
+    images: str | None = None
+    # Verify the data set in --out instead; takes no --images.
+    check: bool = False
+    # Leave out pictures whose shorter side is below this, px.
+    min_side: int = 0
+    # Share of the pictures for the validation split.
+    held_out: float = 0.02
+    # Pictures for the validation split, in any of the forms of --images; then none of --images are held out.
+    eval: str | None = None
+    # About the size of a shard, MiB.
+    shard_mib: float = 256.0
+    # Threads that read and decode; by default one for each CPU.
+    workers: int | None = None
+
+
+def work(options: BuildData) -> None:
+    """Builds or verifies the data set."""
+    from asymvq_jax.data.build import build, check
+
+    if options.check == (options.images is not None):
+        raise ConfigError("expected --images SOURCE and --out TARGET to build, or --out TARGET and --check to verify")
+    workers = options.workers if options.workers is not None else os.cpu_count()
+    if options.check:
+        check(options.out, options.name, workers=workers)
+        return
     try:
-        if options.check:
-            check(options.target, options.name, workers=options.workers)
-        else:
-            build(
-                options.source,
-                options.target,
-                options.name,
-                held_out=options.eval or options.held_out,
-                min_side=options.min_side,
-                shard_mib=options.shard_mib,
-                workers=options.workers,
-            )
+        build(
+            options.images,
+            options.out,
+            options.name,
+            held_out=options.eval or options.held_out,
+            min_side=options.min_side,
+            shard_mib=options.shard_mib,
+            workers=workers,
+        )
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the last complete shard", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+        raise KeyboardInterrupt("interrupted; the same command goes on after the last complete shard") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    positional = ("out",) if "--check" in words else ("images", "out")
+    return command("asymvq build-data", BuildData, work, positional=positional)(words)

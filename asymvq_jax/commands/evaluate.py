@@ -1,65 +1,59 @@
-"""Evaluates a model: python eval.py --config configs/demo.py --checkpoint runs/demo/asymmetric [--pairs DIR]."""
+"""asymvq evaluate."""
 
-import argparse
+from __future__ import annotations
+
 import json
-import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from asymvq_jax.commands.entry import command
-from asymvq_jax.config import Config, flatten, load_config
-from asymvq_jax.convert.convert import read_model
-from asymvq_jax.data.pipeline import held_out
-from asymvq_jax.devices.compilation import keep_compiled_programs
+from asymvq_jax.config import Config, Settings, flatten
 from asymvq_jax.errors import UserError
-from asymvq_jax.evaluation.metrics.distribution import read_reference
-from asymvq_jax.evaluation.metrics.inception import load_inception
-from asymvq_jax.evaluation.pairs import Pair, list_pairs, read_pairs
-from asymvq_jax.evaluation.rows import (
-    evaluate,
-    evaluate_text,
-    list_latents,
-    paper_table,
-    table,
-    text_table,
-)
-from asymvq_jax.evaluation.seam import drift_table, measure_drift, measure_seam, plot, seam_table
-from asymvq_jax.files import images
-from asymvq_jax.files.outputs import check_writable, write_bytes
-from asymvq_jax.losses.lpips import load_lpips
-from asymvq_jax.models.autoencoder import Autoencoder
-from asymvq_jax.models.parameters import Params
+
+if TYPE_CHECKING:
+    from asymvq_jax.evaluation.pairs import Pair
+    from asymvq_jax.models.autoencoder import Autoencoder
+    from asymvq_jax.models.parameters import Params
 
 
-@command
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after an error message."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog="Any field of the config can be set: --group.field=v")
-    parser.add_argument("--config", required=True, help="a Python file in configs/")
-    parser.add_argument("--checkpoint", required=True, help="a run, or whatever asymvq_jax.convert reads")
-    parser.add_argument("--plain", help="checkpoint of the plain autoencoder; default: the config's run.init_from")
-    parser.add_argument("--pairs", help="a folder of name.png and name_mask.png; default: the config's held-out source")
-    parser.add_argument("--inception", help="weights of FID's network (pytorch-fid's, torch-fidelity's): adds FID")
-    parser.add_argument("--latents", help="text-to-image instead: a folder of .npy latents to decode without condition")
-    parser.add_argument("--reference", help="for --latents: a folder of real pictures, or a .npz of their statistics")
-    parser.add_argument("--json", help="write the numbers to this file")
-    parser.add_argument("--picture", help="write a picture grid to this file")
-    parser.add_argument(
-        "--seam",
-        help="also measure the tone step at the mask's edge and the drift of repeated edits; "
-        "write their plot to this .png file",
-    )
-    options, overrides = parser.parse_known_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measure what a decoder preserves and how well it fills, beside the plain decoder and pasting."""
+
+    # A published configuration by its name, such as x2, or a Python file that defines get_config().
+    config: str
+    # The model: a run, or anything that `asymvq convert` reads.
+    checkpoint: str
+    # The decoder that came with the encoder, in any of the same forms; by default the configuration's run.init_from.
+    plain: str | None = None
+    # A folder of name.png and name_mask.png (white = generate); by default the configuration's held-out pictures.
+    pairs: str | None = None
+    # Weights of the Inception network, pytorch-fid's or torch-fidelity's .pth file: adds FID.
+    inception: str | None = None
+    # Text-to-image instead: a folder of latents (.npy) to decode without condition. Needs --inception, --reference.
+    latents: str | None = None
+    # For --latents: a folder of real pictures, or a .npz of their statistics.
+    reference: str | None = None
+    # Write the numbers to this .json file.
+    json: str | None = None
+    # Write a grid of pictures to this file: .png, .jpg or .webp.
+    picture: str | None = None
+    # Also measure the tone step at the mask's edge and the drift of repeated edits, and plot them to this .png file.
+    seam: str | None = None
+    settings: Settings
+
+
+def work(options: Evaluate) -> None:
+    """Measures, prints the tables, and writes what was asked for."""
+    from asymvq_jax.devices.compilation import keep_compiled_programs
+    from asymvq_jax.files import images
+    from asymvq_jax.files.outputs import check_writable, write_bytes
+
     keep_compiled_programs()
-    _run(options, overrides)
-    return 0
-
-
-def _run(options: argparse.Namespace, overrides: list[str]) -> None:
-    config = load_config(options.config, overrides)
+    config = options.settings
     for path, suffixes in ((options.picture, images.FORMATS), (options.json, (".json",)), (options.seam, (".png",))):
         if path:
             check_writable(path, suffixes)
@@ -69,10 +63,13 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
         write_bytes(options.json, json.dumps(_finite(numbers), indent=2).encode() + b"\n")
 
 
-def _text_to_image(options: argparse.Namespace, config: Config) -> dict[str, Any]:
+def _text_to_image(options: Evaluate, config: Config) -> dict[str, Any]:
     """Decodes latents without condition and prints the scores; returns the numbers."""
+    from asymvq_jax.evaluation.metrics.distribution import read_reference
+    from asymvq_jax.evaluation.rows import evaluate_text, list_latents, text_table
+
     if not (options.inception and options.reference):
-        raise UserError("--latents takes --inception WEIGHTS and --reference PICTURES too")
+        raise UserError("--latents needs --inception WEIGHTS and --reference PICTURES as well")
     list_latents(options.latents)
     model, plain, inception = _load(options, config)
     reference, _ = read_reference(options.reference, inception)
@@ -81,8 +78,13 @@ def _text_to_image(options: argparse.Namespace, config: Config) -> dict[str, Any
     return {row: {"fid": fid, "inception_score": score} for row, (fid, score) in scores.items()}
 
 
-def _inpainting(options: argparse.Namespace, config: Config) -> dict[str, Any]:
+def _inpainting(options: Evaluate, config: Config) -> dict[str, Any]:
     """Measures pairs and prints their tables; returns the numbers."""
+    from asymvq_jax.evaluation.rows import evaluate, paper_table, table
+    from asymvq_jax.evaluation.seam import drift_table, measure_drift, measure_seam, plot, seam_table
+    from asymvq_jax.files import images
+    from asymvq_jax.losses.lpips import load_lpips
+
     pairs, count = _pairs(options.pairs, config)
     model, plain, inception = _load(options, config)
     lpips = load_lpips("vgg16", config.loss.perceptual_weights)
@@ -104,8 +106,11 @@ def _inpainting(options: argparse.Namespace, config: Config) -> dict[str, Any]:
     return numbers
 
 
-def _load(options: argparse.Namespace, config: Config) -> tuple[Autoencoder, Autoencoder | None, Params | None]:
+def _load(options: Evaluate, config: Config) -> tuple[Autoencoder, Autoencoder | None, Params | None]:
     """Our model, the plain one and FID's network, the latter two where there are any."""
+    from asymvq_jax.convert.convert import read_model
+    from asymvq_jax.evaluation.metrics.inception import load_inception
+
     inception = load_inception(options.inception) if options.inception else None
     model = read_model(options.checkpoint, dtype=config.model.dtype)
     path = options.plain or config.run.init_from
@@ -120,7 +125,10 @@ def _load(options: argparse.Namespace, config: Config) -> tuple[Autoencoder, Aut
 
 
 def _pairs(folder: str | None, config: Config) -> tuple[Callable[[], Iterator[Pair]], int]:
-    """What gives the pairs of a folder, or else the config's held-out ones, as often as it is asked; and how many."""
+    """A function that reads the pairs of a folder, or else the configuration's held-out ones, and their number."""
+    from asymvq_jax.data.pipeline import held_out
+    from asymvq_jax.evaluation.pairs import Pair, list_pairs, read_pairs
+
     if folder:
         paths = list_pairs(folder)
         return partial(read_pairs, paths), len(paths)
@@ -138,3 +146,6 @@ def _finite(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+main = command("asymvq evaluate", Evaluate, work)

@@ -1,34 +1,44 @@
-"""Writes the decoder to a file for servers: asymvq export CHECKPOINT FILE --size 512x512 [--batch 4]."""
+"""asymvq export."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 from asymvq_jax.commands.entry import command
-from asymvq_jax.config import DTYPES
-from asymvq_jax.files import images
-from asymvq_jax.files.outputs import check_writable, write_bytes
-from asymvq_jax.inference.export import PLATFORMS, SUFFIX, export_decoder
-from asymvq_jax.models.checkpoints import load_model
+from asymvq_jax.config import Dtype
 
 
-@command
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after an error message."""
-    parser = argparse.ArgumentParser(prog="python -m asymvq_jax.export", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", help="a run, one of its steps, or what asymvq_jax.convert wrote")
-    parser.add_argument("file", help=f"what to write, *{SUFFIX}")
-    parser.add_argument("--size", default="512x512", help="height x width of the pictures, px (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=1, help="pictures a call (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, help="compute type; default: the checkpoint's")
-    options = parser.parse_args(arguments)
-    check_writable(options.file, (SUFFIX,))
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write the decoder as one file that serves with JAX alone, without this package."""
+
+    # A run, one of its steps, or a model that `asymvq convert` wrote.
+    checkpoint: str
+    # The file to write, *.jax.
+    out: str
+    # HEIGHTxWIDTH of the pictures, px.
+    size: str = "512x512"
+    # Pictures a call.
+    batch: int = 1
+    # Compute type; by default the checkpoint's.
+    dtype: Dtype | None = None
+
+
+def work(options: Export) -> None:
+    """Writes the file and prints what it takes."""
+    from asymvq_jax.files import images
+    from asymvq_jax.files.outputs import check_writable, write_bytes
+    from asymvq_jax.inference.export import PLATFORMS, SUFFIX, export_decoder
+    from asymvq_jax.models.checkpoints import load_model
+
+    check_writable(options.out, (SUFFIX,))
     size = images.parse_size("--size", options.size)
     model = load_model(options.checkpoint, **({"dtype": options.dtype} if options.dtype else {}))
     program = export_decoder(model, options.batch, size)
     data = program.serialize()
-    write_bytes(options.file, data)
+    write_bytes(options.out, data)
     inputs = ", ".join(f"{a.dtype}{list(a.shape)}" for a in program.in_avals)
-    print(f"{options.file}: {len(data) / 1e6:.1f} MB for {', '.join(PLATFORMS)}; takes {inputs}")
-    return 0
+    print(f"{options.out}: {len(data) / 1e6:.1f} MB for {', '.join(PLATFORMS)}; takes {inputs}")
+
+
+main = command("asymvq export", Export, work, positional=("checkpoint", "out"))

@@ -1,56 +1,59 @@
-"""Inpaints one picture: python -m asymvq_jax.inpaint --image F --mask F --checkpoint DIR --out F."""
+"""asymvq inpaint."""
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-
-import jax
-import numpy as np
+from typing import TYPE_CHECKING, Any, Literal
 
 from asymvq_jax.commands.entry import command
-from asymvq_jax.config import DTYPES
-from asymvq_jax.convert.convert import read_model
-from asymvq_jax.devices import sharding
-from asymvq_jax.devices.compilation import keep_compiled_programs
+from asymvq_jax.config import Dtype
 from asymvq_jax.errors import InputError
-from asymvq_jax.files import images
-from asymvq_jax.files.outputs import check_writable
-from asymvq_jax.inference.strips import decode_in_strips, encode_in_strips
-from asymvq_jax.inference.whole import check_condition, check_mask, decode, encode, inpaint, read_latent
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
-@command
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after an error message."""
-    parser = argparse.ArgumentParser(prog="python -m asymvq_jax.inpaint", description=__doc__)
-    parser.add_argument("--image", required=True, help="the original picture (PNG, JPEG, WebP, ...)")
-    parser.add_argument("--mask", required=True, help="a picture of the same size: white = generate, black = preserve")
-    parser.add_argument(
-        "--soft-mask", action="store_true", help="greys of the mask blend; without it the threshold is 0.5"
-    )
-    parser.add_argument("--checkpoint", required=True, help="a run, or whatever asymvq_jax.convert reads")
-    parser.add_argument("--out", required=True, help="the result: .png, .jpg or .webp")
-    parser.add_argument("--latent", help="an edited latent (.npy) from a diffusion model; default: the picture's own")
-    parser.add_argument("--unscaled-latent", action="store_true", help="the latent is not times the scaling factor")
-    parser.add_argument("--keep", choices=("model", "exact"), default="model", help="exact: paste kept pixels back too")
-    parser.add_argument("--band", type=int, default=8, help="width of the transition around the mask for exact, px")
-    parser.add_argument(
-        "--large",
-        choices=("strips", "devices"),
-        help="a picture that one device's memory cannot hold: in strips of rows on one device (slower), or its rows "
-        "split over all devices",
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="compute type; default: the checkpoint's")
-    options = parser.parse_args(arguments)
+@dataclass(frozen=True, kw_only=True)
+class Inpaint:
+    """Decode an edited latent so that the picture's unmasked pixels stay."""
+
+    # The original picture: PNG, JPEG, WebP, ...
+    image: str
+    # A picture of the same size: white = generate, black = preserve.
+    mask: str
+    # The model: a run, or anything that `asymvq convert` reads.
+    checkpoint: str
+    # The picture to write: .png, .jpg or .webp.
+    out: str
+    # An edited latent (.npy) from a diffusion model; by default the picture's own.
+    latent: str | None = None
+    # The latent has not been multiplied by the scaling factor.
+    unscaled_latent: bool = False
+    # Greys of the mask blend; without this the threshold is 0.5.
+    soft_mask: bool = False
+    # model: what the decoder makes. exact: also paste the preserved pixels back, with a transition around the mask.
+    keep: Literal["model", "exact"] = "model"
+    # Width of that transition, px.
+    band: int = 8
+    # For a picture that one device's memory cannot hold. strips: in strips of rows on one device, which is slower;
+    # devices: its rows split over all devices.
+    large: Literal["strips", "devices"] | None = None
+    # Compute type; by default the checkpoint's.
+    dtype: Dtype | None = None
+
+
+def work(options: Inpaint) -> None:
+    """Inpaints, and prints what was done."""
+    from asymvq_jax.convert.convert import read_model
+    from asymvq_jax.devices.compilation import keep_compiled_programs
+    from asymvq_jax.files import images
+    from asymvq_jax.files.outputs import check_writable
+    from asymvq_jax.inference.whole import check_condition, check_mask, inpaint, read_latent
+
     keep_compiled_programs()
-    _run(options)
-    return 0
-
-
-def _run(options: argparse.Namespace) -> None:
     check_writable(options.out, images.FORMATS)
     if options.keep == "exact" and options.out.lower().endswith((".jpg", ".jpeg")):
         raise InputError(f"--out {options.out}: JPEG changes every pixel; --keep exact needs .png or .webp")
@@ -81,8 +84,14 @@ def _run(options: argparse.Namespace) -> None:
     )
 
 
-def _for_size(large: str | None, rows: int) -> dict[str, Callable]:
-    """What `inpaint` is to encode and decode with; `rows` are the latent's."""
+def _for_size(large: str | None, rows: int) -> dict[str, Callable[..., Any]]:
+    """The functions that `inpaint` encodes and decodes with; `rows` are the latent's."""
+    import jax
+
+    from asymvq_jax.devices import sharding
+    from asymvq_jax.inference.strips import decode_in_strips, encode_in_strips
+    from asymvq_jax.inference.whole import decode, encode
+
     if large is None:
         return {}
     if large == "strips":
@@ -98,6 +107,8 @@ def _for_size(large: str | None, rows: int) -> dict[str, Callable]:
 
 
 def _read_npy(path: str) -> np.ndarray:
+    import numpy as np
+
     try:
         latent = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -105,3 +116,6 @@ def _read_npy(path: str) -> np.ndarray:
     if not isinstance(latent, np.ndarray) or latent.dtype.kind not in "fiu":
         raise InputError(f"--latent {path}: expected one array of real numbers")
     return latent
+
+
+main = command("asymvq inpaint", Inpaint, work)

@@ -5,6 +5,7 @@ from asymvq_jax.config.fields import (
     MASK_PRESETS,
     Config,
     DataConfig,
+    Dtype,
     HarmoniseConfig,
     LossConfig,
     MaskConfig,
@@ -13,7 +14,7 @@ from asymvq_jax.config.fields import (
     OptimizerConfig,
     RunConfig,
 )
-from asymvq_jax.config.loading import flatten, from_dict, load_config, override, to_json
+from asymvq_jax.config.loading import Settings, flatten, from_dict, load_config, override, to_json
 from asymvq_jax.errors import ConfigError, UserError
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "Dtype",
     "HarmoniseConfig",
     "LossConfig",
     "MaskConfig",
@@ -29,6 +31,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "RunConfig",
+    "Settings",
     "UserError",
     "flatten",
     "from_dict",

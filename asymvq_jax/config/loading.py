@@ -6,32 +6,37 @@ import dataclasses
 import difflib
 import json
 import runpy
-import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+import tyro
+
+from asymvq_jax.config import command_line
 from asymvq_jax.config.fields import MASK_PRESETS, Config, MaskConfig
 from asymvq_jax.errors import ConfigError
 
+T = TypeVar("T")
+
+# A configuration beside a command's own options: its fields are options too, with dotted names.
+Settings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+# Where the published configurations are: inside an installed package, or beside it in a clone.
+PUBLISHED = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Builds the configuration of a file in configs/ and applies command-line overrides to it.
+    """Builds the configuration of a file and applies command-line overrides to it.
 
     Args:
-        path: a Python file that defines `get_config() -> Config`.
+        path: a Python file that defines `get_config() -> Config`, or the name of a published one, such as "x2".
         overrides: "--model.dtype=bfloat16" or "--model.dtype", "bfloat16"; see `override`.
 
     Raises:
         ConfigError: the file is missing or defines no configuration; an override names no field or has a value of
             another type; a value is out of range.
     """
-    path = Path(path)
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError(f"config file {path} does not exist{hint}")
+    path = _find(str(path))
     get_config = runpy.run_path(str(path)).get("get_config")
     config = get_config() if callable(get_config) else None
     if not isinstance(config, Config):
@@ -39,81 +44,82 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return override(config, overrides)
 
 
+def published() -> dict[str, Path]:
+    """The files of the published configurations by their names."""
+    folder = next((folder for folder in PUBLISHED if folder.is_dir()), None)
+    return {} if folder is None else {path.stem: path for path in sorted(folder.glob("*.py"))}
+
+
+def _find(name: str) -> Path:
+    path, known = Path(name), published()
+    if path.is_file():
+        return path
+    if name in known:
+        return known[name]
+    if path.suffix == ".py" or path.name != name:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+    else:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        hint += f" Published are {', '.join(known)}; or name a .py file"
+    raise ConfigError(f"config file {name} does not exist{hint}")
+
+
 def override(config: Config, arguments: Sequence[str]) -> Config:
     """Returns `config` with fields replaced by dotted command-line arguments (see `load_config`).
 
     --data.mask=PRESET takes all fields of one of `MASK_PRESETS`, before any single field wherever that stands.
     """
-    presets: dict[str, Any] = {}
-    tree: dict[str, Any] = {}
-    for name, text in _pairs(arguments):
-        if name == "data.mask" and text in MASK_PRESETS:
-            presets = {"data": {"mask": MASK_PRESETS[text]}}
+    config, rest = _take_preset(config, arguments)
+    if not rest:
+        return config
+    return command_line.parse(Annotated[Config, tyro.conf.FlagConversionOff], rest, prog="", default=config)
+
+
+def parse(kind: type[T], arguments: Sequence[str], *, prog: str) -> T:
+    """As `command_line.parse`, for the options of a command.
+
+    Options with the fields `config: str` and `settings: Settings` have the fields of a configuration as well: those of
+    the file that `--config` names, replaced by the arguments.
+    """
+    own = {f.name: f.default for f in dataclasses.fields(typing.cast(Any, kind))}
+    name = _value_of("--config", arguments) or own.get("config")
+    if command_line.SETTINGS not in own or not isinstance(name, str):
+        # Without a file there is only the help to print, or the error that asks for one.
+        return command_line.parse(kind, arguments, prog=prog)
+    config, rest = _take_preset(load_config(name), arguments)
+    own = {field: tyro.MISSING if value is dataclasses.MISSING else value for field, value in own.items()}
+    return command_line.parse(kind, rest, prog=prog, default=kind(**own | {"settings": config}))
+
+
+def _value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """What follows the last `option`, before it is known which other options there are."""
+    found = None
+    for i, word in enumerate(arguments):
+        name, equals, text = word.partition("=")
+        if name == option and (equals or i + 1 < len(arguments)):
+            found = text if equals else arguments[i + 1]
+    return found
+
+
+def _take_preset(config: Config, arguments: Sequence[str]) -> tuple[Config, list[str]]:
+    """The configuration with the fields of --data.mask=PRESET, and the arguments without that."""
+    rest, words = [], iter(arguments)
+    for word in words:
+        name, equals, text = word.partition("=")
+        if name != "--data.mask":
+            rest.append(word)
             continue
-        node, kind = tree, Config
-        *parents, leaf = name.split(".")
-        for depth, part in enumerate(parents):
-            kind = _field_type(kind, part, ".".join(parents[:depth]))
-            if not dataclasses.is_dataclass(kind):
-                raise ConfigError(f"--{name}: {'.'.join(parents[: depth + 1])} has no fields of its own")
-            node = node.setdefault(part, {})
-        kind = _field_type(kind, leaf, ".".join(parents))
-        if dataclasses.is_dataclass(kind):
-            names = ", ".join(f"--{name}.{f.name}" for f in dataclasses.fields(kind))
-            preset = f"; or a preset: {', '.join(MASK_PRESETS)}" if kind is MaskConfig else ""
-            raise ConfigError(f"--{name} is a group; name one of its fields: {names}{preset}")
-        node[leaf] = _parse(text, kind, name)
-    return _replace(_replace(config, presets), tree)
-
-
-def _pairs(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:
-    rest = iter(arguments)
-    for argument in rest:
-        if not argument.startswith("--"):
-            raise ConfigError(f"{argument!r}: expected --field=value or --field value, such as --run.steps=1000")
-        name, equals, text = argument[2:].partition("=")
-        if not equals:
-            text = next(rest, None)
-            if text is None:
-                raise ConfigError(f"--{name}: a value is missing; write --{name}=VALUE")
-        yield name, text
-
-
-def _field_type(kind: type, name: str, parent: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    if name in hints:
-        return hints[name]
-    full = f"{parent}.{name}".lstrip(".")
-    near = difflib.get_close_matches(full, _all_names(Config), n=1, cutoff=0.3)
-    hint = f"; did you mean --{near[0]}?" if near else ""
-    raise ConfigError(f"--{full} is not a field of the configuration{hint}")
-
-
-def _all_names(kind: type, prefix: str = "") -> list[str]:
-    names = []
-    for name, hint in typing.get_type_hints(kind).items():
-        names += _all_names(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]
-    return names
-
-
-def _parse(text: str, kind: Any, name: str) -> Any:
-    try:
-        if kind is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if isinstance(kind, types.GenericAlias) and kind.__origin__ is tuple:
-            parts = [p for p in text.strip("()[] ").replace(" ", "").split(",") if p]
-            return tuple(kind.__args__[0](p) for p in parts)
-        return kind(text)
-    except (KeyError, ValueError):
-        wanted = {bool: "true or false"}.get(kind, getattr(kind, "__name__", str(kind)))
-        if isinstance(kind, types.GenericAlias):
-            wanted = f"{kind.__args__[0].__name__} values separated by commas"
-        raise ConfigError(f"--{name}={text!r}: expected {wanted}") from None
-
-
-def _replace(config: Any, tree: dict[str, Any]) -> Any:
-    changes = {k: _replace(getattr(config, k), v) if isinstance(v, dict) else v for k, v in tree.items()}
-    return dataclasses.replace(config, **changes) if changes else config
+        preset = text if equals else next(words, "")
+        if preset not in MASK_PRESETS:
+            fields = ", ".join(f"{name}.{f.name}" for f in dataclasses.fields(MaskConfig))
+            raise ConfigError(
+                f"{name} is a group; name one of its fields: {fields}; or a preset: {', '.join(MASK_PRESETS)}"
+            )
+        mask = dataclasses.replace(config.data.mask, **MASK_PRESETS[preset])
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, mask=mask))
+    return config, rest
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -121,7 +121,9 @@ def share() -> tuple[int, int]:
 
 
 def leave(code: int) -> None:
-    """Ends this process after an error, without waiting for processes that may go on or be gone."""
+    """Ends a process that has joined others after an error, without waiting for those, which may go on or be gone."""
+    if not jax.distributed.is_initialized():
+        return
     sys.stderr.flush()
     # Where all of them met the same error, none is to be aborted by JAX because another was quicker to end.
     farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)

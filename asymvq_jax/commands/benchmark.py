@@ -1,0 +1,49 @@
+"""asymvq benchmark."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from asymvq_jax.commands.entry import group
+from asymvq_jax.errors import ExitCode
+
+ABOUT = """\
+usage: asymvq benchmark NAME [OPTIONS]
+
+Benchmarks of this package, most of them beside PyTorch. They lie in a clone of the repository, not in the package, and
+need its test requirements: pip install -e '.[test]'.
+
+  decode          the decode, beside diffusers'
+  train_step      the training step, beside PyTorch's
+  generate        Stable Diffusion's denoising loop, beside diffusers'
+  input           the input pipeline, pictures a second
+  large_pictures  memory and time of large pictures
+  start_up        whole processes from start to a written picture, cold and warm
+  reproduction    a small reproduction of the paper's comparison
+
+asymvq benchmark NAME --help lists the options.
+"""
+NAMES = ("decode", "train_step", "generate", "input", "large_pictures", "start_up", "reproduction")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    root = Path(__file__).parents[2]
+    if words[:1] not in ([], ["-h"], ["--help"]) and not (root / "benchmarks" / "contest.py").is_file():
+        print("error: the benchmarks lie in a clone of the repository, not in the installed package", file=sys.stderr)
+        return ExitCode.WRONG_INPUT
+    return group("asymvq benchmark", ABOUT, {name: _loader(name, root) for name in NAMES})(words)
+
+
+def _loader(name: str, root: Path) -> Callable[[], Callable[[Sequence[str] | None], int]]:
+    def load() -> Callable[[Sequence[str] | None], int]:
+        if importlib.util.find_spec("benchmarks") is None:
+            sys.path.insert(0, str(root))
+        main: Callable[[Sequence[str] | None], int] = importlib.import_module(f"benchmarks.{name}").main
+        return main
+
+    return load

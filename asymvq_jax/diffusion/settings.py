@@ -1,0 +1,100 @@
+"""What pictures are generated from, and how: the options of `asymvq generate`. This module imports nothing slow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import tyro
+
+from asymvq_jax.config import Dtype
+
+Task = Literal["text", "inpaint", "edit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """What all tasks share."""
+
+    task: ClassVar[Task]
+
+    # A diffusers pipeline folder; for text and inpaint also an original checkpoint (.ckpt, .safetensors).
+    pipeline: str
+    # The picture to write (.png, .jpg, .webp); a directory with --folder or --count.
+    out: str
+    # Many pictures at once: a folder of inputs, name.txt for a prompt, name.png for a picture, name_mask.png for its
+    # mask and name_example.png for an example. Pictures that are in --out already are not made again.
+    folder: str | None = None
+    # An asymmetric decoder: a run, or anything that `asymvq convert` reads.
+    checkpoint: Annotated[str | None, tyro.conf.arg(aliases=["--decoder"])] = None
+    # What to decode with: plain is the decoder that came with the pipeline, both puts the two side by side; by default
+    # asymmetric if there is one.
+    decode: Literal["plain", "asymmetric", "both"] | None = None
+    # HEIGHTxWIDTH, px: of the pictures, by default the model's; with a picture, the size to which it and its mask are
+    # scaled, by default theirs.
+    size: str | None = None
+    # Strength of the condition, 0 to 100; 1: none.
+    guidance: float = 7.5
+    # Steps of the sampler.
+    steps: int = 50
+    # The sampler; by default the pipeline's own.
+    scheduler: Literal["ddim", "pndm", "dpm++"] | None = None
+    # Seed of the first picture (by name); the next ones have the next seeds.
+    seed: int = 0
+    # Pictures of the same inputs.
+    count: int = 1
+    # Pictures at once; by default one for each device.
+    batch: int | None = None
+    # Also write each latent to this directory, as .npy files that `asymvq evaluate` and `asymvq inpaint` read.
+    save_latents: str | None = None
+    # Type in which everything is computed.
+    dtype: Dtype = "bfloat16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompted(Generate):
+    """What the tasks with a text share."""
+
+    # The text.
+    prompt: str | None = None
+    # A text that guidance leads away from.
+    negative: str = ""
+    # For an original checkpoint: a folder with CLIP's vocab.json and merges.txt.
+    tokenizer: str | None = None
+    # For an original Stable Diffusion 2 checkpoint: what its network predicts.
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text(Prompted):
+    """Generate pictures that a text describes."""
+
+    task: ClassVar[Task] = "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inpaint(Prompted):
+    """Generate the masked region of a picture anew, as a text describes it."""
+
+    task: ClassVar[Task] = "inpaint"
+
+    # The original picture.
+    image: str | None = None
+    # A picture of the same size: white = generate, black = preserve.
+    mask: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit(Generate):
+    """Paint the content of an example picture into the masked region (Paint-by-Example)."""
+
+    task: ClassVar[Task] = "edit"
+
+    # The original picture.
+    image: str | None = None
+    # A picture of the same size: white = generate, black = preserve.
+    mask: str | None = None
+    # The picture whose content is painted in.
+    example: str | None = None
+    # Strength of the condition, 0 to 100; 1: none.
+    guidance: float = 5.0
