@@ -63,7 +63,7 @@ def config_page() -> str:
         "`asymvq evaluate` and `asymvq plan` by its dotted name: `--model.dtype=bfloat16` or `--model.dtype bfloat16`. "
         "Several values are separated by commas: `--model.decoder_channels=256,512,1024,1024`.",
     ]
-    for name, kind in _groups(Config):
+    for name, kind in groups(Config):
         lines = ["| field | default | meaning |", "| --- | --- | --- |"]
         for row in rows(kind):
             names = "<br>".join(f"`{name}.{field.name}`" for field in row.fields)
@@ -123,11 +123,11 @@ def errors_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _groups(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def groups(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, hint in typing.get_type_hints(kind).items():
         if dataclasses.is_dataclass(hint):
             yield prefix + name, hint
-            yield from _groups(hint, f"{prefix}{name}.")
+            yield from groups(hint, f"{prefix}{name}.")
 
 
 def rows(kind: Any) -> list[Row]:

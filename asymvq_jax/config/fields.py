@@ -16,6 +16,7 @@ DTYPES = get_args(Dtype)
 class ModelConfig:
     """Sizes of one autoencoder. The defaults are Stable Diffusion 1.x's encoder with the paper's base decoder."""
 
+    # Channels of the pictures, and of the latent.
     image_channels: int = 3
     latent_channels: int = 4
     # A diffusion model sees (latent - shift_factor) * scaling_factor.
@@ -109,6 +110,7 @@ class LossConfig:
     gan_start: int = 50_000
     # Multiplies the adaptive weight of the generator's term.
     gan_weight: float = 0.8
+    # Layers of the PatchGAN discriminator, and the channels of its first one.
     discriminator_layers: int = 3
     discriminator_features: int = 64
 
@@ -148,6 +150,7 @@ class MaskConfig:
     stroke_length: int = 200
     stroke_width: int = 100
     stroke_angle: int = 4
+    # Rectangles in a mask, and their sides, px.
     box_count: tuple[int, int] = (1, 3)
     box_side: tuple[int, int] = (30, 150)
     # Least distance from the picture's edge.
@@ -401,7 +404,9 @@ class RunConfig:
 
     # Directory for checkpoints, logs and pictures (also gs://...). Starting again here resumes the run.
     directory: PathText = "runs/default"
+    # The step at which the run ends.
     steps: int = 100_000
+    # Of the initial values, the order of the pictures, their crops, masks and sampled latents.
     seed: int = 0
     # A model checkpoint to start from (a run, one of its steps, or what asymvq_jax.convert wrote). The encoder is
     # taken from it, the decoder too where its sizes agree. Required while the encoder is frozen.
