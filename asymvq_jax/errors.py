@@ -115,3 +115,9 @@ class NonFiniteError(RuntimeError):
 
 class LostPeerError(RuntimeError):
     """A computation of several processes failed, most often because one of them has ended."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line; its type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -22,10 +22,13 @@ from PIL import Image
 from asymvq_jax.commands.build_data import main
 from asymvq_jax.config import DataConfig
 from asymvq_jax.data import build as module
-from asymvq_jax.data.build import Pictures, build, check
+from asymvq_jax.data import shards
+from asymvq_jax.data.build import build, check
+from asymvq_jax.data.listing import LOST_LINK, Link, Picture, Pictures
 from asymvq_jax.data.sources import open_source
 from asymvq_jax.errors import DataError, OutputError, UserError
 from asymvq_jax.files import images
+from asymvq_jax.files.folders import Tally
 
 SUFFIXES = (".png", ".jpg", ".webp", ".bmp")
 # A picture of noise, or a few.
@@ -89,7 +92,8 @@ def test_a_folder_becomes_a_data_set_that_training_reads(tmp_path, folder, capsy
     assert len(list(result.glob("mine-train.array_record-*-of-*"))) > 2
     assert not [file for file in (tmp_path / "mine").rglob("*") if file.name.startswith(".")]
     assert list(train) != sorted(train)
-    assert "12 pictures; 1 other files are no pictures by their names" in capsys.readouterr().out
+    said = "12 pictures; left out: 1 hidden (the name begins with a dot), such as .hidden.png; 1 not pictures, such as "
+    assert f"{said}notes.txt" in capsys.readouterr().out
     assert "tensorflow" not in sys.modules
 
 
@@ -142,16 +146,16 @@ def test_held_out_pictures_of_their_own(tmp_path, folder):
 # Kills the process while the given picture is decoded.
 KILLED = """
 import os, signal, sys
-from asymvq_jax.data import build
-decode, count = build.images.decode, int(sys.argv.pop(1))
+from asymvq_jax.commands.build_data import main
+from asymvq_jax.files import images
+decode, count = images.decode, int(sys.argv.pop(1))
 def dying(*arguments):
     global count
     count -= 1
     if not count:
         os.kill(os.getpid(), signal.SIGKILL)
     return decode(*arguments)
-build.images.decode = dying
-from asymvq_jax.commands.build_data import main
+images.decode = dying
 main(sys.argv[1:])
 """
 
@@ -164,7 +168,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, folder, capsys, monke
     complete = len(list((work / "manifests").glob("mine-*")))
     assert list(work.glob(".*.partial"))
     assert complete > 0
-    with pytest.raises(DataError, match="is no TFDS data set"):
+    with pytest.raises(DataError, match="is not a TFDS data set"):
         _read(tmp_path / "killed")
 
     # A second death, between a shard and its manifest.
@@ -172,7 +176,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, folder, capsys, monke
         raise RuntimeError("dead")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_write_json", die)
+        patch.setattr(shards, "write_json", die)
         with pytest.raises(RuntimeError, match="dead"):
             main(arguments)
     whole = build(folder, str(tmp_path / "whole"), "mine", shard_mib=SHARD_MIB, workers=3)
@@ -237,9 +241,9 @@ def test_another_source_or_other_options_are_refused(tmp_path, folder):
         (lambda p: p / "none", "none does not exist; expected a directory"),
         (lambda p: p / "empty", "empty holds no pictures (found 1 other files)"),
         (lambda p: p / "one", "one holds too few pictures (1) to hold any out; name those with --eval"),
-        (lambda p: p / "empty/notes.txt", "notes.txt is no readable tar"),
-        (lambda p: p / "cut.tar", "cut.tar is no readable tar"),
-        (lambda p: p / "damaged.tar", "damaged.tar is no readable tar: damaged at byte"),
+        (lambda p: p / "empty/notes.txt", "notes.txt is not a readable tar"),
+        (lambda p: p / "cut.tar", "cut.tar is not a readable tar"),
+        (lambda p: p / "damaged.tar", "damaged.tar is not a readable tar: damaged at byte"),
         (lambda p: p / "cut.tar.gz", "cut.tar.gz is damaged"),
         (lambda p: p / "corrupt", "nothing is left for the train split: 0 pictures, 0 GB (0 too small and 2 corrupt"),
     ],
@@ -272,7 +276,7 @@ def test_a_directory_that_cannot_be_read_is_named(tmp_path, folder, monkeypatch)
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refusing)
-    with pytest.raises(DataError, match="sub/sub cannot be read: Permission denied"):
+    with pytest.raises(DataError, match=r"folders that cannot be read \(Permission denied\), such as sub/sub"):
         build(folder, str(tmp_path), "mine")
 
 
@@ -324,7 +328,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, folder, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_write_shard", interrupted)
+    monkeypatch.setattr(module, "write_shard", interrupted)
     assert main([folder, str(tmp_path), "--name=mine"]) == 130
     assert "goes on after the last complete shard" in capsys.readouterr().err
 
@@ -337,9 +341,9 @@ def test_check_wants_a_complete_data_set(tmp_path, capsys):
 
 
 def test_pictures_are_ordered_by_a_hash_of_their_names():
-    files = [module.Picture(f"{i}.png", b"x", i, i) for i in range(100)]
+    files = [Picture(f"{i}.png", b"x", i, i) for i in range(100)]
     with closing(sqlite3.connect("")) as database:
-        pictures, again = (Pictures(database, order, "here") for order in (files, reversed(files)))
+        pictures, again = (Pictures(database, order, "here", Tally()) for order in (files, reversed(files)))
         whole = list(pictures)
         assert sorted(whole) == sorted(files)
         assert whole == list(again) != files
@@ -358,3 +362,64 @@ def test_names_that_are_no_text(tmp_path, folder):
     for name, source in (("files", folder), ("archive", _tar(folder, tmp_path / "all.tar"))):
         build(source, str(tmp_path), name, held_out=0.1)
         assert r"caf\xe9.png" in _records(tmp_path, "train", name) | _records(tmp_path, "validation", name)
+
+
+def test_links_in_an_archive_are_pictures_under_other_names(tmp_path, folder, capsys):
+    names = ("picture00.png", "sub/picture01.jpg")
+    os.link(f"{folder}/{names[0]}", f"{folder}/sub/hard.png")
+    os.symlink("picture01.jpg", f"{folder}/sub/soft.jpg")
+    os.symlink("soft.jpg", f"{folder}/sub/softer.jpg")
+    os.symlink("nowhere.png", f"{folder}/lost.png")
+    for source, target in ((folder, "of_folder"), (_tar(folder, tmp_path / "all.tar"), "of_tar")):
+        build(source, str(tmp_path / target), "mine")
+        assert "15 pictures; left out: " in capsys.readouterr().out
+    assert _bytes(tmp_path / "of_folder/mine") == _bytes(tmp_path / "of_tar/mine")
+
+
+def test_links_of_an_archive_that_lead_nowhere_are_counted():
+    left_out = Tally()
+    files = [Picture("a.png", b"x", 0, 1), Link("b.png", "c.png"), Link("c.png", "b.png"), Link("d.png", "gone.png")]
+    with closing(sqlite3.connect("")) as database:
+        assert [picture.name for picture in Pictures(database, files, "here", left_out)] == ["a.png"]
+    assert left_out.counts == {LOST_LINK: 3}
+
+
+def test_what_an_archive_holds_beside_pictures_is_counted(tmp_path, folder, capsys):
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        tar.add(folder, arcname=".")
+        pipe = tarfile.TarInfo("pipe.png")
+        pipe.type = tarfile.FIFOTYPE
+        tar.addfile(pipe)
+        tar.add(f"{folder}/picture00.png", arcname="no-ending")
+    build(str(tmp_path / "all.tar"), str(tmp_path), "mine")
+    printed = capsys.readouterr().out
+    assert "13 pictures; left out: " in printed
+    for reason in (
+        "1 hidden (the name",
+        "1 neither files nor folders, such as pipe.png",
+        "1 not pictures, such as notes",
+    ):
+        assert reason in printed
+
+
+def test_a_file_that_cannot_be_read_is_left_out_counted_and_named(tmp_path, folder, capsys, monkeypatch):
+    plain = open
+
+    def failing(file, *rest, **options):
+        if not isinstance(file, int) and os.fsdecode(file).endswith("picture00.png"):
+            raise OSError(5, "Input/output error")
+        return plain(file, *rest, **options)
+
+    monkeypatch.setattr("builtins.open", failing)
+    build(folder, str(tmp_path), "mine")
+    printed = capsys.readouterr()
+    assert "left out: picture00.png cannot be read: Input/output error" in printed.err
+    assert "(0 too small and 0 corrupt ones, 1 unreadable ones left out)" in printed.out
+    assert len(_read(tmp_path)) == 11
+
+
+def test_a_damaged_plan_is_named(tmp_path, folder):
+    result = build(folder, str(tmp_path), "mine")
+    (result / "manifests/plan.json").write_text("{")
+    with pytest.raises(DataError, match=r"plan\.json is damaged: .*; remove it and build again"):
+        build(folder, str(tmp_path), "mine")

@@ -259,6 +259,16 @@ def test_batches_take_masks_from_files(folder):
     assert 0 < (mixed.mean((1, 2, 3)) == 0.5).mean() < 1
 
 
+def test_one_mask_file_that_cannot_be_read_is_skipped_and_named(tmp_path, caplog):
+    Image.new("L", (8, 8), 0).save(tmp_path / "black.png")
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    config = _data(tmp_path).mask
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        assert not random_mask(rng, 16, dataclasses.replace(config, full_probability=0.0), find_files(config)).any()
+    assert caplog.text.count("broken.png is not a readable picture") == 1
+
+
 def test_unusable_mask_files_stop_before_training(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "white").mkdir()
@@ -275,7 +285,7 @@ def test_unusable_mask_files_stop_before_training(folder, tmp_path):
     with pytest.raises(DataError, match=r"data\.mask gave 100 full or empty masks in a row"):
         held_out(_data(tmp_path / "white"), 1, 0)
     (tmp_path / "white" / "white.png").write_bytes(b"no picture")
-    with pytest.raises(images.ImageError, match=r"white\.png is not a readable picture"):
+    with pytest.raises(DataError, match=r"data\.mask\.path: 100 files .*white\.png is not a readable picture"):
         held_out(_data(tmp_path / "white"), 1, 0)
 
 
@@ -285,8 +295,8 @@ def test_unusable_mask_files_stop_before_training(folder, tmp_path):
         ({"full_probability": 1.5}, "data.mask.full_probability=1.5: expected a number in [0, 1]"),
         ({"invert_probability": -0.1}, "data.mask.invert_probability=-0.1: expected a number in [0, 1]"),
         ({"squares": -1.0}, "data.mask.squares=-1.0: expected a weight of zero or more"),
-        ({"outpainting": float("inf")}, "data.mask.outpainting=inf: expected a weight"),
-        ({"superres": float("nan")}, "data.mask.superres=nan: expected a weight"),
+        ({"outpainting": float("inf")}, "data.mask.outpainting=inf: expected a finite number"),
+        ({"superres": float("nan")}, "data.mask.superres=nan: expected a finite number"),
         (NONE, "data.mask.strokes=0.0: expected a positive weight here or of another kind: strokes, boxes, squares"),
         ({"files": 1.0}, "data.mask.path='': expected a directory"),
         ({"path": "masks"}, "data.mask.files=0.0: expected more than 0"),
@@ -294,12 +304,12 @@ def test_unusable_mask_files_stop_before_training(folder, tmp_path):
         ({"stroke_segments": 0}, "data.mask.stroke_segments=0: expected at least 1"),
         ({"square_width": 0}, "data.mask.square_width=0: expected at least 1"),
         ({"stroke_count": (0, 3)}, "data.mask.stroke_count=(0, 3): expected (least, most) with 1 <= least"),
-        ({"square_count": (3,)}, "data.mask.square_count=(3,): expected (least, most)"),
+        ({"square_count": (3,)}, "data.mask.square_count=(3,): expected a tuple of 2 integers"),
         ({"box_side": (150, 30)}, "data.mask.box_side=(150, 30): expected (least, most)"),
         ({"box_margin": -1}, "data.mask.box_margin=-1: expected zero or more"),
         ({"box_margin": 114}, "room for a box of 30 px between two margins in 256 px"),
         ({"superres_step": (1, 2)}, "data.mask.superres_width=(1, 3): expected a least width below 1"),
-        ({"outpainting_sides": (1.0, 1.0)}, "data.mask.outpainting_sides=(1.0, 1.0): expected four probabilities"),
+        ({"outpainting_sides": (1.0, 1.0)}, "data.mask.outpainting_sides=(1.0, 1.0): expected a tuple of 4 numbers"),
         ({"outpainting_sides": (0.0,) * 4}, "expected four probabilities, not all of them 0"),
         ({"outpainting_padding": (0.3, 0.2)}, "data.mask.outpainting_padding=(0.3, 0.2): expected (least, most)"),
         ({"outpainting_padding": (0.3, 1.2)}, "with 0 <= least <= most <= 1"),

@@ -5,6 +5,8 @@ python -m asymvq_jax.data.masks docs/masks.png draws samples.
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Iterator, Sequence
 
@@ -14,10 +16,15 @@ from etils import epath
 
 from asymvq_jax.config import MASK_PRESETS, MaskConfig
 from asymvq_jax.data.sources import list_pictures
+from asymvq_jax.errors import DataError, ImageError, first_line
 from asymvq_jax.files import images
+
+log = logging.getLogger(__name__)
 
 # LaMa's shortest segment and thinnest brush, px at the configuration's resolution.
 MIN_LENGTH, MIN_WIDTH = 10, 5
+# Mask files tried for one mask before the run gives up.
+FILE_ATTEMPTS = 100
 
 
 def find_files(config: MaskConfig) -> list[epath.Path]:
@@ -44,7 +51,7 @@ def random_mask(
         (size, size, 1) uint8, 0 or 1.
 
     Raises:
-        ImageError: a mask file is no picture.
+        DataError: hardly any of the mask files can be read.
     """
     mask = np.zeros((size, size, 1), np.uint8)
     if rng.random() < config.full_probability:
@@ -52,12 +59,29 @@ def random_mask(
     weights = config.weights
     kind = rng.choice([*weights], p=np.divide([*weights.values()], sum(weights.values())))
     if kind == "files":
-        mask = _read(files[rng.integers(len(files))], size)
+        mask = _draw_file(rng, size, files)
     else:
         _DRAW[kind](mask, rng, config)
     if config.invert_probability and rng.random() < config.invert_probability:
         mask = 1 - mask
     return mask
+
+
+def _draw_file(rng: np.random.Generator, size: int, files: Sequence[epath.Path]) -> np.ndarray:
+    """A mask file's mask; files that cannot be read are named, and others drawn instead."""
+    for _ in range(FILE_ATTEMPTS):
+        path = files[int(rng.integers(len(files)))]
+        try:
+            return _read(path, size)
+        except (ImageError, OSError) as error:
+            reason = f"{path} {first_line(error).removeprefix(f'{path} ')}"
+            _name_once(reason)
+    raise DataError(f"data.mask.path: {FILE_ATTEMPTS} files in a row cannot be read; the last: {reason}")
+
+
+@functools.cache
+def _name_once(reason: str) -> None:
+    log.warning("a mask is skipped: %s", reason)
 
 
 def _read(path: epath.Path, size: int) -> np.ndarray:

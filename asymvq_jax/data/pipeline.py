@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import threading
+import time
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import cv2
 import grain
@@ -14,44 +18,75 @@ from absl import flags
 from etils import epath
 
 from asymvq_jax.config import DataConfig, MaskConfig
+from asymvq_jax.data.identity import Identity, identify
 from asymvq_jax.data.masks import find_files, random_mask
-from asymvq_jax.data.sources import Source, open_source
+from asymvq_jax.data.sources import Source, open_source, open_sources, within
 from asymvq_jax.errors import DataError, ImageError
 
 log = logging.getLogger(__name__)
 
-# Files tried for one example before the run gives up.
-ATTEMPTS = 8
+# Pictures tried for one example before the run gives up: more than chance asks for where a part of the data is sound.
+TRIES = 1_000
+# Of the unreadable files that an example stepped over, so many are reported.
+REPORTED = 8
 # Masks drawn for one held-out example before the run gives up.
 MASK_ATTEMPTS = 100
 Example = dict[str, np.ndarray]
 
 
+class Inputs(NamedTuple):
+    """What examples are made of."""
+
+    train: Source
+    held_out: Source
+    masks: Sequence[epath.Path]
+
+    def identities(self, config: DataConfig) -> dict[str, Identity]:
+        """What a resumed run compares, by its name in messages."""
+        found = {"training pictures": self.train.identity(), "held-out pictures": self.held_out.identity()}
+        if self.masks:
+            found["masks"] = identify(within(path, epath.Path(config.mask.path)) for path in self.masks)
+        return found
+
+
+def open_inputs(config: DataConfig, kept: epath.Path | None = None) -> Inputs:
+    """Lists the data once, for training and evaluation alike; see `open_sources`."""
+    return Inputs(*open_sources(config, kept), find_files(config.mask))
+
+
 def training_batches(
-    config: DataConfig, seed: int, *, process_index: int, process_count: int
+    config: DataConfig, seed: int, *, process_index: int, process_count: int, inputs: Inputs | None = None
 ) -> grain.DatasetIterator[Example]:
     """An endless iterator over this process's share of the global batches.
 
     The global batch at a step does not depend on the number of processes; each takes its consecutive rows.
     Every epoch has its own permutation.
 
+    Args:
+        config: the data.
+        seed: of the order, the crops and the masks.
+        process_index: which part of every batch.
+        process_count: of how many equal parts.
+        inputs: what `open_inputs` returned for this config, if it is there already.
+
     Returns:
-        An iterator over dictionaries: "image" (b, h, w, 3) uint8, "mask" (b, h, w, 1) uint8 in {0, 1} and "skipped"
-        (b, ATTEMPTS) int32, the indices of the corrupt files that an example stepped over, padded with -1;
-        b = batch_size / process_count. Its get_state() is a dictionary that JSON can hold.
+        An iterator over dictionaries: "image" (b, h, w, 3) uint8, "mask" (b, h, w, 1) uint8 in {0, 1}, "skipped"
+        (b, REPORTED) int32, the indices of unreadable files that an example stepped over, padded with -1, and "small"
+        (b,) int32, how many pictures below data.min_side it stepped over; b = batch_size / process_count. Its
+        get_state() is a dictionary that JSON can hold.
 
     Raises:
         DataError: the source or a directory of masks is missing, or the processes cannot share the batch evenly.
     """
     if config.batch_size % process_count:
         raise DataError(f"data.batch_size={config.batch_size}: expected a multiple of the {process_count} processes")
-    source = open_source(config, train=True)
+    source, _, masks = inputs or open_inputs(config)
     examples = (
         grain.MapDataset.range(len(source))
         .seed(seed)
         .shuffle()
         .repeat()
-        .random_map(partial(_example, source, find_files(config.mask), config), seed=seed)
+        .random_map(partial(_example, source, masks, config), seed=seed)
         .batch(config.batch_size // process_count, drop_remainder=True)[process_index::process_count]
     )
     options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4 * config.prefetch)
@@ -61,39 +96,69 @@ def training_batches(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=config.prefetch)
+            grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=config.prefetch),
+            worker_init_fn=partial(_end_with, os.getpid()),
         )
     return iter(batches)
+
+
+def _end_with(trainer: int, *_: int) -> None:
+    """Ends this worker process soon after the process `trainer` that started it, even one that was killed."""
+
+    def watch() -> None:
+        # Not a signal of the system on the parent's death, which comes when the thread ends that started the worker.
+        while os.getppid() == trainer:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _example(
     source: Source, mask_files: Sequence[epath.Path], config: DataConfig, index: int, rng: np.random.Generator
 ) -> Example:
-    image, skipped = _read(source, config.min_side, int(index), rng)
+    found = _read(source, config.min_side, int(index), rng)
+    reported = found.unreadable[:REPORTED]
     return {
-        "image": _crop(image, config.image_size, rng.uniform(*config.crop), rng),
+        "image": _crop(found.image, config.image_size, rng.uniform(*config.crop), rng),
         "mask": random_mask(rng, config.image_size, config.mask, mask_files),
-        "skipped": np.array(skipped + [-1] * (ATTEMPTS - len(skipped)), np.int32),
+        "skipped": np.array(reported + [-1] * (REPORTED - len(reported)), np.int32),
+        "small": np.array(found.small, np.int32),
     }
 
 
-def _read(source: Source, min_side: int, index: int, rng: np.random.Generator) -> tuple[np.ndarray, list[int]]:
-    """The picture at `index`, or at a random other index where that one is corrupt or too small."""
-    corrupt: list[int] = []
-    for _ in range(ATTEMPTS):
+class _Found(NamedTuple):
+    """A usable picture, and what was stepped over to find it."""
+
+    image: np.ndarray
+    unreadable: list[int]
+    small: int
+
+
+def _read(source: Source, min_side: int, index: int, rng: np.random.Generator) -> _Found:
+    """The picture at `index`, or at a random other index where that one cannot be read or is too small."""
+    unreadable: list[int] = []
+    small = 0
+    tried = set[int]()
+    for _ in range(TRIES):
+        last = index
         try:
             image = source.read(index)
             if min(image.shape[:2]) >= max(min_side, 1):
-                return image, corrupt
+                return _Found(image, unreadable, small)
+            small += 1
             reason = f"its shorter side is below data.min_side={min_side}"
         except ImageError as error:
-            corrupt.append(index)
+            unreadable.append(index)
             reason = str(error)
-        last = index
+        tried.add(index)
+        if len(tried) == len(source):
+            break
         index = int(rng.integers(len(source)))
     raise DataError(
-        f"{ATTEMPTS} pictures in a row cannot be used; the last is {source.name(last)}: {reason}. "
-        "Check the data and data.min_side"
+        f"{len(unreadable) + small} pictures in a row cannot be used ({small} of them below data.min_side={min_side}); "
+        f"the last is {source.name(last)}: {reason}. Check the data and "
+        "data.min_side; asymvq build-data --min-side makes a data set without small pictures"
     )
 
 
@@ -106,13 +171,14 @@ def _crop(image: np.ndarray, size: int, share: float, rng: np.random.Generator) 
     return cv2.resize(image[top : top + side, left : left + side], (size, size), interpolation=cv2.INTER_AREA)
 
 
-def held_out(config: DataConfig, count: int, seed: int) -> Example:
+def held_out(config: DataConfig, count: int, seed: int, inputs: Inputs | None = None) -> Example:
     """A fixed set of held-out examples: picture i % n, first its centre square, then random crops.
 
     Args:
         config: the data.
         count: how many examples.
         seed: of the crops and masks.
+        inputs: what `open_inputs` returned for this config, if it is there already.
 
     Returns:
         "image" (count, h, w, 3) uint8 and "mask" (count, h, w, 1) uint8; no mask is full or empty.
@@ -120,14 +186,15 @@ def held_out(config: DataConfig, count: int, seed: int) -> Example:
     Raises:
         DataError: the held-out source or a directory of masks is missing, or too much of it is unusable.
     """
-    source, mask_files = open_source(config, train=False), find_files(config.mask)
+    source = inputs.held_out if inputs else open_source(config, train=False)
+    mask_files = inputs.masks if inputs else find_files(config.mask)
     masks = dataclasses.replace(config.mask, full_probability=0.0)
     result: dict[str, list[np.ndarray]] = {"image": [], "mask": []}
     for i in range(count):
         rng = np.random.default_rng((seed, i))
-        image, corrupt = _read(source, config.min_side, i % len(source), rng)
-        for index in corrupt:
-            log.warning("held out: %s is corrupt and is replaced", source.name(index))
+        image, unreadable, _ = _read(source, config.min_side, i % len(source), rng)
+        for index in unreadable:
+            log.warning("held out: %s is skipped: %s", source.name(index), why_unreadable(source, index))
         if i < len(source):
             height, width, _ = image.shape
             side = min(height, width)
@@ -148,35 +215,62 @@ def _partial_mask(rng: np.random.Generator, size: int, config: MaskConfig, files
     raise DataError(f"data.mask gave {MASK_ATTEMPTS} full or empty masks in a row; held-out pictures need others")
 
 
-class CorruptFiles:
-    """Counts and names corrupt files, and stops the run when there are too many."""
+def why_unreadable(source: Source, index: int) -> str:
+    """Why a picture of a source cannot be read; workers hand on its index only."""
+    try:
+        source.read(index)
+    except ImageError as error:
+        return str(error).removeprefix(f"{source.name(index)} ")
+    return "it could not be read then, and can be read now"
+
+
+class SkippedFiles:
+    """Counts what examples stepped over, names each file once with its reason, and stops the run at too many."""
 
     # The share is judged once so many files were read, or all of a smaller source.
     MIN_EXAMINED = 100
 
     def __init__(self, source: Source, max_share: float) -> None:
         self._source, self._max_share = source, max_share
-        self._examined, self._corrupt = 0, set[int]()
+        self._examined, self._small = 0, 0
+        self._unreadable: dict[int, str] = {}
+        self._told_small = 0.0
 
-    def update(self, skipped: np.ndarray, examples: int) -> None:
+    def update(self, skipped: np.ndarray, small: np.ndarray) -> None:
         """Takes note of one batch.
 
         Args:
-            skipped: (b, ATTEMPTS) indices of corrupt files, padded with -1.
-            examples: pictures in the batch.
+            skipped: (b, REPORTED) indices of unreadable files, padded with -1.
+            small: (b,) pictures below data.min_side.
 
         Raises:
-            DataError: more than data.max_corrupt_share of the files read are corrupt.
+            DataError: more than data.max_corrupt_share of the files read cannot be used.
         """
         found = skipped[skipped >= 0].tolist()
-        self._examined += examples + len(found)
-        for index in sorted(set(found) - self._corrupt):
-            self._corrupt.add(index)
-            log.warning("corrupt file %d: %s is skipped", len(self._corrupt), self._source.name(index))
+        self._examined += len(skipped) + len(found)
+        self._small += int(small.sum())
+        for index in sorted(set(found) - self._unreadable.keys()):
+            self._unreadable[index] = why_unreadable(self._source, index)
+            count, name = len(self._unreadable), self._source.name(index)
+            log.warning("unreadable file %d: %s is skipped: %s", count, name, self._unreadable[index])
         files = min(self._examined, len(self._source))
-        if files >= min(self.MIN_EXAMINED, len(self._source)) and len(self._corrupt) > self._max_share * files:
-            names = ", ".join(self._source.name(i) for i in sorted(self._corrupt)[:3])
+        if files < min(self.MIN_EXAMINED, len(self._source)):
+            return
+        self._tell_small()
+        if len(self._unreadable) > self._max_share * files:
+            such_as = "; ".join(f"{self._source.name(i)}: {why}" for i, why in sorted(self._unreadable.items())[:3])
             raise DataError(
-                f"{len(self._corrupt)} of {files} files read are corrupt, more than "
-                f"data.max_corrupt_share={self._max_share}; such as {names}"
+                f"{len(self._unreadable)} of {files} files read cannot be used, more than "
+                f"data.max_corrupt_share={self._max_share}; such as {such_as}"
+            )
+
+    def _tell_small(self) -> None:
+        """Says which share of the pictures is too small, once it is known and whenever it has doubled."""
+        share = self._small / (self._small + self._examined)
+        if share > 2 * self._told_small:
+            self._told_small = share
+            log.warning(
+                "%.1f%% of the pictures read are below data.min_side and are stepped over; "
+                "asymvq build-data --min-side makes a data set without them",
+                100 * share,
             )

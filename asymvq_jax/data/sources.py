@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path, PurePath
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from etils import epath
 
 from asymvq_jax.config import DataConfig
-from asymvq_jax.errors import DataError
+from asymvq_jax.data.identity import Identity, identify, name_key
+from asymvq_jax.errors import DataError, ImageError, first_line
 from asymvq_jax.files import images
+from asymvq_jax.files.folders import BROKEN_LINK, list_folder
+from asymvq_jax.files.outputs import write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -32,28 +37,62 @@ class Source(Protocol):
         ...
 
     def read(self, index: int) -> np.ndarray:
-        """The picture, (h, w, 3) uint8; raises images.ImageError where the file is corrupt or no picture."""
+        """The picture, (h, w, 3) uint8; raises ImageError where it cannot be read or is not a picture."""
+        ...
+
+    def identity(self) -> Identity:
+        """What a resumed run compares: the pictures, whatever the path to them."""
         ...
 
 
-def open_source(config: DataConfig, *, train: bool) -> Source:
-    """The training or the held-out half of the source that `config` names.
+class Sources(NamedTuple):
+    """Both halves of a source."""
+
+    train: Source
+    held_out: Source
+
+
+def open_sources(config: DataConfig, kept: epath.Path | None = None) -> Sources:
+    """Both halves of the source that `config` names, from one listing.
+
+    Args:
+        config: the data.
+        kept: a directory that keeps what was found out about a folder's pictures for the next time.
 
     Raises:
-        DataError: the source is missing or empty.
+        DataError: the source is missing, empty, or cannot be read.
     """
     if config.source == "photos":
-        return Files(_photos(train), keep_decoded=True)
+        return Sources(*(Files(_photos(train), keep_decoded=True) for train in (True, False)))
     if config.source == "folder":
-        return Files(_folder(config, train))
-    return TFDS(config, config.train_split if train else config.eval_split)
+        return Sources(*(Files(paths, root) for paths, root in _halves(config, kept)))
+    return Sources(TFDS(config, "train_split"), TFDS(config, "eval_split"))
+
+
+def open_source(config: DataConfig, *, train: bool) -> Source:
+    """The training or the held-out half alone; see `open_sources`."""
+    if config.source == "tfds":
+        return TFDS(config, "train_split" if train else "eval_split")
+    if config.source == "folder" and config.eval_path:
+        path, field = (config.path, "data.path") if train else (config.eval_path, "data.eval_path")
+        return Files(large_enough(list_pictures(path, field), config.min_side, field), epath.Path(path))
+    return open_sources(config)[0 if train else 1]
 
 
 class Files:
-    """Pictures in files; `keep_decoded` holds every one in memory once it was read, for a handful of them."""
+    """Pictures in files.
 
-    def __init__(self, paths: Sequence[epath.Path], *, keep_decoded: bool = False) -> None:
+    Args:
+        paths: of the files.
+        root: the directory within which their names identify them; without one their last parts do.
+        keep_decoded: hold every picture in memory once it was read, for a handful of them.
+    """
+
+    def __init__(
+        self, paths: Sequence[epath.Path], root: epath.Path | None = None, *, keep_decoded: bool = False
+    ) -> None:
         self._paths = list(paths)
+        self._root = root
         self._decoded: dict[int, np.ndarray] | None = {} if keep_decoded else None
 
     def __len__(self) -> int:
@@ -66,10 +105,20 @@ class Files:
     def read(self, index: int) -> np.ndarray:
         """See `Source.read`."""
         if self._decoded is None:
-            return images.read(self._paths[index])
+            return self._read(index)
         if index not in self._decoded:
-            self._decoded[index] = images.read(self._paths[index])
+            self._decoded[index] = self._read(index)
         return self._decoded[index]
+
+    def _read(self, index: int) -> np.ndarray:
+        try:
+            return images.read(self._paths[index])
+        except OSError as error:
+            raise ImageError(f"{self.name(index)} cannot be read: {error.strerror or error}") from None
+
+    def identity(self) -> Identity:
+        """See `Source.identity`."""
+        return identify(path.name if self._root is None else within(path, self._root) for path in self._paths)
 
 
 # The colour photographs that ship inside the wheels of scikit-image and scikit-learn.
@@ -101,98 +150,172 @@ def _photos(train: bool) -> list[epath.Path]:
 
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+# One of so many pictures of a folder is held out.
 HELD_OUT_EVERY = 20
 
 
-def _folder(config: DataConfig, train: bool) -> list[epath.Path]:
+def within(path: epath.Path, root: epath.Path) -> str:
+    """A file's path within a directory."""
+    return str(path.relative_to(root).as_posix())
+
+
+def _halves(config: DataConfig, kept: epath.Path | None) -> Iterator[tuple[list[epath.Path], epath.Path]]:
+    """Paths of the training and of the held-out half of a folder, and the directories that they lie in."""
+    root = epath.Path(config.path)
+    paths = large_enough(list_pictures(config.path, "data.path"), config.min_side, "data.path", kept)
     if config.eval_path:
-        return list_pictures(config.path if train else config.eval_path, "data.path" if train else "data.eval_path")
-    paths = list_pictures(config.path, "data.path")
+        yield paths, root
+        others = list_pictures(config.eval_path, "data.eval_path")
+        yield large_enough(others, config.min_side, "data.eval_path", kept), epath.Path(config.eval_path)
+        return
     if len(paths) < 2:
         raise DataError(f"data.path={config.path!r} holds one picture only; name held-out ones with --data.eval_path")
-    held_out = paths[::HELD_OUT_EVERY]
-    return [p for p in paths if p not in set(held_out)] if train else held_out
-
-
-def is_picture(path: PurePath) -> bool:
-    """Whether the name ends as a picture's."""
-    return path.suffix.lower() in SUFFIXES
-
-
-def is_hidden(path: PurePath) -> bool:
-    """Whether the name of a file, or of a directory that it lies in, begins with a dot."""
-    return any(part.startswith(".") for part in path.parts)
-
-
-def visible_files(root: epath.Path) -> Iterator[epath.Path]:
-    """All files under `root`, recursively, in no order; hidden ones are passed over.
-
-    Raises:
-        DataError: a directory cannot be read.
-    """
-    for folder, _, names in root.walk(on_error=_stop):
-        yield from (folder / name for name in names if not is_hidden(folder.relative_to(root) / name))
-
-
-def _stop(error: OSError) -> None:
-    raise DataError(f"{error.filename} cannot be read: {error.strerror}")
+    # By a hash of the name, so that no picture changes sides when others are added or removed.
+    keys = [name_key(within(path, root)) for path in paths]
+    held_out = [key < 2**64 // HELD_OUT_EVERY for key in keys]
+    if len({*held_out}) == 1:
+        # A small folder: the lowest of the keys is held out, whatever it is.
+        lowest = min(keys)
+        held_out = [key == lowest for key in keys]
+    yield [path for path, out in zip(paths, held_out, strict=True) if not out], root
+    yield [path for path, out in zip(paths, held_out, strict=True) if out], root
 
 
 def list_pictures(path: str, field: str) -> list[epath.Path]:
-    """All picture files under `path`, recursively, in sorted order; hidden files are passed over.
+    """All picture files under `path`, recursively, in sorted order; what is left out is logged by reason.
 
     Raises:
         DataError: the directory is missing, is a file, cannot be read, or holds no picture.
     """
-    root = epath.Path(path)
-    if not root.exists():
-        raise DataError(f"{field}={path!r} does not exist")
-    if not root.is_dir():
-        raise DataError(f"{field}={path!r} is a file; expected a directory of pictures")
-    files = list(visible_files(root))
-    pictures = sorted((p for p in files if is_picture(p)), key=str)
-    if not pictures:
+    listing = list_folder(path, f"{field}=", recursive=True)
+    if not listing.pictures:
         raise DataError(
-            f"{field}={path!r} holds no pictures (found {len(files)} other files); expected {', '.join(SUFFIXES)}"
+            f"{field}={path!r} holds no pictures (found {len(listing.others)} other files); "
+            f"expected {', '.join(SUFFIXES)}"
         )
-    if len(files) > len(pictures):
-        log.info("%s: %d files are no pictures by their names and are left out", path, len(files) - len(pictures))
-    return pictures
+    if rest := listing.describe_rest():
+        log.info("%s", rest)
+    for each in listing.left_out:
+        if each.reason == BROKEN_LINK:
+            log.warning("%s/%s is skipped: one of %d %s", path, each.example, each.count, each.reason)
+    return list(listing.pictures)
+
+
+# Threads that read the sizes of pictures.
+SIZE_THREADS = 16
+
+
+def large_enough(
+    paths: list[epath.Path], min_side: int, field: str, kept: epath.Path | None = None
+) -> list[epath.Path]:
+    """The pictures whose shorter side is not below `min_side`, by their heads; unreadable ones stay, to be named later.
+
+    Args:
+        paths: the pictures; those of a bucket stay too, since each head would be a request.
+        min_side: the least shorter side, px.
+        field: the field that names their directory, for messages.
+        kept: a directory that keeps the answer for the next time.
+
+    Raises:
+        DataError: all pictures are smaller.
+    """
+    if not min_side or "://" in str(paths[0]):
+        return paths
+    key = {"pictures": list(identify(map(str, paths))), "min_side": min_side}
+    file = None if kept is None else kept / f"too_small.{field}.json"
+    small = None if file is None else _kept_small(file, key, len(paths))
+    if small is None:
+        log.info("reading the sizes of %d pictures, for data.min_side=%d", len(paths), min_side)
+        with ThreadPoolExecutor(SIZE_THREADS) as pool:
+            below = pool.map(partial(_is_below, min_side), paths, chunksize=64)
+            small = [i for i, too_small in enumerate(below) if too_small]
+        if file is not None:
+            write_bytes(file, json.dumps({**key, "too small": small}).encode())
+    if small:
+        log.info(
+            "%d of %d pictures are below data.min_side=%d and are left out, such as %s",
+            len(small), len(paths), min_side, paths[small[0]],
+        )  # fmt: skip
+    if len(small) == len(paths):
+        raise DataError(
+            f"{field}: all {len(paths)} pictures are below data.min_side={min_side}, such as {paths[0]}; "
+            "lower data.min_side, or name larger pictures"
+        )
+    left_out = {*small}
+    return [path for i, path in enumerate(paths) if i not in left_out]
+
+
+def _is_below(min_side: int, path: epath.Path) -> bool:
+    try:
+        return min(images.read_size(path)) < min_side
+    except (ImageError, OSError):
+        return False
+
+
+def _kept_small(file: epath.Path, key: dict[str, Any], count: int) -> list[int] | None:
+    """What an earlier start found; None where it was of other pictures, or the file is damaged."""
+    try:
+        stored = json.loads(file.read_bytes())
+        small = stored.pop("too small")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+    sound = isinstance(small, list) and all(isinstance(i, int) and 0 <= i < count for i in small)
+    return small if sound and stored == key else None
 
 
 class TFDS:
-    """Pictures of a TFDS data set prepared as ArrayRecord, read without TensorFlow."""
+    """One split of a TFDS data set prepared as ArrayRecord, read without TensorFlow.
 
-    def __init__(self, config: DataConfig, split: str) -> None:
+    Args:
+        config: the data.
+        field: which of its fields names the split: "train_split" or "eval_split".
+
+    Raises:
+        DataError: the data set or the split is missing, or cannot be read at random.
+    """
+
+    def __init__(self, config: DataConfig, field: Literal["train_split", "eval_split"]) -> None:
         # Here, because the import takes seconds and only this source needs it.
         import tensorflow_datasets as tfds
 
-        self._name, self._split, self._key = config.path, split, config.image_key
-        prepare = (
-            f"prepare it with: tfds build {config.path} --file_format=array_record (what TFDS knows), or "
-            "python -m asymvq_jax.data.build (your own pictures)"
-        )
-        data_dir = config.data_dir or None
-        try:
-            builder = tfds.builder(config.path, data_dir=data_dir)
-        except (tfds.core.DatasetNotFoundError, ValueError, FileNotFoundError) as error:
-            raise DataError(f"data.path={config.path!r} is no TFDS data set: {error}; {prepare}") from None
-        if not builder.info.splits:
-            where = config.data_dir or "TFDS's default directory"
-            raise DataError(f"data.path={config.path!r} is not prepared in {where}; {prepare}")
-        if config.image_key not in builder.info.features:
-            keys = ", ".join(builder.info.features)
-            raise DataError(f"data.image_key={config.image_key!r} is no feature of {config.path}; it has: {keys}")
-        if split.split("[")[0] not in builder.info.splits:
-            raise DataError(f"{config.path} has no split {split!r}; it has: {', '.join(builder.info.splits)}")
+        self._name, self._key = config.path, config.image_key
+        self._split = config.train_split if field == "train_split" else config.eval_split
+        builder = _builder(config)
+        info = builder.info
+        if config.image_key not in info.features:
+            keys = ", ".join(info.features)
+            raise DataError(f"data.image_key={config.image_key!r} is not a feature of {config.path}; it has: {keys}")
+        named = f"data.{field}={self._split!r}"
+        for part in self._split.split("+"):
+            name = part.strip().split("[")[0]
+            if name not in info.splits and name != "all":
+                raise DataError(f"{named}: {config.path} has no split {name!r}; it has: {', '.join(info.splits)}")
         # The picture stays bytes: decoding is ours, so that a corrupt record is found like a corrupt file.
         decoders = {config.image_key: tfds.decode.SkipDecoding()}
         try:
-            self._source: Any = builder.as_data_source(split=split, decoders=decoders)
-        except (NotImplementedError, ValueError) as error:
-            raise DataError(f"data.path={config.path!r} cannot be read at random: {error}; {prepare}") from None
-        if not len(self._source):
-            raise DataError(f"{config.path} has no records in split {split!r}")
+            self._source: Any = builder.as_data_source(split=self._split, decoders=decoders)
+            count = len(self._source)
+            shards = [Path(each.filename) for each in info.splits[self._split].file_instructions]
+        except NotImplementedError as error:
+            reason = first_line(error)
+            raise DataError(
+                f"data.path={config.path!r} cannot be read at random: {reason}; {_prepare(config)}"
+            ) from None
+        except (ValueError, AssertionError) as error:
+            sizes = ", ".join(f"{name} ({split.num_examples} pictures)" for name, split in info.splits.items())
+            raise DataError(f"{named}: {first_line(error)} {config.path} has {sizes}") from None
+        if not count:
+            raise DataError(f"{config.path} has no records in split {self._split!r}")
+        missing = [shard for shard in shards if "://" not in str(shard) and not shard.exists()]
+        if missing:
+            raise DataError(
+                f"{missing[0]} is missing, one of {len(shards)} shards of {named}; copy or build the data set again "
+                f"(asymvq build-data {shards[0].parents[2]} --name {info.name} --check verifies a data set it built)"
+            )
+        shape = [
+            (split, info.splits[split].shard_lengths, info.splits[split].num_bytes) for split in sorted(info.splits)
+        ]
+        self._identity = Identity(count, identify([info.full_name, self._split, repr(shape)]).digest)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -203,14 +326,49 @@ class TFDS:
 
     def read(self, index: int) -> np.ndarray:
         """See `Source.read`."""
-        return images.decode(self._source[index][self._key], self.name(index))
+        try:
+            data = self._source[index][self._key]
+        except Exception as error:  # Whatever a damaged shard, a failing disk or a bucket makes of it.
+            raise ImageError(f"{self.name(index)} cannot be read: {first_line(error)}") from None
+        return images.decode(data, self.name(index))
+
+    def identity(self) -> Identity:
+        """See `Source.identity`."""
+        return self._identity
+
+
+def _prepare(config: DataConfig) -> str:
+    return (
+        f"prepare it with: tfds build {config.path} --file_format=array_record (what TFDS knows), or "
+        "asymvq build-data (your own pictures)"
+    )
+
+
+def _builder(config: DataConfig) -> Any:
+    """TFDS's builder of the data set; raises DataError unless it is there and prepared."""
+    import tensorflow_datasets as tfds
+
+    where = config.data_dir or "TFDS's default directory"
+    try:
+        builder = tfds.builder(config.path, data_dir=config.data_dir or None)
+    except (tfds.core.DatasetNotFoundError, ValueError, FileNotFoundError) as error:
+        reason = first_line(error).rstrip(".")
+        raise DataError(f"data.path={config.path!r} is not a TFDS data set: {reason}; {_prepare(config)}") from None
+    except Exception as error:  # Code of the data set itself, which imports what only its preparation needs.
+        reason = first_line(error).rstrip(".")
+        raise DataError(
+            f"data.path={config.path!r} is not prepared in {where} (its own code says: {reason}); {_prepare(config)}"
+        ) from None
+    if not builder.info.splits:
+        raise DataError(f"data.path={config.path!r} is not prepared in {where}; {_prepare(config)}")
+    return builder
 
 
 def in_order(
     pool: ThreadPoolExecutor, function: Callable[[T], Any], items: Iterable[T], ahead: int
-) -> Iterator[tuple[T, Future]]:
+) -> Iterator[tuple[T, Future[Any]]]:
     """Items with their futures, of which no more than `ahead` have begun before they are asked for."""
-    waiting: deque[tuple[T, Future]] = deque()
+    waiting: deque[tuple[T, Future[Any]]] = deque()
     for item in items:
         waiting.append((item, pool.submit(function, item)))
         if len(waiting) > ahead:

@@ -17,6 +17,7 @@ HIDDEN = "hidden (the name begins with a dot)"
 BROKEN_LINK = "links that lead nowhere"
 REPEATED = "links to folders that are listed already"
 NOT_A_FILE = "neither files nor folders"
+UNREADABLE_FOLDER = "folders that cannot be read"
 
 
 @dataclass(frozen=True)
@@ -64,17 +65,24 @@ class Listing:
 
 
 @dataclass
-class _Tally:
-    """Counts what is left out, by reason."""
+class Tally:
+    """Counts what a listing leaves out, by reason."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
 
     def add(self, reason: str, name: str) -> None:
+        """Counts `name` among those left out for `reason`."""
         self.counts[reason] += 1
         self.examples[reason] = min(name, self.examples.get(reason, name))
 
+    def include(self, other: LeftOut) -> None:
+        """Counts what another listing left out."""
+        self.counts[other.reason] += other.count
+        self.examples[other.reason] = min(other.example, self.examples.get(other.reason, other.example))
+
     def result(self) -> tuple[LeftOut, ...]:
+        """What was counted, in the order of the reasons."""
         return tuple(LeftOut(reason, self.counts[reason], self.examples[reason]) for reason in sorted(self.counts))
 
 
@@ -96,7 +104,7 @@ def list_folder(folder: str | os.PathLike[str], label: str = "", *, recursive: b
     Raises:
         DataError: there is no such folder, or it cannot be read.
     """
-    root, tally = epath.Path(folder), _Tally()
+    root, tally = epath.Path(folder), Tally()
     pictures: list[epath.Path] = []
     others: list[epath.Path] = []
     name = f"{label} {folder}".strip() if not label.endswith("=") else f"{label}{os.fspath(folder)!r}"
@@ -118,7 +126,7 @@ def list_folder(folder: str | os.PathLike[str], label: str = "", *, recursive: b
     return Listing(root, tuple(pictures), tuple(others), tally.result())
 
 
-def _local(root: str, recursive: bool, tally: _Tally) -> Iterator[str]:
+def _local(root: str, recursive: bool, tally: Tally) -> Iterator[str]:
     """Files under a local folder, in no order; links to folders come after all real ones, so that those are listed."""
     folders, seen = [root], set()
     links: list[str] = []
@@ -134,7 +142,7 @@ def _local(root: str, recursive: bool, tally: _Tally) -> Iterator[str]:
         except OSError as error:
             if folder == root:
                 raise
-            tally.add(f"folders that cannot be read ({error.strerror})", _relative(folder, root))
+            tally.add(f"{UNREADABLE_FOLDER} ({error.strerror})", _relative(folder, root))
             continue
         for entry in entries:
             name = _relative(entry.path, root)
@@ -161,7 +169,7 @@ def _relative(path: str, root: str) -> str:
     return os.path.relpath(path, root) if path != root else path
 
 
-def _remote(root: epath.Path, recursive: bool, tally: _Tally) -> Iterator[str]:
+def _remote(root: epath.Path, recursive: bool, tally: Tally) -> Iterator[str]:
     """Files under a folder of a bucket, in no order; it has no links."""
 
     def stop(error: OSError) -> None:

@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 
 from asymvq_jax.config import Config, to_json
 from asymvq_jax.data import pipeline
-from asymvq_jax.data.sources import open_source
 from asymvq_jax.devices import sharding
 from asymvq_jax.errors import ConfigError, LostPeerError, NonFiniteError
 from asymvq_jax.files import images
@@ -88,11 +87,13 @@ class Run:
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config = config
         self.mesh = mesh
-        source = open_source(config.data, train=True)
-        self.corrupt = pipeline.CorruptFiles(source, config.data.max_corrupt_share)
+        inputs = pipeline.open_inputs(config.data)
+        self.skipped = pipeline.SkippedFiles(inputs.train, config.data.max_corrupt_share)
         part, parts = _share(mesh)
-        self.batches = pipeline.training_batches(config.data, config.run.seed, process_index=part, process_count=parts)
-        self.held_out = self._held_out()
+        self.batches = pipeline.training_batches(
+            config.data, config.run.seed, process_index=part, process_count=parts, inputs=inputs
+        )
+        self.held_out = self._held_out(inputs)
         self.saved = RunCheckpoints(config)
         initial = load_parameters(config.run.init_from) if config.run.init_from else None
 
@@ -115,7 +116,7 @@ class Run:
             partial(eval_step, networks=self.networks, pictures=PICTURES), out_shardings=sharding.replicated(mesh)
         )
         self._plain_decode = nnx.jit(_plain_decode, out_shardings=sharding.replicated(mesh))
-        self._describe(len(source))
+        self._describe(len(inputs.train))
 
     def __enter__(self) -> Run:
         return self
@@ -145,12 +146,12 @@ class Run:
         log.info("resuming %s at step %d", self.config.run.directory, step)
         return state, progress["seconds"]
 
-    def _held_out(self) -> dict[str, np.ndarray]:
+    def _held_out(self, inputs: pipeline.Inputs) -> dict[str, np.ndarray]:
         """The held-out pictures, a whole number of batches of them; every process holds them all."""
         c = self.config
         size = c.data.batch_size // c.optimizer.accumulate
         count = math.ceil(c.run.eval_pictures / size) * size
-        return pipeline.held_out(c.data, count, c.run.seed)
+        return pipeline.held_out(c.data, count, c.run.seed, inputs)
 
     def _describe(self, pictures: int) -> None:
         c = self.config
@@ -200,7 +201,7 @@ class Run:
 
     def _next_batch(self) -> Batch:
         batch = next(self.batches)
-        self.corrupt.update(batch["skipped"], len(batch["image"]))
+        self.skipped.update(batch["skipped"], batch["small"])
         split_over = sharding.batch_sharding(self.mesh)
         return {name: jax.make_array_from_process_local_data(split_over, batch[name]) for name in ("image", "mask")}
 
