@@ -7,7 +7,7 @@ DEMO := runs/demo
 .PHONY: demo test lint docs clean-demo
 
 # Runtime packages only. The stamp is newer than the requirements once they are installed.
-.venv/runtime: pyproject.toml requirements.txt
+.venv/runtime: pyproject.toml setup.py requirements.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; name one: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
@@ -35,8 +35,8 @@ demo: .venv/runtime
 	$(BIN)/python eval.py --config configs/demo.py --checkpoint $(DEMO)/asymmetric \
 		--json $(DEMO)/table.json --picture $(DEMO)/picture.png
 	rm -rf $(DEMO)/diffusers $(DEMO)/from_diffusers
-	$(BIN)/python -m asymvq_jax.convert $(DEMO)/asymmetric $(DEMO)/diffusers --to diffusers
-	$(BIN)/python -m asymvq_jax.convert $(DEMO)/diffusers $(DEMO)/from_diffusers
+	$(BIN)/asymvq convert --checkpoint $(DEMO)/asymmetric --out $(DEMO)/diffusers --to diffusers
+	$(BIN)/asymvq convert --checkpoint $(DEMO)/diffusers --out $(DEMO)/from_diffusers
 	@echo
 	@echo "checkpoint      $(DEMO)/asymmetric/checkpoints"
 	@echo "table           $(DEMO)/table.json"
@@ -49,6 +49,7 @@ test: .venv/browser lint
 lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 # Its own environment, since it needs nothing of ours: the API's pages are written from the source.
 .venv/docs/bin/mkdocs: pyproject.toml

@@ -75,6 +75,9 @@ def run() -> None:
         leave(main())
     except KeyboardInterrupt:
         os._exit(130)
+    except BrokenPipeError:
+        # The reader of the output, such as head, has had enough; as a shell reports it.
+        os._exit(141)
 
 
 def _loader(module: str) -> Callable[[], Callable[[Sequence[str] | None], int]]:
