@@ -15,6 +15,7 @@ from asymvq_jax.config import ModelConfig
 from asymvq_jax.convert.convert import convert
 from asymvq_jax.errors import InputError, OutputError
 from asymvq_jax.files import images
+from asymvq_jax.inference.blend import composite
 from asymvq_jax.inference.whole import decode, encode, inpaint, paste, read_latent
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.checkpoints import load_model, save_model
@@ -141,6 +142,17 @@ def test_keep_exact_is_bit_equal_outside_the_band(model, band):
     np.testing.assert_allclose(kept.tone_step, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("blend", ["none", "tone", "poisson", "multiband"])
+def test_keep_exact_sets_the_fill_in_by_the_blend_named(model, blend):
+    image, mask = _picture()
+    made = inpaint(model, image, mask).image
+    kept = inpaint(model, image, mask, keep="exact", blend=blend)
+    np.testing.assert_array_equal(kept.image, composite(made, image, mask, blend))
+    assert (kept.image != inpaint(model, image, mask, keep="exact").image).any()
+    if blend != "multiband":
+        np.testing.assert_array_equal(kept.image[mask[..., 0] == 0], image[mask[..., 0] == 0])
+
+
 def test_the_transition_is_monotone():
     mask = np.zeros((1, 20, 1), np.float32)
     mask[:, :5] = 1
@@ -178,6 +190,9 @@ def test_command_line_inpaints(tmp_path, checkpoint, capsys):
     assert main([*common, f"--latent={tmp_path / 'latent.npy'}", "--keep=exact", "--band=3"]) == 0
     assert "covered a tone step of" in capsys.readouterr().out
     np.testing.assert_array_equal(images.read(tmp_path / "out.png")[30:], image[30:])
+    assert main([*common, "--keep=exact", "--blend=poisson"]) == 0
+    expected = inpaint(model, image, mask, keep="exact", blend="poisson").image
+    np.testing.assert_array_equal(images.read(tmp_path / "out.png"), expected)
 
 
 @pytest.mark.parametrize(

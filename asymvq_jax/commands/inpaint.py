@@ -34,9 +34,13 @@ class Inpaint:
     unscaled_latent: bool = False
     # Greys of the mask blend; without this the threshold is 0.5.
     soft_mask: bool = False
-    # model: what the decoder makes. exact: also paste the preserved pixels back, with a transition around the mask.
+    # model: what the decoder makes. exact: also paste the preserved pixels back.
     keep: Literal["model", "exact"] = "model"
-    # Width of that transition, px.
+    # How exact sets the fill into the picture. none: up to the mask's edge. feather: with a linear transition around
+    # the mask. multiband: octave by octave, and a transition. tone: a smooth tone, fitted along the edge, is added to
+    # the fill. poisson: the fill's gradients with the colours around it.
+    blend: Literal["none", "feather", "multiband", "tone", "poisson"] = "feather"
+    # Width of the transition of feather and multiband, px.
     band: int = 8
     # For a picture that one device's memory cannot hold. strips: in strips of rows on one device, which is slower;
     # devices: its rows split over all devices.
@@ -71,6 +75,7 @@ def work(options: Inpaint) -> None:
         mask,
         latent,
         keep=options.keep,
+        blend=options.blend,
         band=options.band,
         scaled=not options.unscaled_latent,
         **_for_size(options.large, -(-image.shape[0] // model.config.downsampling)),

@@ -1,6 +1,7 @@
 """Encode, decode and inpaint pictures of any size; for scripts and notebooks."""
 
 from asymvq_jax.errors import InputError
+from asymvq_jax.inference.blend import composite
 from asymvq_jax.inference.whole import (
     Inpainting,
     check_condition,
@@ -19,6 +20,7 @@ __all__ = [
     "InputError",
     "check_condition",
     "check_mask",
+    "composite",
     "decode",
     "encode",
     "inpaint",

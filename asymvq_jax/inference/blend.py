@@ -56,10 +56,7 @@ def composite(
     Raises:
         InputError: `blend` is unknown or `band` negative.
     """
-    if blend not in BLENDS:
-        raise InputError(f"blend={blend!r}: expected one of {', '.join(BLENDS)}")
-    if band < 0:
-        raise InputError(f"band={band}: expected zero or more pixels")
+    check_blend(blend, band)
     region = mask[..., 0] > 0
     if not region.any():
         return original.copy()
@@ -72,6 +69,14 @@ def composite(
     share = np.where(far > width, 1.0, far / (width + 1))[..., None].astype(np.float32)
     mixed = np.clip(np.round((moved * (1 - share) + kept * share) * scale), 0, most).astype(original.dtype)
     return np.where(share == 1, original, mixed)
+
+
+def check_blend(blend: str, band: int) -> None:
+    """Raises InputError unless `composite` knows the blend and the band is no less than zero."""
+    if blend not in BLENDS:
+        raise InputError(f"blend={blend!r}: expected one of {', '.join(BLENDS)}")
+    if band < 0:
+        raise InputError(f"band={band}: expected zero or more pixels")
 
 
 # Each takes the fill, the original with zeros under the mask, (h, w, 3) float32 in [0, 255], and the region, (h, w)

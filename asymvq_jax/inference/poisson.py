@@ -29,7 +29,7 @@ DAMPING = 0.8
 
 
 class _Level(NamedTuple):
-    """A graph of cells, arrays (b, 1, h, w): its edges' weights, and their sum with those of the edges to kept pixels."""
+    """A graph of cells, arrays (b, 1, h, w): its edges' weights, and the sum of all, with those to kept pixels."""
 
     right: jax.Array
     left: jax.Array
@@ -123,8 +123,8 @@ def _cycle(levels: list[_Level], b: jax.Array) -> jax.Array:
     level, *coarser = levels
     x = level.share * b
     if not coarser:
-        x = jax.lax.fori_loop(1, SWEEPS, lambda _, x: x + level.share * (b - _apply(level, x)), x)
-        return x
+        swept: jax.Array = jax.lax.fori_loop(1, SWEEPS, lambda _, x: x + level.share * (b - _apply(level, x)), x)
+        return swept
     residual = _apart(_merge(b - _apply(level, x), rows=True, columns=True))
     correction = _cycle(coarser, residual).repeat(2, -1).repeat(2, -2)
     x = _apart(x + jnp.where(level.total > 0, correction, 0.0))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeVar
 
-import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +15,8 @@ from asymvq_jax.config import ModelConfig
 from asymvq_jax.devices import sharding
 from asymvq_jax.errors import InputError
 from asymvq_jax.files import images
+from asymvq_jax.inference.blend import BAND, MIXING, Blend, check_blend, composite
+from asymvq_jax.inference.edges import distance
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.parameters import merge, split
 
@@ -167,7 +168,8 @@ def inpaint(
     latent: np.ndarray | None = None,
     *,
     keep: Literal["model", "exact"] = "model",
-    band: int = 8,
+    blend: Blend = "feather",
+    band: int = BAND,
     scaled: bool = True,
     encode: Callable[..., jax.Array] = encode,
     decode: Callable[..., jax.Array | np.ndarray] = decode,
@@ -180,14 +182,17 @@ def inpaint(
         mask: (h, w) or (h, w, 1); bool, or numbers in [0, 1]: 1 = generate, 0 = preserve.
         latent: an edited latent (see `read_latent`); None: the picture's own.
         keep: "model" returns what the decoder made; "exact" also pastes the original's pixels, bit for bit, wherever
-            they are preserved and farther than `band` px from the mask, with a linear transition inside the band.
+            they are preserved.
+        blend: how "exact" sets the decoder's fill into the original; see `asymvq_jax.inference.blend.composite`.
+            "feather" and "multiband" mix the two in a band around the mask, where kept pixels change.
         band: its width, px; 0 pastes up to the mask's edge.
         scaled: see `read_latent`.
         encode, decode: for large pictures, the functions of `asymvq_jax.strips`, or this module's with a mesh.
 
     Returns:
-        The picture; and with keep="exact" the tone step that the transition covered: the mean absolute difference
-        between the decoder's and the original's colours over the band's preserved pixels, in levels of 0 to 255.
+        The picture; and with keep="exact" the tone step that pasting covered: the mean absolute difference between the
+        decoder's and the original's colours over the preserved pixels next to the mask (in the band, where there is
+        one), in levels of 0 to 255.
 
     Raises:
         InputError: the shapes do not agree, or the model cannot preserve anything.
@@ -196,15 +201,14 @@ def inpaint(
     mask = check_mask(mask, image)
     if keep not in ("model", "exact"):
         raise InputError(f"keep={keep!r}: expected 'model' or 'exact'")
-    if band < 0:
-        raise InputError(f"band={band}: expected zero or more pixels")
+    check_blend(blend, band)
     pixels = images.to_float(image)[None]
     if latent is None:
         z = encode(model, pixels)
     else:
         z = read_latent(np.asarray(latent), model.config, image.shape[:2], scaled=scaled)
     result = images.to_uint8(decode(model, z, pixels, mask[None])[0])
-    return paste(result, image, mask, band) if keep == "exact" else Inpainting(result, None)
+    return paste(result, image, mask, band, blend) if keep == "exact" else Inpainting(result, None)
 
 
 def check_condition(config: ModelConfig, name: str = "this model") -> None:
@@ -235,15 +239,12 @@ def check_mask(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
     return mask
 
 
-def paste(result: np.ndarray, original: np.ndarray, mask: np.ndarray, band: int) -> Inpainting:
-    """Pastes the original's preserved pixels over `result`; see `inpaint` (keep="exact")."""
+def paste(
+    result: np.ndarray, original: np.ndarray, mask: np.ndarray, band: int = BAND, blend: Blend = "feather"
+) -> Inpainting:
+    """Sets the original's preserved pixels over `result`; see `inpaint` (keep="exact")."""
     preserved = mask[..., 0] == 0
-    if preserved.all():
-        return Inpainting(original.copy(), 0.0)
-    # Distance from the mask, whose pixels are the zeros of the transform: 1 at the first preserved pixel.
-    distance = cv2.distanceTransform(preserved.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    share = np.where(distance > band, 1.0, distance / (band + 1))[..., None].astype(np.float32)
-    mixed = result.astype(np.float32) * (1 - share) + original.astype(np.float32) * share
-    covered = preserved & (distance <= max(band, 1))
-    step = np.abs(result.astype(np.float32) - original.astype(np.float32))[covered]
-    return Inpainting(np.round(mixed).astype(np.uint8), float(step.mean()) if step.size else 0.0)
+    near = preserved & (distance(preserved) <= max(band if blend in MIXING else 0, 1))
+    step = np.abs(result.astype(np.float32) - original.astype(np.float32))[near]
+    image = composite(result, original, mask, blend, band)
+    return Inpainting(image, float(step.mean()) if step.size else 0.0)
