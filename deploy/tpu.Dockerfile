@@ -2,8 +2,8 @@
 FROM python:3.12-slim
 RUN pip install --no-cache-dir "jax[tpu]" gcsfs
 WORKDIR /asymvq
-COPY pyproject.toml requirements.txt README.md LICENSE ./
+COPY pyproject.toml setup.py requirements.txt README.md LICENSE ./
+COPY configs configs
 COPY asymvq_jax asymvq_jax
 RUN pip install --no-cache-dir .
-COPY configs configs
 ENTRYPOINT ["asymvq"]

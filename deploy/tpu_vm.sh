@@ -38,7 +38,7 @@ create() {
 install() {
     rm -rf dist
     python3 -m pip wheel --no-deps --wheel-dir dist .
-    gcloud compute tpus tpu-vm scp --recurse dist configs "$NAME": --project="$PROJECT" --zone="$ZONE" --worker=all
+    gcloud compute tpus tpu-vm scp --recurse dist "$NAME": --project="$PROJECT" --zone="$ZONE" --worker=all
     on_all 'python3 -m venv asymvq && asymvq/bin/pip install -q "jax[tpu]" gcsfs dist/*.whl'
 }
 
