@@ -33,6 +33,10 @@ class ImageError(UserError):
     """A file that is no picture, or a picture that does not fit; the message names the file."""
 
 
+class MaskError(ImageError):
+    """A mask file that could mean two things; the message names it and how to tell which."""
+
+
 class OutputError(UserError):
     """A place that cannot be written to; the message names the path and the reason."""
 

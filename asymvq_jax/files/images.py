@@ -2,115 +2,60 @@
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw
 
 from asymvq_jax.errors import ImageError
-from asymvq_jax.files.outputs import check_name, write_bytes
+from asymvq_jax.files.masks import read_mask
+from asymvq_jax.files.pictures import FORMATS, Picture, decode_shown, read_file, read_size, write_picture
+
+__all__ = [
+    "FORMATS",
+    "ImageError",
+    "decode",
+    "error_map",
+    "grid",
+    "parse_size",
+    "read",
+    "read_mask",
+    "read_size",
+    "to_float",
+    "to_uint8",
+    "write",
+]
 
 
-def decode(data: bytes, name: str = "image", background: str = "white") -> np.ndarray:
-    """Decodes a picture of any mode and orientation to (h, w, 3) uint8; transparency is composed on `background`.
+def decode(data: bytes, name: str = "image") -> np.ndarray:
+    """Decodes a picture of any mode and orientation to (h, w, 3) uint8; transparency is composed on white.
 
     Raises:
         ImageError: the bytes are no picture, or a truncated one.
     """
-    with _reading(name), Image.open(io.BytesIO(data)) as image:
-        return np.asarray(_rgb(ImageOps.exif_transpose(image), background))
+    return decode_shown(data, name)
 
 
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Turns whatever Pillow raises for a broken picture into an ImageError that names it."""
-    try:
-        yield
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow's own words name an object in memory.
-        reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
-        raise ImageError(f"{name} is not a readable picture: {reason}") from None
-
-
-def _rgb(image: Image.Image, background: str) -> Image.Image:
-    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
-        wide = np.asarray(image).astype(np.float64)
-        return Image.fromarray((wide / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def read(path: str | epath.Path, background: str = "white") -> np.ndarray:
+def read(path: str | epath.Path) -> np.ndarray:
     """Reads a picture file as (h, w, 3) uint8; see `decode`.
 
     Raises:
         ImageError: the file is missing or no picture.
     """
-    return decode(_existing(path).read_bytes(), str(path), background)
-
-
-def _existing(path: str | epath.Path) -> epath.Path:
-    file = epath.Path(path)
-    if not file.is_file():
-        raise ImageError(f"no picture at {path}")
-    return file
-
-
-def read_size(path: str | epath.Path) -> tuple[int, int]:
-    """Height and width of a picture file as `read` returns it, from its head.
-
-    Raises:
-        ImageError: the file is missing or no picture.
-    """
-    file = _existing(path)
-    with _reading(str(path)), file.open("rb") as stream, Image.open(stream) as image:
-        # For a PNG whose head has none, Pillow would look behind the picture, and decode it for that.
-        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
-        # Orientations from 5 on are turned by 90 degrees.
-        turned = exif.get(0x0112, 1) >= 5
-        return image.size if turned else image.size[::-1]
-
-
-def read_mask(path: str | epath.Path, *, soft: bool = False) -> np.ndarray:
-    """Reads a mask file, white = generate, black or transparent = preserve.
-
-    Returns:
-        (h, w, 1) uint8, 0 or 1, threshold 0.5; or if `soft` float32 in [0, 1], the file's greys as they are.
-
-    Raises:
-        ImageError: the file is missing or no picture.
-    """
-    grey = read(path, background="black").mean(-1, keepdims=True)
-    return (grey / 255).astype(np.float32) if soft else (grey >= 127.5).astype(np.uint8)
-
-
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+    return decode_shown(read_file(path), str(path))
 
 
 def write(path: str | epath.Path, image: np.ndarray) -> None:
     """Writes (h, w, 3) uint8 as PNG, JPEG or WebP (lossless), by the name's ending; replaces a file atomically.
 
     Raises:
-        OutputError: another ending, or a place that cannot be written to.
-        ImageError: a picture too large for the format.
+        OutputError: another ending, a place that cannot be written to, or a picture too large for the format.
     """
-    check_name(path, FORMATS)
-    kind = FORMATS[epath.Path(path).suffix.lower()]
-    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
-    buffer = io.BytesIO()
-    try:
-        Image.fromarray(image).save(buffer, kind, **options)
-    except (OSError, ValueError) as error:
-        raise ImageError(f"{path}: a picture of shape {image.shape} is not possible as {kind}: {error}") from None
-    write_bytes(path, buffer.getvalue())
+    write_picture(path, Picture(image))
 
 
 def to_float(image: jax.Array | np.ndarray) -> jax.Array:
