@@ -23,10 +23,11 @@ need its test requirements: pip install -e '.[test]'.
   large_pictures  memory and time of large pictures
   start_up        whole processes from start to a written picture, cold and warm
   reproduction    a small reproduction of the paper's comparison
+  embed           write the models inside the package from trained ones, and measure them
 
 asymvq benchmark NAME --help lists the options.
 """
-NAMES = ("decode", "train_step", "generate", "input", "large_pictures", "start_up", "reproduction")
+NAMES = ("decode", "train_step", "generate", "input", "large_pictures", "start_up", "reproduction", "embed")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
