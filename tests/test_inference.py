@@ -15,8 +15,8 @@ from asymvq_jax.config import ModelConfig
 from asymvq_jax.convert.convert import convert
 from asymvq_jax.errors import InputError, OutputError
 from asymvq_jax.files import images
+from asymvq_jax.inference import decode, encode, inpaint, paste, read_latent
 from asymvq_jax.inference.blend import composite
-from asymvq_jax.inference.whole import decode, encode, inpaint, paste, read_latent
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.checkpoints import load_model, save_model
 
@@ -204,7 +204,7 @@ def test_command_line_inpaints(tmp_path, checkpoint, capsys):
         ({"checkpoint": "."}, "holds no model checkpoint"),
         ({"out": "out.gif"}, "ends in one of .png, .jpg, .jpeg, .webp"),
         ({"out": "out.jpg", "keep": "exact"}, "--out out.jpg: JPEG changes every pixel; --keep exact needs"),
-        ({"latent": "image.png"}, "is not a readable .npy file"),
+        ({"latent": "image.png"}, "latent image.png is a picture (PNG), not a latent"),
         ({"latent": "wrong.npy"}, "the latent has shape (4, 2, 2)"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import threading
 import warnings
@@ -26,6 +27,10 @@ MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _LIMIT = threading.Lock()
 _ORIENTATION = 0x0112
+
+
+class UnknownKindError(ImageError):
+    """A file that Pillow does not know."""
 
 
 class Pixels(NamedTuple):
@@ -85,14 +90,14 @@ def _readable(name: str, stream: IO[bytes]) -> Iterator[None]:
         raise ImageError(f"{name} {error}") from None
     except UnidentifiedImageError:
         # Pillow's own words name an object in memory.
-        raise ImageError(f"{name} is not a readable picture: {_describe(stream)}") from None
+        raise UnknownKindError(f"{name} is not a readable picture: {_describe(stream)}") from None
     except Image.DecompressionBombError:
         raise ImageError(_too_large(name)) from None
     except MemoryError:
         raise ImageError(f"{name} needs more memory than there is") from None
     # Pillow's readers raise what their parsing trips over: OSError, SyntaxError, struct.error, IndexError, KeyError ...
     except Exception as error:
-        raise ImageError(f"{name} is not a readable picture: {error or type(error).__name__}") from None
+        raise ImageError(f"{name} is not a readable picture: {_reason(error)}") from None
 
 
 def _describe(stream: IO[bytes]) -> str:
@@ -351,9 +356,18 @@ def read_tiff(data: bytes, name: str, *, large: bool = False) -> Pixels:
         return _from_tiff(data, large=large)
 
 
+def _reason(error: Exception) -> str:
+    """The first line of a reader's message, without objects in memory."""
+    if not isinstance(error, (OSError, SyntaxError, ValueError)):
+        return f"it is damaged ({type(error).__name__})"
+    return re.sub(r"<[^>]*>\s*", "", str(error)).strip().partition("\n")[0] or "it is damaged"
+
+
 def _from_tiff(data: bytes, *, large: bool = True) -> Pixels:
     import tifffile
 
+    # It logs what it raises.
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages.first
         # 3 is a palette.
@@ -367,7 +381,7 @@ def _from_tiff(data: bytes, *, large: bool = True) -> Pixels:
         inverted = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
         known = (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.MINISWHITE)
         associated = page.extrasamples[:1] == (1,)
-        photometric, kind = page.photometric, str(page.photometric).rpartition(".")[2]
+        photometric, kind = page.photometric, tifffile.PHOTOMETRIC(page.photometric).name
     array = array[..., None] if array.ndim == 2 else array
     if photometric not in known or array.shape[2] not in (1, 2, 3, 4):
         raise ImageError(

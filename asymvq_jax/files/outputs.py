@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from etils import epath
@@ -43,6 +43,26 @@ def check_writable(path: str | epath.Path, suffixes: Collection[str]) -> None:
     check_name(path, suffixes)
     with writing(path):
         try_out(epath.Path(path).parent)
+
+
+def check_not_input(option: str, out: str | epath.Path, inputs: Mapping[str, str | epath.Path | None]) -> None:
+    """Raises OutputError where an output would overwrite an input.
+
+    Args:
+        option: what names the output.
+        out: the output.
+        inputs: the inputs by the options that name them.
+    """
+    for name, path in inputs.items():
+        if path is not None and _same(epath.Path(out), epath.Path(path)):
+            raise OutputError(f"{option} {out} is the file of {name}, which would be overwritten; name another file")
+
+
+def _same(a: epath.Path, b: epath.Path) -> bool:
+    try:
+        return os.path.samefile(a, b)
+    except (OSError, ValueError):
+        return a.resolve() == b.resolve()
 
 
 def write_bytes(path: str | epath.Path, data: bytes) -> None:

@@ -14,7 +14,7 @@ from etils import epath
 from PIL import Image
 
 from asymvq_jax.errors import ImageError, OutputError
-from asymvq_jax.files.decoding import Array, Pixels, decode_pixels, opened, orientation, read_tiff
+from asymvq_jax.files.decoding import Array, Pixels, UnknownKindError, decode_pixels, opened, orientation, read_tiff
 from asymvq_jax.files.formats import HEAD, picture_format
 from asymvq_jax.files.metadata import NOTHING, Metadata, read_metadata, save_options
 from asymvq_jax.files.outputs import check_name, write_bytes
@@ -153,13 +153,10 @@ def _decode(data: bytes, name: str, *, large: bool, with_metadata: bool) -> tupl
                 # The pixels are no longer what it is for.
                 metadata = replace(metadata, profile=None)
             return pixels, metadata
-    except ImageError:
+    except UnknownKindError:
         if picture_format(data[:HEAD]) != "TIFF":
             raise
-        try:
-            return read_tiff(data, name, large=large), NOTHING
-        except ImageError as error:
-            raise error from None
+    return read_tiff(data, name, large=large), NOTHING
 
 
 def read_size(path: str | epath.Path, *, large: bool = True) -> tuple[int, int]:
@@ -176,7 +173,7 @@ def read_size(path: str | epath.Path, *, large: bool = True) -> tuple[int, int]:
             # Orientations from 5 on are turned by 90 degrees.
             turned = orientation(image, stream) >= 5
             return image.size if turned else (image.size[1], image.size[0])
-    except ImageError:
+    except UnknownKindError:
         with file.open("rb") as stream:
             if picture_format(stream.read(HEAD)) != "TIFF":
                 raise

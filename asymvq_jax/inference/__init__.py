@@ -2,28 +2,21 @@
 
 from asymvq_jax.errors import InputError
 from asymvq_jax.inference.blend import composite
-from asymvq_jax.inference.whole import (
-    Inpainting,
-    check_condition,
-    check_mask,
-    decode,
-    encode,
-    inpaint,
-    pad,
-    paste,
-    place,
-    read_latent,
-)
+from asymvq_jax.inference.inpainting import Inpainting, check_mask, compose, inpaint, inpaint_picture, paste
+from asymvq_jax.inference.latents import read_latent
+from asymvq_jax.inference.whole import check_condition, decode, encode, pad, place
 
 __all__ = [
     "Inpainting",
     "InputError",
     "check_condition",
     "check_mask",
+    "compose",
     "composite",
     "decode",
     "encode",
     "inpaint",
+    "inpaint_picture",
     "pad",
     "paste",
     "place",

@@ -1,9 +1,9 @@
-"""Encode, decode and inpaint pictures of any size; for scripts and notebooks."""
+"""Encodes and decodes pictures of any size, whole or split over devices."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,20 +14,10 @@ from jax.sharding import Mesh
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.devices import sharding
 from asymvq_jax.errors import InputError
-from asymvq_jax.files import images
-from asymvq_jax.inference.blend import BAND, MIXING, Blend, check_blend, composite
-from asymvq_jax.inference.edges import distance
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.parameters import merge, split
 
 M = TypeVar("M", bound=nnx.Module)
-
-
-class Inpainting(NamedTuple):
-    """A finished picture, (h, w, 3) uint8, and the tone step that pasting covered (None where nothing was pasted)."""
-
-    image: np.ndarray
-    tone_step: float | None
 
 
 def pad(x: jax.Array | np.ndarray, multiple: int) -> jax.Array:
@@ -56,7 +46,11 @@ def encode(model: Autoencoder, image: jax.Array | np.ndarray, *, mesh: Mesh | No
 
     Returns:
         (b, ceil(h / 8), ceil(w / 8), latent_channels) float32, not scaled for a diffusion model.
+
+    Raises:
+        InputError: the pictures are of another form or type, or cannot be split evenly over the mesh.
     """
+    check_pixels(image, model.config)
     image = pad(image, model.config.downsampling)
     return _over(mesh, image.shape[1] // model.config.downsampling, _encode, model, image)
 
@@ -80,15 +74,18 @@ def decode(
         size: height and width to crop to; by default the image's, or all that the latent covers.
         mesh: splits the work over its devices, with the same result: from `sharding.make_mesh` the batch, from
             `sharding.make_height_mesh` the rows of pictures that one device cannot hold (on one device, see
-            `asymvq_jax.strips`). The weights are copied there at every call unless `place` has put them there.
+            `inference.strips`). The weights are copied there at every call unless `place` has put them there.
 
     Returns:
         (b, h, w, 3) float32, not clipped.
 
     Raises:
-        InputError: the batch, or the latent's rows, cannot be split evenly over the mesh.
+        InputError: the pictures or masks are of another form or type, or the batch, or the latent's rows, cannot be
+            split evenly over the mesh.
     """
     if image is not None and mask is not None:
+        check_pixels(image, model.config)
+        check_masks(mask, image)
         size = size or image.shape[1:3]
         multiple = model.config.downsampling
         image, mask = pad(image, multiple), pad(mask, multiple)
@@ -128,89 +125,6 @@ def _over(
         return function(place(model, mesh), *jax.device_put(arrays, split))
 
 
-def read_latent(array: np.ndarray, config: ModelConfig, size: tuple[int, int], *, scaled: bool = True) -> jax.Array:
-    """Brings an edited latent into the form that `decode` takes.
-
-    Args:
-        array: (c, h, w) or (h, w, c), or either with a leading 1, as PyTorch or JAX pipelines return latents.
-        config: the model's.
-        size: height and width of the picture.
-        scaled: whether it is (z - shift_factor) * scaling_factor, as diffusion models have it.
-
-    Returns:
-        (1, h, w, c) float32, not scaled.
-
-    Raises:
-        InputError: the latent is not of the picture's size; the message gives both shapes.
-    """
-    height, width = (-(-side // config.downsampling) for side in size)
-    channels = config.latent_channels
-    latent = array[0] if array.ndim == 4 and array.shape[0] == 1 else array
-    if latent.shape == (channels, height, width) and latent.shape != (height, width, channels):
-        latent = latent.transpose(1, 2, 0)
-    if latent.shape != (height, width, channels):
-        raise InputError(
-            f"the latent has shape {array.shape}: expected ({channels}, {height}, {width}) or "
-            f"({height}, {width}, {channels}), with or without a leading 1, for a picture of {size[1]} x {size[0]} px"
-        )
-    if not np.isfinite(latent).all():
-        raise InputError("the latent holds values that are not finite (NaN or infinity)")
-    latent = latent.astype(np.float32)
-    if scaled:
-        latent = latent / np.float32(config.scaling_factor) + np.float32(config.shift_factor)
-    return jnp.asarray(latent[None])
-
-
-def inpaint(
-    model: Autoencoder,
-    image: np.ndarray,
-    mask: np.ndarray,
-    latent: np.ndarray | None = None,
-    *,
-    keep: Literal["model", "exact"] = "model",
-    blend: Blend = "feather",
-    band: int = BAND,
-    scaled: bool = True,
-    encode: Callable[..., jax.Array] = encode,
-    decode: Callable[..., jax.Array | np.ndarray] = decode,
-) -> Inpainting:
-    """Decodes a latent so that the picture's unmasked pixels stay.
-
-    Args:
-        model: an autoencoder with a condition branch.
-        image: (h, w, 3) uint8, of any size.
-        mask: (h, w) or (h, w, 1); bool, or numbers in [0, 1]: 1 = generate, 0 = preserve.
-        latent: an edited latent (see `read_latent`); None: the picture's own.
-        keep: "model" returns what the decoder made; "exact" also pastes the original's pixels, bit for bit, wherever
-            they are preserved.
-        blend: how "exact" sets the decoder's fill into the original; see `asymvq_jax.inference.blend.composite`.
-            "feather" and "multiband" mix the two in a band around the mask, where kept pixels change.
-        band: its width, px; 0 pastes up to the mask's edge.
-        scaled: see `read_latent`.
-        encode, decode: for large pictures, the functions of `asymvq_jax.strips`, or this module's with a mesh.
-
-    Returns:
-        The picture; and with keep="exact" the tone step that pasting covered: the mean absolute difference between the
-        decoder's and the original's colours over the preserved pixels next to the mask (in the band, where there is
-        one), in levels of 0 to 255.
-
-    Raises:
-        InputError: the shapes do not agree, or the model cannot preserve anything.
-    """
-    check_condition(model.config)
-    mask = check_mask(mask, image)
-    if keep not in ("model", "exact"):
-        raise InputError(f"keep={keep!r}: expected 'model' or 'exact'")
-    check_blend(blend, band)
-    pixels = images.to_float(image)[None]
-    if latent is None:
-        z = encode(model, pixels)
-    else:
-        z = read_latent(np.asarray(latent), model.config, image.shape[:2], scaled=scaled)
-    result = images.to_uint8(decode(model, z, pixels, mask[None])[0])
-    return paste(result, image, mask, band, blend) if keep == "exact" else Inpainting(result, None)
-
-
 def check_condition(config: ModelConfig, name: str = "this model") -> None:
     """Raises InputError, which says `name`, unless the model can take a picture and a mask."""
     if not config.condition:
@@ -220,31 +134,23 @@ def check_condition(config: ModelConfig, name: str = "this model") -> None:
         )
 
 
-def check_mask(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """Brings a mask to (h, w, 1) float32.
+def check_pixels(image: jax.Array | np.ndarray, config: ModelConfig) -> None:
+    """Raises InputError unless these are (b, h, w, c) pictures of floats in [-1, 1].
 
-    Raises:
-        InputError: it is not of the picture's size, or has values outside [0, 1].
+    The range is looked at in NumPy's arrays only: for JAX's it would have to be computed first.
     """
-    mask = np.asarray(mask)
-    mask = mask[..., None] if mask.ndim == 2 else mask
-    if mask.shape != (*image.shape[:2], 1):
-        (h, w), (ih, iw) = mask.shape[:2], image.shape[:2]
-        raise InputError(f"the mask is {w} x {h} px and the picture {iw} x {ih} px; they must be of one size")
-    mask = mask.astype(np.float32)
-    if not ((mask >= 0) & (mask <= 1)).all():
-        raise InputError(
-            f"the mask has values from {mask.min()} to {mask.max()}: expected 0 (preserve) to 1 (generate)"
-        )
-    return mask
+    shape, dtype = tuple(image.shape), image.dtype
+    if len(shape) != 4 or shape[3] != config.image_channels or 0 in shape:
+        raise InputError(f"pictures of shape {shape}: expected (b, h, w, {config.image_channels})")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise InputError(f"pictures of type {dtype}: expected floats in [-1, 1]; images.to_float converts uint8")
+    if isinstance(image, np.ndarray) and not (np.abs(image) <= 1.01).all():
+        raise InputError(f"pictures with values from {image.min()} to {image.max()}: expected floats in [-1, 1]")
 
 
-def paste(
-    result: np.ndarray, original: np.ndarray, mask: np.ndarray, band: int = BAND, blend: Blend = "feather"
-) -> Inpainting:
-    """Sets the original's preserved pixels over `result`; see `inpaint` (keep="exact")."""
-    preserved = mask[..., 0] == 0
-    near = preserved & (distance(preserved) <= max(band if blend in MIXING else 0, 1))
-    step = np.abs(result.astype(np.float32) - original.astype(np.float32))[near]
-    image = composite(result, original, mask, blend, band)
-    return Inpainting(image, float(step.mean()) if step.size else 0.0)
+def check_masks(mask: jax.Array | np.ndarray, image: jax.Array | np.ndarray) -> None:
+    """Raises InputError unless these are (b, h, w, 1) masks of the pictures' size, in [0, 1]; see `check_pixels`."""
+    if tuple(mask.shape) != (*image.shape[:3], 1):
+        raise InputError(f"masks of shape {tuple(mask.shape)}: expected {(*image.shape[:3], 1)}, as the pictures have")
+    if isinstance(mask, np.ndarray) and not ((mask >= 0) & (mask <= 1)).all():
+        raise InputError(f"masks with values from {mask.min()} to {mask.max()}: expected 0 (preserve) to 1 (generate)")

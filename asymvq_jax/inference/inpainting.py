@@ -1,0 +1,189 @@
+"""Inpaints one picture: an edited latent is decoded so that the pixels outside the mask stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from asymvq_jax.errors import InputError
+from asymvq_jax.files import images
+from asymvq_jax.files.masks import HAZE
+from asymvq_jax.files.pictures import Picture
+from asymvq_jax.inference.blend import BAND, MIXING, Blend, check_blend, composite
+from asymvq_jax.inference.edges import distance
+from asymvq_jax.inference.latents import Layout, Reading, understand
+from asymvq_jax.inference.whole import check_condition, decode, encode
+from asymvq_jax.models.autoencoder import Autoencoder
+
+Array = npt.NDArray[Any]
+Keep = Literal["model", "exact"]
+
+
+class Inpainting(NamedTuple):
+    """A finished picture, (h, w, 3) uint8, and the tone step that pasting covered (None where nothing was pasted)."""
+
+    image: Array
+    tone_step: float | None
+
+
+class Inpainted(NamedTuple):
+    """A finished picture with all that its file had, the tone step, and how the latent was read (None: its own)."""
+
+    picture: Picture
+    tone_step: float | None
+    reading: Reading | None
+
+
+def inpaint(
+    model: Autoencoder,
+    image: Array,
+    mask: Array,
+    latent: Array | None = None,
+    *,
+    keep: Keep = "model",
+    blend: Blend = "feather",
+    band: int = BAND,
+    scaled: bool | None = None,
+    layout: Layout | None = None,
+    encode: Callable[..., jax.Array] = encode,
+    decode: Callable[..., jax.Array | Array] = decode,
+) -> Inpainting:
+    """Decodes a latent so that the picture's unmasked pixels stay.
+
+    Args:
+        model: an autoencoder; one with a condition branch unless `keep` is "exact".
+        image: (h, w, 3) uint8, of any size.
+        mask: (h, w) or (h, w, 1); bool, or numbers in [0, 1]: 1 = generate, 0 = preserve.
+        latent: an edited latent; None: the picture's own.
+        keep: "model" returns what the decoder made; "exact" also pastes the original's pixels, bit for bit, wherever
+            they are preserved.
+        blend: how "exact" sets the decoder's fill into the original; see `inference.blend.composite`. "feather" and
+            "multiband" mix the two in a band around the mask, where kept pixels change.
+        band: its width, px; 0 pastes up to the mask's edge.
+        scaled, layout: how the latent is stored; see `latents.understand`.
+        encode, decode: for large pictures, the functions of `inference.strips`, or `inference.whole`'s with a mesh.
+
+    Returns:
+        The picture; and with keep="exact" the tone step that pasting covered: the mean absolute difference between the
+        decoder's and the original's colours over the preserved pixels next to the mask (in the band, where there is
+        one), in levels of 0 to 255.
+
+    Raises:
+        InputError: the arrays are of another form or type, do not agree, or the model cannot preserve anything.
+    """
+    image = check_image(image)
+    done = inpaint_picture(
+        model, Picture(image), check_mask(mask, image), latent, keep=keep, blend=blend, band=band, scaled=scaled,
+        layout=layout,
+        encode=encode, decode=decode,
+    )  # fmt: skip
+    return Inpainting(done.picture.colour, done.tone_step)
+
+
+def inpaint_picture(
+    model: Autoencoder,
+    picture: Picture,
+    mask: Array,
+    latent: Array | None = None,
+    *,
+    keep: Keep = "model",
+    blend: Blend = "feather",
+    band: int = BAND,
+    scaled: bool | None = None,
+    layout: Layout | None = None,
+    encode: Callable[..., jax.Array] = encode,
+    decode: Callable[..., jax.Array | Array] = decode,
+) -> Inpainted:
+    """As `inpaint`, of a picture with its depth, alpha and metadata; `mask` is (h, w, 1) float32."""
+    if keep not in ("model", "exact"):
+        raise InputError(f"keep={keep!r}: expected 'model' or 'exact'")
+    check_blend(blend, band)
+    if keep == "model":
+        check_condition(model.config)
+    pixels = picture.to_float()[None]
+    reading = None
+    if latent is None:
+        z = encode(model, pixels)
+    else:
+        reading = understand(
+            np.asarray(latent), model.config, picture.size, own=lambda: encode(model, pixels), mask=mask,
+            layout=layout, scaled=scaled,
+        )  # fmt: skip
+        z = reading.latent
+    seen = (pixels, mask[None]) if model.config.condition else (None, None)
+    decoded = np.asarray(decode(model, z, *seen)[0])[: picture.size[0], : picture.size[1]]
+    return Inpainted(*compose(picture, decoded, mask, keep, blend, band), reading)
+
+
+def compose(
+    picture: Picture, decoded: Array, mask: Array, keep: Keep, blend: Blend = "feather", band: int = BAND
+) -> tuple[Picture, float | None]:
+    """A picture from its original and what a decoder made of it.
+
+    Args:
+        picture: the original.
+        decoded: (h, w, 3) float32 in [-1, 1], clipped.
+        mask: (h, w, 1) float32, 1 = generate.
+        keep, blend, band: see `inpaint`.
+
+    Returns:
+        The picture, and the tone step where pixels were pasted.
+    """
+    if keep == "model":
+        return picture.painted(decoded, mask, np.zeros(picture.size, bool)), None
+    scale = np.float32(picture.levels / 2)
+    original = picture.shown()
+    # In the picture's own depth, as the decoder's result alone would be written.
+    made = np.round((np.clip(decoded, -1, 1) + 1) * scale).astype(original.dtype)
+    # What nobody sees of a mask does not undo an exact copy.
+    region = mask > HAZE
+    far = distance(~region[..., 0])
+    width = band if blend in MIXING else 0
+    near = (far > 0) & (far <= max(width, 1))
+    step = np.abs(made.astype(np.float32) - original.astype(np.float32))[near]
+    mixed = composite(made, original, region, blend, band).astype(np.float32) / scale - 1
+    done = picture.painted(mixed, mask, far > width)
+    return done, float(step.mean()) * 255 / picture.levels if step.size else 0.0
+
+
+def paste(result: Array, original: Array, mask: Array, band: int = BAND, blend: Blend = "feather") -> Inpainting:
+    """Sets the original's preserved pixels over `result`, both (h, w, 3) uint8; see `inpaint` (keep="exact")."""
+    done, step = compose(Picture(original), np.asarray(images.to_float(result)), mask, "exact", blend, band)
+    return Inpainting(done.colour, step)
+
+
+def check_image(image: Array) -> Array:
+    """A picture as NumPy's array; raises InputError unless it is (h, w, 3) uint8."""
+    image = np.asarray(image)
+    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise InputError(f"the picture has shape {image.shape}: expected (h, w, 3), of RGB")
+    if image.dtype != np.uint8:
+        held = f", holding {image.min():g} to {image.max():g}" if image.dtype.kind in "fiub" else ""
+        raise InputError(f"the picture is of type {image.dtype}{held}: expected uint8, of 0 to 255")
+    return image
+
+
+def check_mask(mask: Array, image: Array) -> Array:
+    """Brings a mask to (h, w, 1) float32.
+
+    Raises:
+        InputError: it is of another form, not of the picture's size, or has values outside [0, 1].
+    """
+    mask = np.asarray(mask)
+    shape = mask.shape
+    mask = mask[..., None] if mask.ndim == 2 else mask
+    if mask.ndim != 3 or mask.shape[2] != 1 or mask.dtype.kind not in "fiub":
+        raise InputError(f"the mask has shape {shape} and type {mask.dtype}: expected (h, w) or (h, w, 1), of numbers")
+    if mask.shape[:2] != image.shape[:2]:
+        (h, w), (ih, iw) = mask.shape[:2], image.shape[:2]
+        raise InputError(f"the mask is {w} x {h} px and the picture {iw} x {ih} px; they must be of one size")
+    mask = mask.astype(np.float32)
+    if not ((mask >= 0) & (mask <= 1)).all():
+        raise InputError(
+            f"the mask has values from {mask.min()} to {mask.max()}: expected 0 (preserve) to 1 (generate)"
+        )
+    return mask

@@ -1,0 +1,178 @@
+"""In which layout and scale a latent is: told, or found by comparing it with the picture's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from asymvq_jax.config import ModelConfig
+from asymvq_jax.errors import InputError
+
+Array = npt.NDArray[np.floating]
+Layout = Literal["channels-first", "channels-last"]
+LAYOUTS: tuple[str, ...] = get_args(Layout)
+
+# From this correlation with the picture's own latent on, outside the mask, the scale is certain.
+CERTAIN = 0.9
+# Below this one the latent is probably of another picture.
+FOREIGN = 0.3
+# Fewer of the latent's pixels outside the mask say nothing.
+ENOUGH = 12
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A latent as `decode` takes it, and how it was understood.
+
+    Attributes:
+        latent: (1, h, w, c) float32, not scaled.
+        layout: which axis was taken for the channels.
+        scaled: whether it was taken as times the scaling factor.
+        reason: why, for a message.
+        warning: what does not fit, or "".
+    """
+
+    latent: jax.Array
+    layout: Layout
+    scaled: bool
+    reason: str
+    warning: str = ""
+
+    def describe(self) -> str:
+        """Such as "latent: channels first, scaled (as the picture's own latent outside the mask)"."""
+        scale = "scaled" if self.scaled else "not scaled"
+        return f"latent: {self.layout.replace('-', ' ')}, {scale} ({self.reason})"
+
+
+def shapes(config: ModelConfig, size: tuple[int, int]) -> dict[Layout, tuple[int, int, int]]:
+    """The shapes that a latent of a picture of this height and width can have."""
+    height, width = (-(-side // config.downsampling) for side in size)
+    channels = config.latent_channels
+    return {"channels-first": (channels, height, width), "channels-last": (height, width, channels)}
+
+
+def check_latent(
+    array: Array, config: ModelConfig, size: tuple[int, int], layout: Layout | None = None
+) -> list[Layout]:
+    """The layouts in which a latent fits a picture, from its shape; see `understand`.
+
+    Raises:
+        InputError: none, or the latent is not of finite real numbers; the message gives both shapes.
+    """
+    array = np.asarray(array)
+    if layout is not None and layout not in LAYOUTS:
+        raise InputError(f"the latent's layout {layout!r}: expected {' or '.join(LAYOUTS)}")
+    known = shapes(config, size)
+    inner = array.shape[1:] if array.ndim == 4 and array.shape[0] == 1 else array.shape
+    fitting = [name for name, shape in known.items() if inner == shape and layout in (None, name)]
+    if not fitting:
+        wanted = [str(shape) for name, shape in known.items() if layout in (None, name)]
+        raise InputError(
+            f"the latent has shape {array.shape}: expected {' or '.join(wanted)}, "
+            f"with or without a leading 1, for a picture of {size[1]} x {size[0]} px"
+        )
+    if array.dtype.kind not in "fiu":
+        raise InputError(f"the latent holds values of type {array.dtype}: expected real numbers")
+    if not np.isfinite(array).all():
+        raise InputError("the latent holds values that are not finite (NaN or infinity)")
+    return fitting
+
+
+def understand(
+    array: Array,
+    config: ModelConfig,
+    size: tuple[int, int],
+    *,
+    own: Callable[[], jax.Array | Array] | None = None,
+    mask: Array | None = None,
+    layout: Layout | None = None,
+    scaled: bool | None = None,
+) -> Reading:
+    """Brings an edited latent into the form that `decode` takes.
+
+    What is not told is found where it is certain: outside the mask, an edited latent is close to the picture's own, but
+    for the scaling factor.
+
+    Args:
+        array: (c, h, w) or (h, w, c), or either with a leading 1, as PyTorch or JAX pipelines return latents.
+        config: the model's.
+        size: height and width of the picture.
+        own: gives the picture's own latent, (1, h, w, c), not scaled; only called where something is to be found.
+        mask: (h, w, 1), 1 = generate.
+        layout: the array's; None: found.
+        scaled: whether it is (z - shift_factor) * scaling_factor, as diffusion models have it; None: found, or scaled.
+
+    Raises:
+        InputError: it does not fit the picture, or fits in two layouts and nothing tells which.
+    """
+    fitting = check_latent(array, config, size, layout)
+    inner = np.asarray(array)
+    inner = (inner[0] if inner.ndim == 4 else inner).astype(np.float32)
+    ways = {name: inner.transpose(1, 2, 0) if name == "channels-first" else inner for name in fitting}
+    told = scaled is not None
+    fits: dict[Layout, tuple[float, float]] = {}
+    if own is not None and (len(fitting) > 1 or not told):
+        kept = _kept(mask, shapes(config, size)["channels-last"][:2], config.downsampling)
+        if kept.sum() >= ENOUGH:
+            z = np.asarray(own())[0][kept]
+            fits = {name: _fit(way[kept], z) for name, way in ways.items()}
+    best = max(fits, key=lambda name: fits[name][0]) if fits else fitting[0]
+    correlation, slope = fits.get(best, (0.0, 0.0))
+    if len(fitting) > 1:
+        others = [fits[name][0] for name in fits if name != best]
+        if not fits or correlation < 0.5 or correlation - max(others) < 0.2:
+            raise InputError(
+                f"the latent's shape {np.shape(array)} fits with the channels first and last, and nothing tells which: "
+                f"say it (--latent-layout {' or '.join(LAYOUTS)})"
+            )
+    reason, warning = "told" if told else "by default; nothing tells", ""
+    if scaled is None:
+        scaled = True
+        if correlation >= CERTAIN and slope > 0:
+            scaled = abs(np.log(slope / config.scaling_factor)) <= abs(np.log(slope))
+            reason = "as the picture's own latent outside the mask"
+    if fits and correlation < FOREIGN:
+        warning = "outside the mask the latent is not like the picture's own: is it of another picture or autoencoder?"
+    latent = ways[best]
+    if scaled:
+        latent = latent / np.float32(config.scaling_factor) + np.float32(config.shift_factor)
+    return Reading(jnp.asarray(latent[None]), best, bool(scaled), reason, warning)
+
+
+def _kept(mask: Array | None, shape: tuple[int, int], factor: int) -> npt.NDArray[np.bool_]:
+    """Where a latent's pixel stands for preserved ones only."""
+    if mask is None:
+        return np.ones(shape, bool)
+    height, width = shape
+    padded = np.pad(mask[..., 0], ((0, height * factor - mask.shape[0]), (0, width * factor - mask.shape[1])), "edge")
+    kept: npt.NDArray[np.bool_] = padded.reshape(height, factor, width, factor).max((1, 3)) < 0.01
+    return kept
+
+
+def _fit(values: Array, own: Array) -> tuple[float, float]:
+    """Correlation of (n, c) values with the picture's own, and their slope over them, each channel about its mean."""
+    values, own = values - values.mean(0), own - own.mean(0)
+    product, square = float((values * own).sum()), float((own * own).sum())
+    length = float(np.sqrt((values * values).sum() * square))
+    return (product / length, product / square) if length > 0 and square > 0 else (0.0, 0.0)
+
+
+def read_latent(array: Array, config: ModelConfig, size: tuple[int, int], *, scaled: bool = True) -> jax.Array:
+    """The latent of `understand` where the scale is known and no picture is there to compare with.
+
+    Args:
+        array, config, size, scaled: see `understand`.
+
+    Returns:
+        (1, h, w, c) float32, not scaled.
+
+    Raises:
+        InputError: it does not fit the picture, or fits in two layouts.
+    """
+    return understand(array, config, size, scaled=scaled).latent
