@@ -86,7 +86,9 @@ class _FileLoader(importlib.machinery.SourceFileLoader):
     """Imported, the module that still has its name; run by `python -m`, its command."""
 
     def exec_module(self, module: ModuleType) -> None:
-        exec(super().get_code(module.__name__), module.__dict__)
+        code = super().get_code(module.__name__)
+        assert code is not None, module
+        exec(code, module.__dict__)
 
     def get_code(self, fullname: str) -> CodeType:
         return _Loader().get_code(fullname)

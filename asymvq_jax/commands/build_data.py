@@ -42,12 +42,12 @@ def work(options: BuildData) -> None:
     """Builds or verifies the data set."""
     from asymvq_jax.data.build import build, check
 
-    if options.check == (options.images is not None):
-        raise ConfigError("expected --images SOURCE and --out TARGET to build, or --out TARGET and --check to verify")
-    workers = options.workers if options.workers is not None else os.cpu_count()
-    if options.check:
+    workers = options.workers if options.workers is not None else os.cpu_count() or 1
+    if options.check and options.images is None:
         check(options.out, options.name, workers=workers)
         return
+    if options.check or options.images is None:
+        raise ConfigError("expected --images SOURCE and --out TARGET to build, or --out TARGET and --check to verify")
     try:
         build(
             options.images,

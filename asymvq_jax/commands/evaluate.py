@@ -57,23 +57,24 @@ def work(options: Evaluate) -> None:
     for path, suffixes in ((options.picture, images.FORMATS), (options.json, (".json",)), (options.seam, (".png",))):
         if path:
             check_writable(path, suffixes)
-    numbers = _text_to_image(options, config) if options.latents else _inpainting(options, config)
+    numbers = _text_to_image(options, options.latents, config) if options.latents else _inpainting(options, config)
     if options.json:
         numbers["config"] = flatten(config)
         write_bytes(options.json, json.dumps(_finite(numbers), indent=2).encode() + b"\n")
 
 
-def _text_to_image(options: Evaluate, config: Config) -> dict[str, Any]:
+def _text_to_image(options: Evaluate, latents: str, config: Config) -> dict[str, Any]:
     """Decodes latents without condition and prints the scores; returns the numbers."""
     from asymvq_jax.evaluation.metrics.distribution import read_reference
     from asymvq_jax.evaluation.rows import evaluate_text, list_latents, text_table
 
-    if not (options.inception and options.reference):
+    if options.inception is None or options.reference is None:
         raise UserError("--latents needs --inception WEIGHTS and --reference PICTURES as well")
-    list_latents(options.latents)
+    list_latents(latents)
     model, plain, inception = _load(options, config)
+    assert inception is not None
     reference, _ = read_reference(options.reference, inception)
-    scores = evaluate_text(model, plain, options.latents, reference, inception)
+    scores = evaluate_text(model, plain, latents, reference, inception)
     print(f"\n{text_table(scores)}")
     return {row: {"fid": fid, "inception_score": score} for row, (fid, score) in scores.items()}
 
@@ -91,7 +92,7 @@ def _inpainting(options: Evaluate, config: Config) -> dict[str, Any]:
     results = evaluate(model, plain, pairs(), count, lpips, inception)
     print(f"\n{results.pictures} pictures from {options.pairs or f'the held-out half of {config.data.source!r}'}")
     print(table(results))
-    numbers = {"pictures": results.pictures, "rows": results.rows, "counts": results.counts}
+    numbers: dict[str, Any] = {"pictures": results.pictures, "rows": results.rows, "counts": results.counts}
     if inception is not None:
         print(f"\n{paper_table(results)}")
     if options.seam:

@@ -35,7 +35,7 @@ def work(options: Export) -> None:
     size = images.parse_size("--size", options.size)
     model = load_model(options.checkpoint, **({"dtype": options.dtype} if options.dtype else {}))
     program = export_decoder(model, options.batch, size)
-    data = program.serialize()
+    data = bytes(program.serialize())
     write_bytes(options.out, data)
     inputs = ", ".join(f"{a.dtype}{list(a.shape)}" for a in program.in_avals)
     print(f"{options.out}: {len(data) / 1e6:.1f} MB for {', '.join(PLATFORMS)}; takes {inputs}")

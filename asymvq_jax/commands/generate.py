@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from asymvq_jax.commands.entry import command, group
+from collections.abc import Callable
+
+from asymvq_jax.commands.entry import Main, command, group
 from asymvq_jax.diffusion.settings import Edit, Generate, Inpaint, Text
 
 ABOUT = """\
@@ -35,11 +37,8 @@ def work(options: Generate) -> None:
         raise KeyboardInterrupt("interrupted; the same command makes the pictures that are missing") from None
 
 
-main = group(
-    "asymvq generate",
-    ABOUT,
-    {
-        kind.task: lambda kind=kind: command(f"asymvq generate {kind.task}", kind, work, positional=("pipeline",))
-        for kind in (Text, Inpaint, Edit)
-    },
-)
+def _task(kind: type[Generate]) -> Callable[[], Main]:
+    return lambda: command(f"asymvq generate {kind.task}", kind, work, positional=("pipeline",))
+
+
+main = group("asymvq generate", ABOUT, {kind.task: _task(kind) for kind in (Text, Inpaint, Edit)})

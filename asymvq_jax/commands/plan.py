@@ -56,7 +56,7 @@ def work(options: Plan) -> None:
     if options.search and target.chip is None:
         kind = target.devices[0].device_kind
         raise UserError(f"--search: the memory of {kind} is not known; name a chip's with --topology")
-    numbers = _picture(options, target) if options.picture else _run(options, target)
+    numbers = _picture(options, options.picture, target) if options.picture else _run(options, target)
     if options.json:
         write_bytes(options.json, (json.dumps(numbers, indent=2) + "\n").encode())
 
@@ -92,12 +92,12 @@ def _run(options: Plan, target: Target) -> dict[str, Any]:
     return numbers | {name: report.numbers(program, batch, target) for name, program in programs.items()}
 
 
-def _picture(options: Plan, target: Target) -> dict[str, Any]:
+def _picture(options: Plan, size: str, target: Target) -> dict[str, Any]:
     """Plans the decode of one large picture, its rows split over all chips; returns the numbers."""
     from asymvq_jax.files import images
     from asymvq_jax.plan import compile, report
 
-    height, width = images.parse_size("--picture", options.picture)
+    height, width = images.parse_size("--picture", size)
     config = compile.with_batch(options.settings, 1)
     program = compile.plan_picture(config, target, (height, width))
     print(f"{options.config} on {target.name}: one picture of {width} x {height} px, {config.model.dtype}")

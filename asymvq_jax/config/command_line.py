@@ -45,9 +45,9 @@ def parse(kind: type[T], arguments: Sequence[str], *, prog: str, default: T | No
     def fail(event: events.ParseErrorEvent) -> None:
         raise ConfigError(_message(event, kind)) from None
 
-    given = {} if default is None else {"default": default}
+    given: dict[str, Any] = {} if default is None else {"default": default}
     with events.on_parse_error(fail):
-        return tyro.cli(
+        result: T = tyro.cli(
             kind,
             args=arguments,
             prog=prog,
@@ -55,6 +55,7 @@ def parse(kind: type[T], arguments: Sequence[str], *, prog: str, default: T | No
             config=(tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff),
             **given,
         )
+    return result
 
 
 @REGISTRY.primitive_rule

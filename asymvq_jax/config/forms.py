@@ -9,6 +9,7 @@ import numbers
 import operator
 import os
 import typing
+from collections.abc import Hashable
 from typing import Annotated, Any
 
 from asymvq_jax.errors import ConfigError
@@ -36,13 +37,13 @@ def settle(config: Any, group: str) -> None:
     Raises:
         ConfigError: a value of another type, a number that is not finite, or a tuple of another length.
     """
-    for name, hint in field_types(type(config)).items():
+    for name, hint in field_types(typing.cast(Hashable, type(config))).items():
         full = f"{group}.{name}".lstrip(".")
         object.__setattr__(config, name, _settled(full, getattr(config, name), hint))
 
 
 @functools.cache
-def field_types(kind: type) -> dict[str, Any]:
+def field_types(kind: Hashable) -> dict[str, Any]:
     """The types of a dataclass's fields, by name."""
     return typing.get_type_hints(kind, include_extras=True)
 
@@ -86,7 +87,7 @@ def _settled_text(name: str, value: Any, *, is_path: bool) -> str:
     require(isinstance(value, str), name, value, "a path, as text" if is_path else "text")
     require("\0" not in value, name, value, "text without null characters")
     if is_path and value.startswith("~"):
-        expanded = os.path.expanduser(value)
+        expanded: str = os.path.expanduser(value)
         known = not expanded.startswith("~")
         require(known, name, value, "a path; no home directory is known for it: write the path in full")
         return expanded

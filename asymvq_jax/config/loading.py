@@ -74,7 +74,8 @@ def override(config: Config, arguments: Sequence[str]) -> Config:
     config, rest = _take_preset(config, arguments)
     if not rest:
         return config
-    return command_line.parse(Annotated[Config, tyro.conf.FlagConversionOff], rest, prog="", default=config)
+    kind: type[Config] = typing.cast(Any, Annotated[Config, tyro.conf.FlagConversionOff])
+    return command_line.parse(kind, rest, prog="", default=config)
 
 
 def parse(kind: type[T], arguments: Sequence[str], *, prog: str) -> T:

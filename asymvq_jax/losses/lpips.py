@@ -114,14 +114,15 @@ def load_lpips(net: Net = "vgg16", weights: str = "", *, dtype: DTypeLike = jnp.
     params = _embedded(net)
     if weights:
         params |= _torchvision(net, weights, shapes)
-    return merge(graphdef, {name: jnp.asarray(value) for name, value in params.items()})
+    lpips: LPIPS = merge(graphdef, {name: jnp.asarray(value) for name, value in params.items()})
+    return lpips
 
 
 class _ArraysOnly(pickle.Unpickler):
     """Admits numpy arrays and nothing else, so that a weights file cannot run code."""
 
     _allowed: Mapping[tuple[str, str], Any] = {
-        ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
+        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
         ("numpy", "dtype"): np.dtype,
         ("numpy", "ndarray"): np.ndarray,
     }

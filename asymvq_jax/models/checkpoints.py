@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -21,6 +22,7 @@ STEPS = "checkpoints"
 
 
 def checkpoint_path(path: str | Path) -> epath.Path:
+    """The absolute path of a directory of this machine, or the address of one in a bucket."""
     return epath.Path(path) if "://" in str(path) else epath.Path(path).absolute()
 
 
@@ -30,18 +32,18 @@ def save_model(path: str | Path, model: Autoencoder) -> None:
     Raises:
         CheckpointError: `path` exists already; nothing is overwritten.
     """
-    path = checkpoint_path(path)
-    if path.exists():
-        raise CheckpointError(f"{path} exists already; choose another target or remove it first")
+    target = checkpoint_path(path)
+    if target.exists():
+        raise CheckpointError(f"{target} exists already; choose another target or remove it first")
     items = ocp.args.Composite(
         config=ocp.args.JsonSave({"model": dataclasses.asdict(model.config)}),
         model=ocp.args.StandardSave(split(model)[1]),
     )
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(path, args=items)
+        checkpointer.save(target, args=items)
 
 
-def load_model(path: str | Path, **changes: object) -> Autoencoder:
+def load_model(path: str | Path, **changes: Any) -> Autoencoder:
     """Reads the autoencoder of a run (its last step), of one step of a run, or of what `convert` wrote, or one that the
     package holds.
 

@@ -71,7 +71,9 @@ def nearest_codes(z: jax.Array, embedding: jax.Array) -> jax.Array:
     squares = jnp.pad(jnp.sum(jnp.square(embedding), -1), (0, padding), constant_values=jnp.inf)
     vectors = jnp.pad(embedding, ((0, padding), (0, 0)))
 
-    def closer(best: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], None]:
+    def closer(
+        best: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
         distance, code = best
         first, vectors, squares = part
         # Rounding to bfloat16, as accelerators' products do by default, would choose other codes.

@@ -93,9 +93,11 @@ def _backward(
     (at_x,) = jax.linear_transpose(partial(convolution, kernel=kernel), x)(cotangent)
 
     def compilers(x: jax.Array, cotangent: jax.Array) -> jax.Array:
-        return jax.linear_transpose(partial(convolution, x), kernel)(cotangent)[0]
+        (at_kernel,) = jax.linear_transpose(partial(convolution, x), kernel)(cotangent)
+        return jnp.asarray(at_kernel)
 
-    chunked = partial(_kernel_gradient, kernel_size=kernel.shape[:2], stride=stride, padding=padding)
+    rows, columns = kernel.shape[:2]
+    chunked = partial(_kernel_gradient, kernel_size=(rows, columns), stride=stride, padding=padding)
     # Settled when the program is lowered, for the platform that it is lowered for.
     return at_x, jax.lax.platform_dependent(x, cotangent, cpu=chunked, default=compilers)
 

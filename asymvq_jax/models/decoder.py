@@ -111,10 +111,10 @@ class Decoder(nnx.Module):
             mask = mask.astype(h.dtype)
             features = run_block(self.condition, (1 - mask) * image.astype(h.dtype), remat=self.remat)
         for i, level in enumerate(self.levels):
-            if features:
+            if mask is not None and features:
                 h = blend(h, features[-1 - i], mask)
             h = level(h)
-        if features:
+        if mask is not None and features:
             h = blend(h, features[0], mask)
         return self.norm_out(h)
 

@@ -13,7 +13,7 @@ from asymvq_jax.models.blocks import Conv
 _normal = nnx.initializers.normal(0.02)
 
 
-class BatchStat(nnx.Variable):
+class BatchStat(nnx.Variable[jax.Array]):
     """Running mean or variance of a batch normalisation."""
 
 

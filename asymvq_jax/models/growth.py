@@ -10,6 +10,8 @@ scales and the condition branch, if the narrow decoder has one, follow the same 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from asymvq_jax.config import ModelConfig
@@ -51,9 +53,12 @@ def grow_decoder(narrow: ModelConfig, params: Params, wide: ModelConfig, seed: i
 
 
 def _query_scale(narrow: int, wide: int, groups: int) -> np.ndarray:
-    """What keeps attention scores: a product of queries and keys counts each channel as often as it was copied, and is
-    divided by the root of the width."""
-    return ((wide / narrow) ** 0.5 / _copies(narrow, wide, groups)[1]).astype(np.float32)
+    """The factor of the queries that keeps attention scores.
+
+    A product of queries and keys counts each channel as often as it was copied, and is divided by the width's root.
+    """
+    scale: np.ndarray = (wide / narrow) ** 0.5 / _copies(narrow, wide, groups)[1]
+    return scale.astype(np.float32)
 
 
 def _check(narrow: ModelConfig, wide: ModelConfig) -> None:
@@ -95,6 +100,7 @@ def _widen(array: np.ndarray, shape: tuple[int, ...], groups: int, rng: np.rando
         noise = rng.normal(scale=NOISE * array.std(), size=shape)
         # Less its mean over each channel's copies, so that they sum to nothing.
         means = np.zeros(array.shape)
-        np.add.at(means, (slice(None), slice(None), source), noise / count[:, None])
+        where: Any = (slice(None), slice(None), source)
+        np.add.at(means, where, noise / count[:, None])
         array = array[:, :, source] / count[:, None] + noise - means[:, :, source]
     return array.astype(np.float32)

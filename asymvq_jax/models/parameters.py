@@ -25,12 +25,12 @@ def split(model: M, *filters: Any) -> tuple[Any, ...]:
     return graphdef, *(_flatten(state) for state in states)
 
 
-def state_of(model: nnx.Module, kind: type[nnx.Variable]) -> Params:
+def state_of(model: nnx.Module, kind: type[nnx.Variable[Any]]) -> Params:
     """The arrays of one type of variable, by name."""
     return _flatten(nnx.state(model, kind))
 
 
-def _flatten(state: nnx.State) -> Params:
+def _flatten(state: nnx.State[Any, Any]) -> Params:
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 

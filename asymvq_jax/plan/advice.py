@@ -59,6 +59,7 @@ def suggest(changes: dict[str, Config], target: Target) -> dict[str, Any]:
 
 def search(config: Config, target: Target) -> int:
     """Finds and prints the largest batch per chip that fits, keeping everything else."""
+    assert target.chip is not None
     unit = ways(config, target) * config.optimizer.accumulate
 
     def look(micro_batch: int) -> tuple[float, bool]:

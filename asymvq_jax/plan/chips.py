@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata, util
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -51,7 +52,7 @@ class Target:
     # Names the compiler: programs compiled by another one may need more or less.
     compiler: str
     # What it is told beyond its defaults.
-    options: Mapping[str, float | str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 # libtpu compiles x2's step ten times faster with this, to nearly the same memory, FLOPs and collectives (docs/plan.md).

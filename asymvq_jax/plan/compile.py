@@ -33,8 +33,8 @@ from asymvq_jax.models.autoencoder import structure
 from asymvq_jax.models.parameters import Params, merge, split
 from asymvq_jax.plan.chips import Target
 from asymvq_jax.plan.counting import Collective, collectives, matmul_flops
-from asymvq_jax.training.state import TrainState, abstract_state, build_networks
-from asymvq_jax.training.step import Batch, compiled_step
+from asymvq_jax.training.state import abstract_state, build_networks
+from asymvq_jax.training.step import compiled_step
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,9 @@ def plan_decode(config: Config, target: Target) -> Program:
     mesh = sharding.make_mesh(config.mesh, target.devices)
     sharding.check_batch(config.data.batch_size, 1, mesh)
     side = config.data.image_size
-    return _plan_decode("decode", config, target, (config.data.batch_size, side, side), sharding.batch_sharding(mesh))
+    return _plan_decode(
+        "decode", config, target, (config.data.batch_size, side, side), mesh, sharding.batch_sharding(mesh)
+    )
 
 
 def plan_picture(config: Config, target: Target, size: tuple[int, int]) -> Program:
@@ -163,14 +165,14 @@ def plan_picture(config: Config, target: Target, size: tuple[int, int]) -> Progr
             f"a picture of {size[1]} x {size[0]} px: expected a width that is a multiple of {multiple}, and for "
             f"{mesh.size} chips a height that is a multiple of {multiple * mesh.size}"
         )
-    return _plan_decode("decode of a picture", config, target, (1, *size), sharding.height_sharding(mesh))
+    return _plan_decode("decode of a picture", config, target, (1, *size), mesh, sharding.height_sharding(mesh))
 
 
 def _plan_decode(
-    name: str, config: Config, target: Target, shape: tuple[int, int, int], place: NamedSharding
+    name: str, config: Config, target: Target, shape: tuple[int, int, int], mesh: Mesh, place: NamedSharding
 ) -> Program:
     """Decoding pictures of (batch, height, width) at `place`."""
-    (batch, height, width), mesh, factor = shape, place.mesh, config.model.downsampling
+    (batch, height, width), factor = shape, config.model.downsampling
 
     def maps(height: int, width: int, channels: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch, height, width, channels), jnp.float32, sharding=place)
@@ -218,14 +220,16 @@ def plan_denoising(unet: UNetConfig, target: Target, shape: tuple[int, int, int]
     inputs += [maps(*shape, fixed)] if fixed else []
 
     def loop(params: Params, noise: jax.Array, context: jax.Array, fixed: jax.Array | None = None) -> jax.Array:
-        return denoise(merge(graphdef, params), solver, noise, context, fixed, jnp.float32(7.5), mesh=mesh)
+        sample: Any = denoise
+        result: jax.Array = sample(merge(graphdef, params), solver, noise, context, fixed, jnp.float32(7.5), mesh=mesh)
+        return result
 
     traced = jax.jit(loop, out_shardings=place).trace(params, *inputs)
     return _plan_forward("denoising", traced, mesh, params, inputs, target)
 
 
 def _plan_forward(
-    name: str, traced: jax.stages.Traced, mesh: Mesh, params: Params, inputs: Any, target: Target
+    name: str, traced: jax.stages.Traced, mesh: Mesh, params: Any, inputs: Any, target: Target
 ) -> Program:
     """Compiles a program that trains nothing, given the parameters and inputs that it reads."""
     flops = matmul_flops(traced.jaxpr) / mesh.size
@@ -242,17 +246,17 @@ def _plan_forward(
     return _compile(lowered, target)
 
 
-def _trace_step(config: Config, mesh: Mesh, state: TrainState, perceptual: Params, batch: Batch) -> jax.stages.Traced:
+def _trace_step(config: Config, mesh: Mesh, state: Any, perceptual: Any, batch: Any) -> jax.stages.Traced:
     step = compiled_step(build_networks(config), state, mesh)
     with jax.set_mesh(mesh):
         return step.trace(state, perceptual, batch, adversarial=config.loss.gan_start >= 0)
 
 
-def _step_arguments(config: Config, mesh: Mesh) -> tuple[TrainState, Params, Batch]:
+def _step_arguments(config: Config, mesh: Mesh) -> tuple[Any, Any, Any]:
     """The state, LPIPS's parameters and a batch: shapes and places, without values."""
     networks = build_networks(config)
     state = abstract_state(networks, mesh)
-    perceptual: Params = {}
+    perceptual: Any = {}
     if networks.lpips is not None:
         perceptual = sharding.placed_shapes(split(nnx.eval_shape(lambda: LPIPS("vgg16", rngs=nnx.Rngs(0))))[1], mesh)
     shape = (config.data.batch_size, config.data.image_size, config.data.image_size)
@@ -277,7 +281,7 @@ def _compile(program: _Lowered, target: Target) -> Program:
     begin = time.perf_counter()
     try:
         with nullcontext() if target.name == "local" else _no_jax_cache():
-            compiled = program.lowered.compile(target.options or None)
+            compiled = program.lowered.compile(dict(target.options) or None)
     except jax.errors.JaxRuntimeError as error:
         shortage = out_of_memory(str(error))
         if shortage is None:
@@ -324,7 +328,10 @@ def _from_json(text: str) -> Program:
 
 def _read(program: _Lowered, compiled: jax.stages.Compiled, seconds: float) -> Program:
     """What the compiler says about a compiled program, with its omissions made good."""
-    stats, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    stats, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    assert stats is not None, program.name
+    assert cost is not None, program.name
+    assert text is not None, program.name
     # It counts a loop's body once: of micro-batches or of a sampler's steps, in which nearly everything happens.
     repeats = max(1, round(program.flops / cost["flops"])) if cost["flops"] > 0 else 1
     return Program(
@@ -340,7 +347,7 @@ def _read(program: _Lowered, compiled: jax.stages.Compiled, seconds: float) -> P
         model_flops=program.model_flops,
         compiler_flops=cost["flops"] * repeats,
         moved=cost["bytes accessed"] * repeats,
-        collectives=tuple(collectives(compiled.as_text(), program.mesh.shape)),
+        collectives=tuple(collectives(text, program.mesh.shape)),
         compile_seconds=seconds,
     )
 

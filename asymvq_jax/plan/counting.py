@@ -133,7 +133,7 @@ def _groups(line: str, devices: int) -> list[list[int]]:
     if match := _MESH.search(line):
         return _mesh_groups(*match.groups())
     if match := re.search(r"replica_groups=(\[\S+\](?:T\([\d,]+\))?)", line):
-        return _iota(match[1]).tolist()
+        return [[int(n) for n in group] for group in _iota(match[1])]
     return [list(range(devices))]
 
 
@@ -142,7 +142,7 @@ def _iota(text: str) -> np.ndarray:
     match = _IOTA.match(text)
     if match is None:
         raise ValueError(f"not a list of devices: {text!r}")
-    shape, source, order = ([int(n) for n in part.split(",")] if part else None for part in match.groups())
+    shape, source, order = ([int(n) for n in part.split(",")] if part else [] for part in match.groups())
     ids = np.arange(math.prod(shape)).reshape(source or shape)
     return ids.transpose(order).reshape(shape) if order else ids.reshape(shape)
 
@@ -186,7 +186,8 @@ def matmul_flops(jaxpr: Any) -> float:
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if name == "conv_general_dilated":
-            total += _convolution(*(x.aval.shape for x in (*equation.invars, *equation.outvars)), params)
+            lhs, rhs, out = (x.aval.shape for x in (*equation.invars, *equation.outvars))
+            total += _convolution(lhs, rhs, out, params)
         elif name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             left = equation.invars[0].aval.shape
@@ -202,10 +203,10 @@ def matmul_flops(jaxpr: Any) -> float:
 def _repeats(name: str, params: Mapping[str, Any]) -> int:
     """How often the jaxpr inside an equation runs: loops, kernels over their grid, and parts of a mesh."""
     if name == "scan":
-        return params["length"]
+        return int(params["length"])
     if name == "pallas_call":
         return math.prod(params["grid_mapping"].grid)
-    return params["mesh"].size if name == "shard_map" else 1
+    return int(params["mesh"].size) if name == "shard_map" else 1
 
 
 def _inner(values: Iterable[Any]) -> Iterator[Any]:
@@ -233,4 +234,4 @@ def _convolution(lhs: tuple[int, ...], rhs: tuple[int, ...], out: tuple[int, ...
         )
         step = params["lhs_dilation"][i]
         flops *= np.count_nonzero((at >= 0) & (at <= (lhs[numbers.lhs_spec[i + 2]] - 1) * step) & (at % step == 0))
-    return float(flops) / params["batch_group_count"]
+    return float(flops / params["batch_group_count"])

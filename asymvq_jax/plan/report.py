@@ -84,7 +84,7 @@ def numbers(program: Program, batch: int, target: Target) -> dict[str, Any]:
     values["memory"]["peak"] = program.memory.peak
     values["fits"] = fits(program, target)
     if target.chip is not None and program.moved is not None:
-        flops = max(program.flops, program.compiler_flops) if program.plausible else program.flops
+        flops = max(program.flops, program.compiler_flops or 0.0) if program.plausible else program.flops
         least = roofline(target.chip, flops, program.moved, program.model_flops)
         values |= {
             "seconds": least.seconds,
