@@ -102,6 +102,8 @@ def run(name: str) -> None:
     words = COMMANDS[name].split()
     former = name.removesuffix(".__main__")
     print(f"note: python -m {__package__}.{former} is now: asymvq {' '.join(words)}", file=sys.stderr)
+    # A module without a file has none here, and JAX reads the command line for XLA's flags.
+    sys.argv[0] = sys.argv[0] or name
     leave(main([*words, *sys.argv[1:]]))
 
 
