@@ -15,7 +15,7 @@ import yaml
 from pages import PAGES, ROOT, Block, anchors, blocks, commands, inline_commands, links, tool
 
 from asymvq_jax import __main__ as asymvq
-from asymvq_jax.commands import entry
+from asymvq_jax.commands import benchmark, entry
 from asymvq_jax.config import Config, flatten, load_config
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
@@ -89,14 +89,31 @@ def read_options(words, monkeypatch):
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "sh" and "asymvq" in b.text], ids=name)
 def test_commands_can_be_read(block, monkeypatch, capsys):
     for words in commands(synopsis(block)):
+        if words[0] == "benchmark":
+            check_benchmark(words)
+            continue
         assert read_options(words, monkeypatch) == 0, f"asymvq {' '.join(words)}: {capsys.readouterr().err}"
+
+
+def check_benchmark(words):
+    """As `read_options`, from the source: importing a benchmark takes as long as importing PyTorch and diffusers."""
+    assert words[1] in benchmark.NAMES
+    files = [ROOT / "benchmarks" / f"{name}.py" for name in (words[1], "contest")]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    fields = {node.target.id for node in nodes if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+    fields |= set(flatten(load_config("demo")))
+    options = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+    assert not {option for option in options if option.replace("-", "_") not in fields}, words
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_options_in_the_text_exist(page, reference):
-    fields = set(flatten(load_config(ROOT / "configs" / "demo.py"))) | {"data.mask"}
+    fields = set(flatten(load_config("demo"))) | {"data.mask"}
     for words in inline_commands(page):
-        if words[0] in ("COMMAND", "--version", "benchmark"):
+        if words[0] in ("COMMAND", "--version"):
+            continue
+        if words[0] == "benchmark":
+            check_benchmark(words)
             continue
         prog = next(
             " ".join(["asymvq", *words[:n]]) for n in (2, 1) if " ".join(["asymvq", *words[:n]]) in known(reference)
