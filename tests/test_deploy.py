@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import socket
 import subprocess
+import sys
 
 import kubernetes_validate
 import pytest
@@ -115,6 +118,63 @@ def test_slurm_has_a_task_for_each_gpu():
     assert options["signal"].startswith("TERM@")
     # Slurm ignores its options after the first command.
     assert text.rindex("#SBATCH") < text.index("\nset ")
+
+
+# What the launchers tell process `i` of two, on one machine; JAX takes the port from JAX_COORDINATOR_PORT.
+LAUNCHED = {
+    "Slurm": lambda i: {
+        "SLURM_JOB_ID": "17", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_STEP_NUM_NODES": "1", "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i),
+    },
+    "Open MPI": lambda i: {
+        "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911", "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": str(i), "OMPI_COMM_WORLD_LOCAL_RANK": str(i),
+    },
+    "GKE, one slice": lambda i: {
+        "TPU_SKIP_MDS_QUERY": "true", "TPU_WORKER_HOSTNAMES": "127.0.0.1,127.0.0.1", "TPU_WORKER_ID": str(i)
+    },
+    "GKE, two slices": lambda i: {
+        "TPU_SKIP_MDS_QUERY": "true", "TPU_WORKER_HOSTNAMES": "127.0.0.1", "TPU_WORKER_ID": "0",
+        "MEGASCALE_COORDINATOR_ADDRESS": "127.0.0.1:8080", "MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": str(i),
+    },
+}  # fmt: skip
+# The TPU is not there, nor is Google's metadata server: JAX is told that the machine is a TPU's host, and that the server
+# has nothing to add.
+JOIN = """
+import jax, os
+from jax._src.clusters import cloud_tpu_cluster
+cloud_tpu_cluster.running_in_cloud_tpu_vm = "TPU_WORKER_ID" in os.environ
+cloud_tpu_cluster.get_tpu_env_value_from_metadata = lambda key: None
+from asymvq_jax.devices import cluster
+cluster.join()
+from jax.experimental import multihost_utils
+print(multihost_utils.process_allgather(jax.process_index()).tolist())
+"""
+
+
+@pytest.mark.parametrize("launcher", LAUNCHED)
+def test_processes_find_each_other_by_what_the_launcher_tells(launcher):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    known = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "OMPI", "TPU", "JAX_C"))
+    }
+    known |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_COORDINATOR_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOIN], env=known | LAUNCHED[launcher](i), cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=180)
+            assert out.splitlines()[-1:] == ["[0, 1]"], err
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 GOOGLE = {"PROJECT": "p", "ZONE": "z", "BUCKET": "gs://b", "NAME": "n"}
