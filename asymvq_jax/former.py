@@ -107,6 +107,15 @@ def run(name: str) -> None:
     leave(main([*words, *sys.argv[1:]]))
 
 
+class _Package(ModuleType):
+    """This package, whose function `inpaint` is not hidden by an import of the former module of that name."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name != "inpaint" or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
 def install() -> None:
     """Lets `import` find the former names, before it looks for files."""
     sys.meta_path.insert(0, _Finder())
+    sys.modules[__package__].__class__ = _Package

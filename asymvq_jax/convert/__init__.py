@@ -1,1 +1,19 @@
-"""Weights between JAX and PyTorch: names, layouts, files, and the command line `python -m asymvq_jax.convert`."""
+"""Weights between JAX and PyTorch: names, layouts, files. Called, the package converts: `asymvq_jax.convert(source, ...)`."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+
+class _Convert(ModuleType):
+    """The package, which as a function is `asymvq_jax.convert.convert.convert`."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        from asymvq_jax.convert.convert import convert
+
+        return convert(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _Convert

@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 Keep = Literal["model", "exact"]
 
 
-class Inpainting(NamedTuple):
+class InpaintResult(NamedTuple):
     """A finished picture, (h, w, 3) uint8, and the tone step that pasting covered (None where nothing was pasted)."""
 
     image: Array
@@ -51,7 +51,7 @@ def inpaint(
     layout: Layout | None = None,
     encode: Callable[..., jax.Array] = encode,
     decode: Callable[..., jax.Array | Array] = decode,
-) -> Inpainting:
+) -> InpaintResult:
     """Decodes a latent so that the picture's unmasked pixels stay.
 
     Args:
@@ -81,7 +81,7 @@ def inpaint(
         layout=layout,
         encode=encode, decode=decode,
     )  # fmt: skip
-    return Inpainting(done.picture.colour, done.tone_step)
+    return InpaintResult(done.picture.colour, done.tone_step)
 
 
 def inpaint_picture(
@@ -150,10 +150,10 @@ def compose(
     return done, float(step.mean()) * 255 / picture.levels if step.size else 0.0
 
 
-def paste(result: Array, original: Array, mask: Array, band: int = BAND, blend: Blend = "feather") -> Inpainting:
+def paste(result: Array, original: Array, mask: Array, band: int = BAND, blend: Blend = "feather") -> InpaintResult:
     """Sets the original's preserved pixels over `result`, both (h, w, 3) uint8; see `inpaint` (keep="exact")."""
     done, step = compose(Picture(original), np.asarray(images.to_float(result)), mask, "exact", blend, band)
-    return Inpainting(done.colour, step)
+    return InpaintResult(done.colour, step)
 
 
 def check_image(image: Array) -> Array:
