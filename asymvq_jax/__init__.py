@@ -5,8 +5,8 @@
     model = asymvq_jax.load_model("runs/x2")
     result = asymvq_jax.inpaint(model, image, mask)
 
-What this module names is public, as is what the package's modules say they export. It imports nothing slow: each name is
-looked up in its own module when it is first used.
+What `dir(asymvq_jax)` lists is the public interface. Importing this module imports nothing slow: each name is looked up
+in its own module when it is first used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from asymvq_jax.config import RunConfig as RunConfig
     from asymvq_jax.config import load_config as load_config
     from asymvq_jax.convert.convert import convert as convert
-    from asymvq_jax.convert.convert import read_model as load_model
+    from asymvq_jax.convert.convert import read_model as load_model  # noqa: F401
     from asymvq_jax.errors import UserError as UserError
     from asymvq_jax.inference import InpaintResult as InpaintResult
     from asymvq_jax.inference import decode as decode

@@ -20,7 +20,7 @@ from flax import nnx
 from asymvq_jax import inference
 from asymvq_jax.commands.entry import command
 from asymvq_jax.config import Settings
-from asymvq_jax.inference import strips
+from asymvq_jax.inference import strips, whole
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.blocks import Conv
 from asymvq_jax.models.checkpoints import load_model, save_model
@@ -47,7 +47,7 @@ def work(options: LargePictures) -> int:
         # Not handed over as arrays: both processes make them, and hold no copy that would be counted.
         shared = {"model": model, "size": options.size}
         results = contest.hold(
-            [contest.Contender("whole", whole, shared), contest.Contender("in strips", in_strips, shared)],
+            [contest.Contender("whole", at_once, shared), contest.Contender("in strips", in_strips, shared)],
             rounds=0,
             warm_up=0,
         )
@@ -60,13 +60,13 @@ def work(options: LargePictures) -> int:
     return int(any(result.failure for result in results))
 
 
-def whole(model: str, size: int) -> contest.Run:
+def at_once(model: str, size: int) -> contest.Run:
     """The decode as one program."""
     autoencoder = load_model(model)
     inputs = _inputs(autoencoder, size)
 
     def run() -> Callable[[], np.ndarray]:
-        with patch.object(inference, "_decode", _Reported(inference._decode, "whole")):
+        with patch.object(whole, "decode_program", _Reported(whole.decode_program, "whole")):
             y = jax.block_until_ready(inference.decode(autoencoder, *inputs))
         return lambda: np.asarray(y)
 
@@ -80,8 +80,8 @@ def in_strips(model: str, size: int) -> contest.Run:
 
     def run() -> Callable[[], np.ndarray]:
         with (
-            patch.object(strips, "_strip", _Reported(strips._strip, "a strip")),
-            patch.object(strips, "_latent_part", _Reported(strips._latent_part, "the latent's part")),
+            patch.object(strips, "strip_program", _Reported(strips.strip_program, "a strip")),
+            patch.object(strips, "latent_program", _Reported(strips.latent_program, "the latent's part")),
         ):
             y = strips.decode_in_strips(autoencoder, *inputs)
         return lambda: y

@@ -1,4 +1,4 @@
-"""The PyTorch peers: diffusers' decoder, and the reference's training loop written with the tests' oracles."""
+"""The PyTorch peers: diffusers' decoder, and the reference's training loop written in torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from asymvq_jax.losses.lpips import load_lpips
 from asymvq_jax.models.parameters import split
 from benchmarks.contest import Run
-from tests.oracles import TorchLPIPS, TorchPatchGAN, nchw
+from benchmarks.reference import TorchLPIPS, TorchPatchGAN, nchw
 
 # Its notes on config.json are about nothing that is timed.
 logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Weights between JAX and PyTorch: names, layouts, files. Called, the package converts: `asymvq_jax.convert(source, ...)`."""
+"""Weights between JAX and PyTorch: names, layouts, files. `asymvq_jax.convert(source, target, ...)` converts."""
 
 from __future__ import annotations
 

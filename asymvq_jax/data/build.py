@@ -251,10 +251,3 @@ def _use(source: TFDS, min_side: int, index: int) -> str | None:
     except ImageError as error:
         return str(error)
     return f"{source.name(index)}: its shorter side is below {min_side} px" if min(image.shape[:2]) < min_side else None
-
-
-if __name__ == "__main__":
-    # The former spelling of a command, for one release.
-    from asymvq_jax.former import run
-
-    run("commands.build_data")

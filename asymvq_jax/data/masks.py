@@ -187,10 +187,3 @@ def samples() -> np.ndarray:
         # Not white, which the gaps between the cells are.
         columns.append((name, [np.where(mask.repeat(3, axis=-1), np.uint8(200), np.uint8(0)) for mask in masks]))
     return images.grid(columns)
-
-
-if __name__ == "__main__":
-    # The former spelling of a command, for one release.
-    from asymvq_jax.former import run
-
-    run("commands.masks")

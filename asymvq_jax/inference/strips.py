@@ -86,7 +86,7 @@ def decode_in_strips(
         image, mask = (np.asarray(pad(x, model.config.downsampling)) for x in (image, mask))
         condition = Condition(_condition(decoder, image, mask, sweep), mask)
     first = (None, None) if condition is None else (condition.features[-1], condition.mask)
-    values, moments = _latent_part(model, latent, *first)
+    values, moments = latent_program(model, latent, *first)
     x = FeatureMap(np.asarray(values), moments)
     for i, level in enumerate(decoder.levels):
         # What the next level begins with is blended as it is written: where this level upsamples, with the feature of
@@ -105,9 +105,10 @@ def decode_in_strips(
 
 
 @nnx.jit
-def _latent_part(
+def latent_program(
     model: Autoencoder, z: jax.Array, feature: jax.Array | None, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
+    """What the decoder computes at the latent's resolution, blended, and the moments of its channels."""
     z = model.quantize(z)
     z = z if model.post_quant_conv is None else model.post_quant_conv(z)
     return _blended(model.decoder.mid(model.decoder.conv_in(z)), feature, mask)
@@ -172,7 +173,7 @@ def _sweep(
             scale = condition.mask.shape[1] // height
             feature = condition.features[-1][:, top:bottom]
             mask = condition.mask[:, top * scale : bottom * scale]
-        y, part = _strip(
+        y, part = strip_program(
             conv, norm, shortcut, strip, x.moments if norm is not None else None, inside,
             None if residual is None else residual[:, top:bottom], feature, mask, relu=relu, upsample=upsample,
         )  # fmt: skip
@@ -194,7 +195,7 @@ def _input_rows(x: np.ndarray, top: int, bottom: int, conv: Conv, upsample: bool
 
 
 @partial(nnx.jit, static_argnames=("relu", "upsample"))
-def _strip(
+def strip_program(
     conv: Conv,
     norm: GroupNorm | None,
     shortcut: Conv | None,
@@ -208,6 +209,7 @@ def _strip(
     relu: bool,
     upsample: bool,
 ) -> tuple[jax.Array, jax.Array]:
+    """One layer of one strip of rows, and the moments of its channels."""
     if norm is not None:
         x = norm.normalize(x, moments)
     if relu:

@@ -32,7 +32,8 @@ def _encode(model: Autoencoder, image: jax.Array) -> jax.Array:
 
 
 @nnx.jit
-def _decode(model: Autoencoder, z: jax.Array, image: jax.Array | None, mask: jax.Array | None) -> jax.Array:
+def decode_program(model: Autoencoder, z: jax.Array, image: jax.Array | None, mask: jax.Array | None) -> jax.Array:
+    """`decode` of arrays whose sizes are multiples of the model's downsampling; one jitted program."""
     return model.decode(z, image, mask)
 
 
@@ -89,7 +90,7 @@ def decode(
         size = size or image.shape[1:3]
         multiple = model.config.downsampling
         image, mask = pad(image, multiple), pad(mask, multiple)
-    result = _over(mesh, latent.shape[1], _decode, model, latent, image, mask)
+    result = _over(mesh, latent.shape[1], decode_program, model, latent, image, mask)
     return result if size is None else result[:, : size[0], : size[1]]
 
 
