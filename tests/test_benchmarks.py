@@ -72,7 +72,7 @@ def test_both_sides_decode_the_same(weights):
     expected = peers.decode(theirs, arrays, dtype="float32", channels_last=True, compiled=False)()()
     assert relative_error(decode.decode(ours, arrays, dtype="float32")()(), expected) <= 1e-4
     strips = large_pictures.in_strips(ours, 24)()()
-    assert relative_error(strips, large_pictures.whole(ours, 24)()()) <= 1e-5
+    assert relative_error(strips, large_pictures.at_once(ours, 24)()()) <= 1e-5
 
 
 def test_the_peers_training_step(weights):

@@ -128,10 +128,11 @@ def _normal(name: str) -> str:
 
 def _unknown(token: str, kind: type) -> str:
     """Why a word of the command line is not an option."""
-    if not token.startswith("--"):
-        return f"{token!r}: expected --field=value or --field value, such as --run.steps=1000"
-    name = _normal(token[2:].partition("=")[0])
     leaves = [_normal(leaf) for leaf in names(kind)]
+    if not token.startswith("--"):
+        such = "--field=value or --field value, such as --run.steps=1000"
+        return f"{token!r}: expected {such if '.' in leaves[-1] else '--option=value or --option value'}"
+    name = _normal(token[2:].partition("=")[0])
     if group := [leaf for leaf in leaves if leaf.startswith(f"{name}.")]:
         return f"--{name} is a group; name one of its fields: {', '.join(f'--{leaf}' for leaf in group)}"
     if owner := next((leaf for leaf in leaves if name.startswith(f"{leaf}.")), None):
