@@ -14,6 +14,7 @@ import pytest
 import yaml
 from pages import PAGES, ROOT, Block, anchors, blocks, commands, inline_commands, links, tool
 
+import asymvq_jax
 from asymvq_jax import __main__ as asymvq
 from asymvq_jax.commands import benchmark, entry
 from asymvq_jax.config import Config, flatten, load_config
@@ -53,6 +54,8 @@ def test_python_parses_and_its_imports_exist(block):
             for alias in node.names:
                 if not hasattr(module, alias.name):
                     importlib.import_module(f"{node.module}.{alias.name}")
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "asymvq_jax":
+            assert hasattr(asymvq_jax, node.attr), f"asymvq_jax.{node.attr}"
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.marked], ids=name)
