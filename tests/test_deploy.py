@@ -138,8 +138,8 @@ LAUNCHED = {
         "MEGASCALE_COORDINATOR_ADDRESS": "127.0.0.1:8080", "MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": str(i),
     },
 }  # fmt: skip
-# The TPU is not there, nor is Google's metadata server: JAX is told that the machine is a TPU's host, and that the server
-# has nothing to add.
+# The TPU is not there, nor is Google's metadata server: JAX is told that the machine is a TPU's host, and that the
+# server has nothing to add.
 JOIN = """
 import jax, os
 from jax._src.clusters import cloud_tpu_cluster
