@@ -148,8 +148,12 @@ def test_what_was_painted(tmp_path):
     for nothing in ([], [clear]):
         with pytest.raises(inference.InputError, match="Nothing is painted yet"):
             read_painting({"background": background, "layers": nothing, "composite": None})
-    white = _png(tmp_path / "white.png", np.full((37, 51, 4), 255, np.uint8))
-    for none in (None, {"background": None, "layers": paths}, {"background": white, "layers": paths}):
+    # A white picture is a picture.
+    white = _png(tmp_path / "white.png", np.full((37, 51, 3), 255, np.uint8))
+    picture, painted = read_painting({"background": white, "layers": paths})
+    assert (picture == 255).all()
+    np.testing.assert_array_equal(painted, mask)
+    for none in (None, {"background": None, "layers": paths}):
         with pytest.raises(inference.InputError, match="There is no picture yet"):
             read_painting(none)
 

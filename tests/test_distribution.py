@@ -126,7 +126,7 @@ def test_statistics_on_disk(tmp_path):
     with pytest.raises(DistributionError, match=r"other.npz: expected the arrays mu \(d,\) and sigma \(d, d\)"):
         load_statistics(str(tmp_path / "other.npz"))
     (tmp_path / "broken.npz").write_bytes(b"PK no")
-    with pytest.raises(DistributionError, match=r"broken.npz is no readable .npz file"):
+    with pytest.raises(DistributionError, match=r"broken.npz is not a readable .npz file"):
         load_statistics(str(tmp_path / "broken.npz"))
 
 

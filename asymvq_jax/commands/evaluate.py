@@ -15,6 +15,7 @@ from asymvq_jax.errors import UserError
 
 if TYPE_CHECKING:
     from asymvq_jax.evaluation.pairs import Pair
+    from asymvq_jax.evaluation.rows import Results
     from asymvq_jax.models.autoencoder import Autoencoder
     from asymvq_jax.models.parameters import Params
 
@@ -33,8 +34,11 @@ class Evaluate:
     pairs: str | None = None
     # Weights of the Inception network, pytorch-fid's or torch-fidelity's .pth file: adds FID.
     inception: str | None = None
-    # Text-to-image instead: a folder of latents (.npy) to decode without condition. Needs --inception, --reference.
+    # Text-to-image instead: a folder of latents to decode without condition. Needs --inception, --reference.
     latents: str | None = None
+    # The latents, of --latents or beside the pairs, have not been multiplied by the scaling factor; by default found by
+    # comparison with each picture's own latent, and as diffusion models have them where there is no picture.
+    unscaled_latents: bool = False
     # For --latents: a folder of real pictures, or a .npz of their statistics.
     reference: str | None = None
     # Write the numbers to this .json file.
@@ -57,16 +61,24 @@ def work(options: Evaluate) -> None:
     for path, suffixes in ((options.picture, images.FORMATS), (options.json, (".json",)), (options.seam, (".png",))):
         if path:
             check_writable(path, suffixes)
-    numbers = _text_to_image(options, options.latents, config) if options.latents else _inpainting(options, config)
+    results = None
+    if options.latents:
+        numbers = _text_to_image(options, options.latents, config)
+    else:
+        numbers, results = _inpainting(options, config)
+    # The numbers first: what is finished is not lost to what comes after it.
     if options.json:
         numbers["config"] = flatten(config)
         write_bytes(options.json, json.dumps(_finite(numbers), indent=2).encode() + b"\n")
+    if options.picture and results is not None:
+        images.write(options.picture, results.grid())
 
 
 def _text_to_image(options: Evaluate, latents: str, config: Config) -> dict[str, Any]:
     """Decodes latents without condition and prints the scores; returns the numbers."""
     from asymvq_jax.evaluation.metrics.distribution import read_reference
-    from asymvq_jax.evaluation.rows import evaluate_text, list_latents, text_table
+    from asymvq_jax.evaluation.pairs import list_latents
+    from asymvq_jax.evaluation.rows import evaluate_text, text_table
 
     if options.inception is None or options.reference is None:
         raise UserError("--latents needs --inception WEIGHTS and --reference PICTURES as well")
@@ -74,19 +86,20 @@ def _text_to_image(options: Evaluate, latents: str, config: Config) -> dict[str,
     model, plain, inception = _load(options, config)
     assert inception is not None
     reference, _ = read_reference(options.reference, inception)
-    scores = evaluate_text(model, plain, latents, reference, inception)
+    scores = evaluate_text(
+        model, plain, latents, reference, inception, scaled=False if options.unscaled_latents else None
+    )
     print(f"\n{text_table(scores)}")
     return {row: {"fid": fid, "inception_score": score} for row, (fid, score) in scores.items()}
 
 
-def _inpainting(options: Evaluate, config: Config) -> dict[str, Any]:
-    """Measures pairs and prints their tables; returns the numbers."""
+def _inpainting(options: Evaluate, config: Config) -> tuple[dict[str, Any], Results]:
+    """Measures pairs and prints their tables; returns the numbers, and what a grid of pictures is made of."""
     from asymvq_jax.evaluation.rows import evaluate, paper_table, table
     from asymvq_jax.evaluation.seam import drift_table, measure_drift, measure_seam, plot, seam_table
-    from asymvq_jax.files import images
     from asymvq_jax.losses.lpips import load_lpips
 
-    pairs, count = _pairs(options.pairs, config)
+    pairs, count = _pairs(options, config)
     model, plain, inception = _load(options, config)
     lpips = load_lpips("vgg16", config.loss.perceptual_weights)
     results = evaluate(model, plain, pairs(), count, lpips, inception)
@@ -102,9 +115,7 @@ def _inpainting(options: Evaluate, config: Config) -> dict[str, Any]:
             print(f"\nthe seam, {latent}\n{seam_table(rows)}")
         print(f"\ndrift over passes of encode and decode\n{drift_table(numbers['drift'])}")
         plot(options.seam, numbers["seam"])
-    if options.picture:
-        images.write(options.picture, results.grid())
-    return numbers
+    return numbers, results
 
 
 def _load(options: Evaluate, config: Config) -> tuple[Autoencoder, Autoencoder | None, Params | None]:
@@ -125,14 +136,20 @@ def _load(options: Evaluate, config: Config) -> tuple[Autoencoder, Autoencoder |
     return model, plain, inception
 
 
-def _pairs(folder: str | None, config: Config) -> tuple[Callable[[], Iterator[Pair]], int]:
+def _pairs(options: Evaluate, config: Config) -> tuple[Callable[[], Iterator[Pair]], int]:
     """A function that reads the pairs of a folder, or else the configuration's held-out ones, and their number."""
     from asymvq_jax.data.pipeline import held_out
     from asymvq_jax.evaluation.pairs import Pair, list_pairs, read_pairs
+    from asymvq_jax.evaluation.rows import GRID_COLUMNS, GRID_ROWS
+    from asymvq_jax.files import images
+    from asymvq_jax.files.pictures import check_fits
 
-    if folder:
-        paths = list_pairs(folder)
-        return partial(read_pairs, paths), len(paths)
+    if options.pairs:
+        paths = list_pairs(options.pairs)
+        if options.picture:
+            size = images.read_size(paths[0][0])
+            check_fits(options.picture, images.grid_size(GRID_COLUMNS, min(GRID_ROWS, len(paths)), size))
+        return partial(read_pairs, paths, scaled=False if options.unscaled_latents else None), len(paths)
     count = config.run.eval_pictures
     examples = held_out(config.data, count, config.run.seed)
     both = zip(examples["image"], examples["mask"], strict=True)

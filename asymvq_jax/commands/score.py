@@ -21,8 +21,8 @@ class Score:
     inception: str
     # Pictures a call of all devices.
     batch: int = 64
-    # Pictures in each random subset that KID is the mean of.
-    kid_subset: int = 1000
+    # Pictures in each random subset that KID is the mean of; by default 1000, or all where there are fewer.
+    kid_subset: int | None = None
     # Write the reference's statistics to this .npz file.
     save_statistics: str | None = None
     # Write the numbers to this .json file.
@@ -43,23 +43,35 @@ def work(options: Score) -> None:
             check_writable(path, (suffix,))
     if options.batch < 1:
         raise ConfigError(f"--batch={options.batch}: expected at least 1")
-    list_pictures(options.images, "--images")
+    generated = list_pictures(options.images, "--images")
+    known = None
+    if options.reference.endswith(".npz"):
+        known = distribution.load_statistics(options.reference)
+        real = None if known[1] is None else len(known[1])
+    else:
+        real = len(list_pictures(options.reference, "REFERENCE"))
+    subset = distribution.check_counts(len(generated), real, options.kid_subset)
+    if options.kid_subset is not None and subset is None:
+        raise ConfigError("--kid-subset: there is no KID against statistics without features; name pictures")
+    if options.save_statistics and known is not None:
+        raise ConfigError(f"--save-statistics: {options.reference} is a file of statistics already")
     params = load_inception(options.inception)
-    reference, pool = distribution.read_reference(options.reference, params, options.batch)
+    reference, pool = known or distribution.read_reference(options.reference, params, options.batch)
     if options.save_statistics and pool is not None:
         distribution.save_statistics(options.save_statistics, pool)
-    generated = distribution.folder_features(options.images, "--images", params, options.batch)
-    numbers: dict[str, float] = {"pictures": len(generated.pool)}
-    numbers["fid"] = distribution.frechet_distance(distribution.statistics(generated.pool), reference)
-    if pool is not None:
-        numbers["kid"], numbers["kid_std"] = distribution.kernel_distance(generated.pool, pool, options.kid_subset)
-    numbers["inception_score"], numbers["inception_score_std"] = distribution.inception_score(generated.logits)
-    _print(numbers, None if pool is None else len(pool), options.kid_subset)
+    features = distribution.folder_features(options.images, "--images", params, options.batch)
+    numbers: dict[str, float] = {"pictures": len(features.pool)}
+    numbers["fid"] = distribution.frechet_distance(distribution.statistics(features.pool), reference)
+    if pool is not None and subset is not None:
+        numbers["kid"], numbers["kid_std"] = distribution.kernel_distance(features.pool, pool, subset)
+    if len(features.logits) >= distribution.SPLITS:
+        numbers["inception_score"], numbers["inception_score_std"] = distribution.inception_score(features.logits)
+    _print(numbers, real, subset)
     if options.json:
         write_bytes(options.json, json.dumps(numbers, indent=2).encode() + b"\n")
 
 
-def _print(numbers: dict[str, float], reference: int | None, subset: int) -> None:
+def _print(numbers: dict[str, float], reference: int | None, subset: int | None) -> None:
     against = "the statistics given" if reference is None else f"{reference} pictures"
     print(f"\n{numbers['pictures']} pictures against {against}")
     print(f"FID              {numbers['fid']:.4g}")
@@ -68,7 +80,10 @@ def _print(numbers: dict[str, float], reference: int | None, subset: int) -> Non
         print(f"KID x 1e3        {spread} (subsets of {subset})")
     else:
         print("KID              needs the reference's pictures, or statistics by --save-statistics")
-    print(f"Inception Score  {numbers['inception_score']:.4g} ± {numbers['inception_score_std']:.4g}")
+    if "inception_score" in numbers:
+        print(f"Inception Score  {numbers['inception_score']:.4g} ± {numbers['inception_score_std']:.4g}")
+    else:
+        print("Inception Score  needs ten pictures or more")
 
 
 main = command("asymvq score", Score, work, positional=("images", "reference"))

@@ -6,10 +6,8 @@ import io
 import logging
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
-import cv2
 import jax
 import numpy as np
 from etils import epath
@@ -18,9 +16,9 @@ from tqdm import tqdm
 from asymvq_jax import inference
 from asymvq_jax.config import MeshConfig, ModelConfig
 from asymvq_jax.convert.convert import read_model
-from asymvq_jax.data.sources import SUFFIXES
 from asymvq_jax.devices import cluster, sharding
 from asymvq_jax.diffusion import sampling
+from asymvq_jax.diffusion.jobs import Inputs, Job, list_jobs, read_inputs
 from asymvq_jax.diffusion.pipeline import (
     Description,
     Pipeline,
@@ -31,52 +29,23 @@ from asymvq_jax.diffusion.pipeline import (
     place,
 )
 from asymvq_jax.diffusion.schedulers import make_solver
-from asymvq_jax.diffusion.settings import Generate
-from asymvq_jax.errors import GenerateError
+from asymvq_jax.diffusion.settings import Generate, Painting, Prompted
+from asymvq_jax.errors import GenerateError, ImageError
 from asymvq_jax.files import images
-from asymvq_jax.files.outputs import check_writable, try_out, write_bytes, writing
+from asymvq_jax.files.decoding import Array
+from asymvq_jax.files.outputs import write_bytes
+from asymvq_jax.files.pictures import Picture, write_picture
+from asymvq_jax.inference.blend import check_blend
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.parameters import split
 
 log = logging.getLogger(__name__)
 
-# What a picture is made of.
-NEEDED = {"text": ("prompt",), "inpaint": ("prompt", "image", "mask"), "edit": ("image", "mask", "example")}
-# The files of --folder, where .png stands for any picture.
-PARTS = {"prompt": "name.txt", "image": "name.png", "mask": "name_mask.png", "example": "name_example.png"}
-# JAX's keys tell no more seeds apart.
-SEEDS = 2**32
-
-
-@dataclass(frozen=True)
-class Job:
-    """One picture to make: what it is made of, and where it goes."""
-
-    name: str
-    out: epath.Path
-    seed: int
-    prompt: str = ""
-    image: str = ""
-    mask: str = ""
-    example: str = ""
-    # Height and width, px; None: the size that the model was trained on.
-    size: tuple[int, int] | None = None
-
-
-class Inputs(NamedTuple):
-    """What a job's files hold."""
-
-    job: Job
-    # (h, w, 3), (h, w, 1) and (h, w, 3) uint8, the first two at the job's size.
-    image: np.ndarray | None = None
-    mask: np.ndarray | None = None
-    example: np.ndarray | None = None
-
 
 def run(options: Generate) -> None:
     """Makes and writes the pictures that the options ask for, those that exist already left out."""
     _check_options(options)
-    jobs = _list_jobs(options)
+    jobs = list_jobs(options)
     described = _describe(options)
     # For its errors.
     make_solver(described.scheduler, options.steps)
@@ -104,6 +73,16 @@ def _check_options(options: Generate) -> None:
             raise GenerateError(f"--{name} {value}: expected 1 or more")
     if not 0 <= options.guidance <= 100:
         raise GenerateError(f"--guidance {options.guidance}: expected 0 to 100")
+    if isinstance(options, Prompted) and options.negative and options.guidance <= 1:
+        raise GenerateError(
+            f"--negative does nothing with --guidance {options.guidance:g}; guidance of more than 1 leads away from it"
+        )
+    if isinstance(options, Painting):
+        check_blend(options.blend, options.band)
+        if options.keep == "exact" and epath.Path(options.out).suffix.lower() in (".jpg", ".jpeg"):
+            raise GenerateError(f"--out {options.out}: JPEG changes every pixel; --keep exact needs .png or .webp")
+        if options.keep == "exact" and options.decode == "both":
+            raise GenerateError("--decode both shows what the decoders make; --keep exact takes one of them")
     if options.folder is not None and options.count > 1:
         raise GenerateError(f"--count {options.count}: goes without --folder, each of whose names is one picture")
 
@@ -133,13 +112,15 @@ def _read_decoder(own: ModelConfig, options: Generate) -> Autoencoder | None:
             raise GenerateError(f"--decode {options.decode}: name the asymmetric decoder's checkpoint by --checkpoint")
         return None
     decoder = read_model(options.checkpoint, dtype=options.dtype)
-    if options.task != "text":
+    if isinstance(options, Painting) and options.keep == "model":
         inference.check_condition(decoder.config, f"--checkpoint {options.checkpoint}")
     fields = ("latent_channels", "downsampling", "scaling_factor", "shift_factor")
     theirs = [f"{n}={getattr(decoder.config, n)} (the pipeline's: {getattr(own, n)})" for n in fields
               if getattr(decoder.config, n) != getattr(own, n)]  # fmt: skip
     if theirs:
-        raise GenerateError(f"--checkpoint {options.checkpoint} is of other latents: {', '.join(theirs)}")
+        raise GenerateError(
+            f"--checkpoint {options.checkpoint} decodes other latents than the pipeline makes: {', '.join(theirs)}"
+        )
     return decoder
 
 
@@ -156,115 +137,6 @@ def _decoders(pipeline: Pipeline, decoder: Autoencoder | None, options: Generate
     way = options.decode or ("plain" if decoder is None else "asymmetric")
     both = {"plain": own, "asymmetric": decoder}
     return both if way == "both" else {way: both[way]}
-
-
-def _list_jobs(options: Generate) -> list[Job]:
-    """What is to be made, every file checked to be there and of the right size.
-
-    Raises:
-        UserError: options or files that are missing or do not fit.
-    """
-    task = options.task
-    needed = NEEDED[task]
-    given = [name for name in ("prompt", "image", "mask", "example") if getattr(options, name, None) is not None]
-    size = images.parse_size("--size", options.size) if options.size else None
-    if options.save_latents:
-        latents = epath.Path(options.save_latents)
-        if task != "text" and size and options.folder and latents.resolve() == epath.Path(options.folder).resolve():
-            raise GenerateError(f"--save-latents {latents}: with --size they are not of the size of the pictures there")
-        with writing(latents):
-            try_out(latents)
-    if options.folder is not None:
-        if given:
-            raise GenerateError(f"--folder {options.folder}: takes the place of {', '.join('--' + n for n in given)}")
-        jobs = _folder_jobs(options, needed)
-    else:
-        if missing := [name for name in needed if name not in given]:
-            raise GenerateError(f"{task} needs {', '.join('--' + n for n in missing)}, or --folder")
-        sources = {name: getattr(options, name) for name in needed}
-        if options.count == 1:
-            check_writable(options.out, images.FORMATS)
-            jobs = [Job(epath.Path(options.out).stem, epath.Path(options.out), options.seed, **sources)]
-        else:
-            directory = _directory(options.out)
-            outs = [directory / f"{i:04d}.png" for i in range(options.count)]
-            jobs = [Job(out.stem, out, options.seed + i, **sources) for i, out in enumerate(outs)]
-    if jobs[0].seed < 0 or jobs[-1].seed >= SEEDS:
-        raise GenerateError(f"--seed {options.seed}: expected 0 to {SEEDS - len(jobs)}, for {len(jobs)} pictures")
-    return [_with_size(job, size, options) for job in jobs]
-
-
-def _directory(out: str) -> epath.Path:
-    path = epath.Path(out)
-    if path.suffix.lower() in images.FORMATS or path.is_file():
-        raise GenerateError(f"--out {out}: expected a directory for more than one picture")
-    with writing(path):
-        try_out(path)
-    return path
-
-
-def _folder_jobs(options: Generate, needed: Sequence[str]) -> list[Job]:
-    root, out = epath.Path(options.folder), _directory(options.out)
-    if not root.is_dir():
-        raise GenerateError(f"--folder {options.folder} is not a directory")
-    if out.resolve() == root.resolve():
-        raise GenerateError(f"--out {options.out}: name another directory than --folder")
-    files = sorted(root.iterdir())
-    texts = _by_stem(files, (".txt",)) if "prompt" in needed else {}
-    pictures = _by_stem(files, SUFFIXES) if "image" in needed else {}
-    leading = "image" if "image" in needed else "prompt"
-    names = [n for n in pictures if not n.endswith(("_mask", "_example"))] if leading == "image" else list(texts)
-    if not names:
-        raise GenerateError(f"--folder {options.folder} holds no {PARTS[leading]}")
-    jobs, missing = [], []
-    for i, name in enumerate(names):
-        found = {
-            "prompt": _read_prompt(texts[name]) if name in texts else None,
-            "image": pictures.get(name),
-            "mask": pictures.get(f"{name}_mask"),
-            "example": pictures.get(f"{name}_example"),
-        }
-        missing += [PARTS[part].replace("name", name) for part in needed if found[part] is None]
-        jobs.append(Job(name, out / f"{name}.png", options.seed + i, **{part: str(found[part]) for part in needed}))
-    if missing:
-        raise GenerateError(f"--folder {options.folder}: missing {', '.join(missing)}")
-    return jobs
-
-
-def _by_stem(files: Sequence[epath.Path], suffixes: Collection[str]) -> dict[str, epath.Path]:
-    """The files that end in one of `suffixes`, by their names without it.
-
-    Raises:
-        GenerateError: two have the same.
-    """
-    found: dict[str, epath.Path] = {}
-    for path in files:
-        if path.suffix.lower() in suffixes and found.setdefault(path.stem, path) is not path:
-            raise GenerateError(f"{found[path.stem]} and {path.name} are of one name; remove or rename one of them")
-    return found
-
-
-def _read_prompt(path: epath.Path) -> str:
-    try:
-        prompt = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise GenerateError(f"{path} is no readable text (UTF-8): {error}") from None
-    if not prompt:
-        log.warning("%s is empty: that picture is of anything", path)
-    return prompt
-
-
-def _with_size(job: Job, size: tuple[int, int] | None, options: Generate) -> Job:
-    """The job with its size, after a look at its pictures' heads."""
-    if options.task != "text":
-        found, mask = images.read_size(job.image), images.read_size(job.mask)
-        if found != mask:
-            (h, w), (mh, mw) = found, mask
-            raise GenerateError(f"{job.image} is {w} x {h} px and {job.mask} {mw} x {mh} px; they must be of one size")
-        size = size or found
-    if job.example:
-        images.read_size(job.example)
-    return replace(job, size=size)
 
 
 def _sized(jobs: Sequence[Job], described: Description, options: Generate) -> list[Job]:
@@ -327,8 +199,8 @@ def _make(pipeline: Pipeline, decoder: Autoencoder | None, jobs: Sequence[Job], 
             inputs = []
             for job in part:
                 try:
-                    inputs.append(_read_inputs(job))
-                except images.ImageError as error:
+                    inputs.append(read_inputs(job, options))
+                except ImageError as error:
                     failed.append(str(error))
             try:
                 failed += _make_batch(pipeline, decoders, inputs, batch, options, mesh) if inputs else []
@@ -355,21 +227,24 @@ def _make_batch(
 ) -> list[str]:
     """Makes and writes the pictures of at most `batch` inputs of one size; returns a line for each that failed."""
     filled = [*inputs, *[inputs[-1]] * (batch - len(inputs))]
-    image = mask = None
+    image = mask = pixels = None
     if options.task != "text":
-        image, mask = np.stack([each.image for each in filled]), np.stack([each.mask for each in filled])
+        image = np.stack([each.picture.to_uint8() for each in filled])
+        mask = np.stack([each.mask.values for each in filled]).astype(np.float32)
+        pixels = np.stack([each.picture.to_float() for each in filled])
     latent = np.asarray(_latents(pipeline, filled, image, mask, options, mesh))
     finite = np.isfinite(latent).all((1, 2, 3))
     latent = np.where(finite[:, None, None, None], latent, 0)
     decoded = {}
     for title, model in decoders.items():
         # A pipeline's own asymmetric autoencoder decodes plainly without the picture.
-        seen = (None, None) if title == "plain" else (image, mask)
-        decoded[title] = sampling.decode(model, latent, *seen, size=inputs[0].job.size, mesh=mesh)
+        seen = (None, None) if title == "plain" or not model.config.condition else (pixels, mask)
+        decoded[title] = sampling.decode_float(model, latent, *seen, size=inputs[0].job.size, mesh=mesh)
     failed = []
-    for i, (job, *_) in enumerate(inputs):
+    for i, each in enumerate(inputs):
+        job = each.job
         if finite[i]:
-            _write(job, latent[i], {title: pictures[i] for title, pictures in decoded.items()}, options)
+            _write(each, latent[i], {title: pictures[i] for title, pictures in decoded.items()}, options)
         else:
             failed.append(f"{job.name}: the latent is not finite; try --dtype float32, or less --guidance")
     return failed
@@ -384,28 +259,11 @@ def _batches(jobs: Sequence[Job], batch: int) -> Iterator[Sequence[Job]]:
             start = i
 
 
-def _read_inputs(job: Job) -> Inputs:
-    """Raises ImageError where a file is no readable picture."""
-    if not job.image:
-        return Inputs(job)
-    image, mask = images.read(job.image), images.read_mask(job.mask)
-    if image.shape[:2] != mask.shape[:2]:
-        raise images.ImageError(f"{job.image} and {job.mask} are of different sizes, turned as they are to be shown")
-    if not mask.any():
-        log.warning("%s is black: nothing of %s is generated", job.mask, job.image)
-    if image.shape[:2] != job.size:
-        shrinks = job.size[0] * job.size[1] < image.shape[0] * image.shape[1]
-        way = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-        image = cv2.resize(image, job.size[::-1], interpolation=way)
-        mask = cv2.resize(mask, job.size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)[..., None]
-    return Inputs(job, image, mask, images.read(job.example) if job.example else None)
-
-
 def _latents(
     pipeline: Pipeline,
     inputs: Sequence[Inputs],
-    image: np.ndarray | None,
-    mask: np.ndarray | None,
+    image: Array | None,
+    mask: Array | None,
     options: Generate,
     mesh: jax.sharding.Mesh | None,
 ) -> jax.Array:
@@ -421,11 +279,27 @@ def _latents(
     return sampling.text_to_image(pipeline, prompts, seeds, jobs[0].size, **shared)
 
 
-def _write(job: Job, latent: np.ndarray, decoded: dict[str, np.ndarray], options: Generate) -> None:
+def _write(inputs: Inputs, latent: Array, decoded: dict[str, Array], options: Generate) -> None:
     """The latent first: a picture that is there has its latent too."""
+    job = inputs.job
     if options.save_latents:
         buffer = io.BytesIO()
         np.save(buffer, latent)
         write_bytes(_latent_file(job, options), buffer.getvalue())
-    pictures = list(decoded.items())
-    images.write(job.out, pictures[0][1] if len(pictures) == 1 else images.grid([(t, [p]) for t, p in pictures]))
+    finished = {title: _finished(inputs, pixels, options) for title, pixels in decoded.items()}
+    if len(finished) > 1:
+        images.write(job.out, images.grid([(title, [picture.to_uint8()]) for title, picture in finished.items()]))
+        return
+    for lost in write_picture(job.out, next(iter(finished.values()))):
+        log.warning("warning: %s: %s", job.out, lost)
+
+
+def _finished(inputs: Inputs, decoded: Array, options: Generate) -> Picture:
+    """A picture of what was decoded, (h, w, 3) float32, with all that its original has."""
+    picture, mask = inputs.picture, inputs.mask
+    if picture is None or mask is None or not isinstance(options, Painting):
+        return Picture(images.to_uint8(decoded))
+    if mask.empty:
+        return picture
+    values = mask.values.astype(np.float32)
+    return inference.compose(picture, decoded, values, options.keep, options.blend, options.band)[0]

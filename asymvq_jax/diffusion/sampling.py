@@ -20,6 +20,7 @@ from asymvq_jax.diffusion.schedulers import History, Solver, advance, begin, mak
 from asymvq_jax.diffusion.unet import UNet, UNetConfig
 from asymvq_jax.errors import SamplingError
 from asymvq_jax.files import images
+from asymvq_jax.files.masks import HAZE, reduce_mask
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.parameters import Params, merge, split
 
@@ -138,7 +139,7 @@ def inpaint(
     Args:
         pipeline: loaded for "inpaint".
         image: (b, h, w, 3) uint8, of any size.
-        mask: (b, h, w, 1), 0 or 1; 1 = generate.
+        mask: (b, h, w, 1); bool, or numbers in [0, 1]; what is above 0 is generated.
         prompts, seeds, negative, guidance, steps, mesh: see `text_to_image`.
 
     Returns:
@@ -210,22 +211,33 @@ def decode(
         model: the autoencoder whose decoder is to be used; without condition branch, picture and mask are not seen.
         latent: (b, h / 8, w / 8, c).
         image: (b, h, w, 3) uint8, the pictures whose pixels are to be kept where the mask is 0.
-        mask: (b, h, w, 1), 0 or 1; 1 = generate.
+        mask: (b, h, w, 1); bool, or numbers in [0, 1]; 1 = generate.
         size: height and width to crop to; by default the picture's, or all that the latent covers.
         mesh: see `text_to_image`.
 
     Raises:
-        SamplingError: picture and mask do not fit the latents, or each other.
+        SamplingError: picture and mask do not fit the latents, or each other, or are of another type.
     """
-    config = model.config
-    z = latent / config.scaling_factor + config.shift_factor
-    inputs = ()
+    inputs: tuple[np.ndarray, ...] = ()
     if image is not None and mask is not None:
-        _check_pictures(image, mask, len(latent))
+        mask = _check_pictures(image, mask, len(latent))
         size = size or image.shape[1:3]
-        if config.condition:
-            inputs = images.to_float(image), mask.astype(np.float32)
-    return images.to_uint8(inference.decode(model, z, *inputs, size=size, mesh=mesh))
+        inputs = (np.asarray(images.to_float(image)), mask) if model.config.condition else ()
+    return images.to_uint8(decode_float(model, latent, *inputs, size=size, mesh=mesh))
+
+
+def decode_float(
+    model: Autoencoder,
+    latent: jax.Array | np.ndarray,
+    pixels: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    mesh: Mesh | None = None,
+) -> np.ndarray:
+    """As `decode`, from and to floats in [-1, 1] (the result is not clipped); `mask` is float32."""
+    z = latent / model.config.scaling_factor + model.config.shift_factor
+    return np.asarray(inference.decode(model, z, pixels, mask, size=size, mesh=mesh))
 
 
 def check_size(unet: UNetConfig, autoencoder: ModelConfig, size: tuple[int, int]) -> None:
@@ -246,12 +258,21 @@ def _check(pipeline: Pipeline, task: Task, count: int, seeds: Sequence[int], mes
         raise SamplingError(f"{count} pictures cannot be split evenly over {mesh.size} devices")
 
 
-def _check_pictures(image: np.ndarray, mask: np.ndarray, count: int) -> None:
-    """Raises SamplingError unless there are `count` pictures, and masks of their size."""
+def _check_pictures(image: np.ndarray, mask: np.ndarray, count: int) -> np.ndarray:
+    """The masks as float32; raises SamplingError unless there are `count` pictures, and masks of their size."""
+    image, mask = np.asarray(image), np.asarray(mask)
     if image.ndim != 4 or image.shape[3] != 3 or mask.shape != (*image.shape[:3], 1) or len(image) != count:
         raise SamplingError(
             f"image {image.shape} and mask {mask.shape}: expected ({count}, h, w, 3) and ({count}, h, w, 1)"
         )
+    if image.dtype != np.uint8:
+        raise SamplingError(f"image of type {image.dtype}: expected uint8, of 0 to 255")
+    if mask.dtype.kind not in "fiub" or not ((mask >= 0) & (mask <= 1)).all():
+        raise SamplingError(
+            f"mask of type {mask.dtype} with values from {mask.min()} to {mask.max()}: expected 0 (preserve) to "
+            "1 (generate), or bool"
+        )
+    return mask.astype(np.float32)
 
 
 @nnx.jit
@@ -274,13 +295,15 @@ def _masked_latent(
 
     The posterior's mode, where diffusers draws a sample: the result then depends on nothing but seed and input.
     """
-    _check_pictures(image, mask, count)
+    hard = (_check_pictures(image, mask, count) > HAZE).astype(np.float32)
     config = pipeline.autoencoder.config
     multiple = config.downsampling * pipeline.unet.config.downsampling
-    mask = inference.pad(mask.astype(np.float32), multiple)
-    masked = inference.pad(images.to_float(image), multiple) * (mask < 0.5).astype(jnp.float32)
+    region = np.asarray(inference.pad(hard, multiple))
+    masked = inference.pad(images.to_float(image), multiple) * (1 - region)
+    # Any masked pixel counts, so that a spot between the samples is painted too.
+    small = reduce_mask(region, (region.shape[1] // config.downsampling, region.shape[2] // config.downsampling))
     latent = (inference.encode(pipeline.autoencoder, masked, mesh=mesh) - config.shift_factor) * config.scaling_factor
-    return latent, mask[:, :: config.downsampling, :: config.downsampling]
+    return latent, jnp.asarray(small)
 
 
 def _crop(pipeline: Pipeline, latent: jax.Array, image: np.ndarray) -> jax.Array:

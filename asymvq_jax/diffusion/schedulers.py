@@ -49,6 +49,8 @@ EXPECTED: dict[Kind, dict[str, Any]] = {
         "variance_type": None,
     },
 }
+# Of these, those that say where the steps lie: they matter to a sampler that knows them, whatever class they came with.
+SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 CHOICES = {
     "beta_schedule": ("linear", "scaled_linear"),
     "prediction_type": ("epsilon", "v_prediction"),
@@ -102,14 +104,17 @@ def read_config(stored: Mapping[str, Any], name: str, kind: Kind | None = None) 
     problems = [
         f"{n}={values[n]!r} (there is {', '.join(c)})" for n, c in CHOICES.items() if values.get(n, c[0]) not in c
     ]
-    # The noise schedule's option matters to every sampler, its class's own ones to that class alone.
-    expected = {"trained_betas": None} | (EXPECTED[chosen] if chosen == own else {})
+    # The noise schedule's option matters to every sampler; its class's own ones, but for the spacing, to that class.
+    known = EXPECTED[chosen]
+    expected = {"trained_betas": None} | {n: v for n, v in known.items() if chosen == own or n in SPACINGS}
     absent = [n for n, v in expected.items() if values.get(n, v) != v]
     problems += [f"{n}={values[n]!r} (there is {expected[n]!r})" for n in absent]
     if values.get("rescale_betas_zero_snr") and values.get("prediction_type", "epsilon") == "epsilon":
         problems.append("rescale_betas_zero_snr=True (needs prediction_type='v_prediction')")
     if problems:
-        others = [f"--scheduler {other}" for other in DEFAULTS if other != own and {*absent} <= EXPECTED[chosen].keys()]
+        others = [
+            f"--scheduler {other}" for other in DEFAULTS if other not in (own, chosen) and {*absent} <= known.keys()
+        ]
         hint = f"; {' or '.join(others)} runs on the same noise schedule" if others and absent else ""
         raise SchedulerError(f"{name}: not supported: {', '.join(problems)}{hint}")
     fields = {f.name for f in dataclasses.fields(SchedulerConfig)} - {"kind"}

@@ -73,27 +73,41 @@ class Text(Prompted):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inpaint(Prompted):
+class Painting(Generate):
+    """What the tasks with a picture and a mask share."""
+
+    # The original picture.
+    image: str | None = None
+    # A picture of the same size: white = generate, black = preserve. Strokes of one colour, transparency and erased
+    # pictures are understood too; what was understood is said.
+    mask: str | None = None
+    # Greys of the mask blend; without this the threshold is 0.5.
+    soft_mask: bool = False
+    # What of the mask's file is the mask; by default found.
+    mask_channel: Literal["grey", "red", "green", "blue", "alpha"] | None = None
+    # Black = generate, white = preserve.
+    invert_mask: bool = False
+    # model: what the decoder makes. exact: also paste the preserved pixels back, with any decoder.
+    keep: Literal["model", "exact"] = "model"
+    # How exact sets the fill into the picture; see `asymvq inpaint`.
+    blend: Literal["none", "feather", "multiband", "tone", "poisson"] = "feather"
+    # Width of the transition of feather and multiband, px.
+    band: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inpaint(Painting, Prompted):
     """Generate the masked region of a picture anew, as a text describes it."""
 
     task: ClassVar[Task] = "inpaint"
 
-    # The original picture.
-    image: str | None = None
-    # A picture of the same size: white = generate, black = preserve.
-    mask: str | None = None
-
 
 @dataclass(frozen=True, kw_only=True)
-class Edit(Generate):
+class Edit(Painting):
     """Paint the content of an example picture into the masked region (Paint-by-Example)."""
 
     task: ClassVar[Task] = "edit"
 
-    # The original picture.
-    image: str | None = None
-    # A picture of the same size: white = generate, black = preserve.
-    mask: str | None = None
     # The picture whose content is painted in.
     example: str | None = None
     # Strength of the condition, 0 to 100; 1: none.

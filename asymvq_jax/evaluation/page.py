@@ -117,8 +117,7 @@ def read_painting(painting: dict[str, Any] | None) -> tuple[np.ndarray, np.ndarr
         InputError: no picture, or nothing painted.
     """
     image = images.read(painting["background"]) if painting and painting["background"] else None
-    # The editor without a picture is a white one.
-    if image is None or (image == 255).all():
+    if image is None:
         raise InputError("There is no picture yet: load one, or choose an example.")
     mask = np.zeros((*image.shape[:2], 1), np.float32)
     for layer in painting["layers"]:
@@ -147,14 +146,14 @@ def page(model: Autoencoder, plain: Autoencoder | None) -> gradio.Blocks:
 
     def put(path: str) -> Any:
         try:
-            return load(path)
+            return load(path), True
         except UserError as error:
             gr.Warning(str(error), title="Not loaded")
-            return gr.skip()
+            return gr.skip(), gr.skip()
 
-    def press(painting: dict[str, Any] | None) -> Any:
+    def press(painting: dict[str, Any] | None, loaded: bool) -> Any:
         try:
-            image, mask = read_painting(painting)
+            image, mask = read_painting(painting if loaded else None)
         except UserError as error:
             gr.Warning(str(error), title="Not yet")
             return gr.skip()
@@ -201,9 +200,12 @@ def page(model: Autoencoder, plain: Autoencoder | None) -> gradio.Blocks:
                     gr.Markdown("Error x 4, black where the picture is as the original:")
                     error = gr.Image(**shown)
                     outputs += [picture, numbers, error]
-        gallery.click(lambda index: load(examples[index]), gallery, editor, show_progress="hidden")
-        upload.upload(put, upload, editor, show_progress="hidden")
-        button.click(press, editor, outputs)
+        # The editor that was cleared gives a white picture, which one that was loaded may be too.
+        loaded = gr.State(True)
+        editor.clear(lambda: False, outputs=loaded, show_progress="hidden")
+        gallery.click(lambda index: (load(examples[index]), True), gallery, [editor, loaded], show_progress="hidden")
+        upload.upload(put, upload, [editor, loaded], show_progress="hidden")
+        button.click(press, [editor, loaded], outputs)
     return blocks
 
 

@@ -2,39 +2,52 @@
 
 from __future__ import annotations
 
-import io
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 from etils import epath
 
-from asymvq_jax.data.sources import SUFFIXES
-from asymvq_jax.errors import EvaluationError
-from asymvq_jax.files import images
+from asymvq_jax import inference
+from asymvq_jax.errors import DataError, EvaluationError, InputError
+from asymvq_jax.files import images, tensors
+from asymvq_jax.files.decoding import Array
+from asymvq_jax.files.folders import Listing, by_stem, list_folder
+from asymvq_jax.files.masks import load_mask
+from asymvq_jax.models.autoencoder import Autoencoder
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One picture, (h, w, 3) uint8, its mask, (h, w, 1) float32, and its edited latent (None: the picture's own)."""
+    """One picture, (h, w, 3) uint8, its mask, (h, w, 1) float32, and its edited latent (None: the picture's own).
+
+    `latent_scaled` says whether that is times the scaling factor; None: found by `inference.latents.understand`.
+    """
 
     name: str
-    image: np.ndarray
-    mask: np.ndarray
-    latent: np.ndarray | None = None
+    image: Array
+    mask: Array
+    latent: Array | None = None
+    latent_scaled: bool | None = None
 
 
 def list_pairs(folder: str) -> list[tuple[epath.Path, epath.Path]]:
     """The files `name.png` and `name_mask.png` (any picture format) of a folder; `name_example.png` is passed over.
 
     Raises:
-        EvaluationError: the folder is missing or empty, or a picture or mask lacks its other half, or some pictures
-            have an edited latent (`name.npy`) and others none.
+        EvaluationError: the folder is missing or empty, or a picture or mask lacks its other half, or two files have
+            one name, or some pictures have an edited latent (`name.npy` or another kind of file) and others none.
     """
-    root = epath.Path(folder)
-    if not root.is_dir():
-        raise EvaluationError(f"--pairs {folder} is not a directory")
-    files = {p.stem: p for p in sorted(root.iterdir()) if p.suffix.lower() in SUFFIXES}
+    listing = _listed(folder, "--pairs")
+    try:
+        files = by_stem(listing.pictures)
+        latents = by_stem(_latents(listing))
+    except DataError as error:
+        raise EvaluationError(f"--pairs {folder}: {error}") from None
     names = [stem for stem in files if not stem.endswith(("_mask", "_example"))]
     missing = [f"{n}_mask (for {files[n].name})" for n in names if f"{n}_mask" not in files]
     missing += [
@@ -46,36 +59,88 @@ def list_pairs(folder: str) -> list[tuple[epath.Path, epath.Path]]:
         raise EvaluationError(f"--pairs {folder}: missing {', '.join(missing)}")
     if not names:
         raise EvaluationError(f"--pairs {folder} holds no pictures; expected name.png beside name_mask.png")
-    without = [n for n in names if not (root / f"{n}.npy").is_file()]
+    without = [n for n in names if n not in latents]
     if 0 < len(without) < len(names):
         raise EvaluationError(
             f"--pairs {folder}: {without[0]}.npy is missing; expected a latent of every picture or none"
         )
+    texts = [path for path in listing.others if path.suffix.lower() == ".txt"]
+    if rest := listing.describe_rest(used=[*latents.values(), *texts]):
+        log.info("%s", rest)
     return [(files[n], files[f"{n}_mask"]) for n in names]
 
 
-def read_pairs(paths: Sequence[tuple[epath.Path, epath.Path]]) -> Iterator[Pair]:
-    """Reads what `list_pairs` found, one pair at a time.
+def list_latents(folder: str) -> list[epath.Path]:
+    """The latents' files of a folder.
 
     Raises:
-        EvaluationError: a mask is of another size than its picture.
+        EvaluationError: the folder is missing or holds none.
+    """
+    listing = _listed(folder, "--latents")
+    paths = _latents(listing)
+    if not paths:
+        raise EvaluationError(f"--latents {folder}: expected a directory of {', '.join(tensors.SUFFIXES)} files")
+    if rest := listing.describe_rest(used=paths):
+        log.info("%s", rest)
+    return paths
+
+
+def _listed(folder: str, option: str) -> Listing:
+    try:
+        return list_folder(folder, option)
+    except DataError as error:
+        raise EvaluationError(str(error)) from None
+
+
+def _latents(listing: Listing) -> list[epath.Path]:
+    return [path for path in listing.others if path.suffix.lower() in tensors.SUFFIXES]
+
+
+def read_pairs(paths: Sequence[tuple[epath.Path, epath.Path]], *, scaled: bool | None = None) -> Iterator[Pair]:
+    """Reads what `list_pairs` found, one pair at a time; `scaled` says how the latents are, see `Pair`.
+
+    Raises:
+        EvaluationError: a mask is of another size than its picture, or a latent's file cannot be read.
     """
     for path, mask_path in paths:
-        image, mask = images.read(path), images.read_mask(mask_path)
-        if image.shape[:2] != mask.shape[:2]:
-            sizes = [f"{p.name} is {x.shape[1]} x {x.shape[0]} px" for p, x in ((path, image), (mask_path, mask))]
+        image, read = images.read(path), load_mask(mask_path)
+        if image.shape[:2] != read.size:
+            sizes = [f"{p.name} is {x[1]} x {x[0]} px" for p, x in ((path, image.shape), (mask_path, read.size))]
             raise EvaluationError(f"{' and '.join(sizes)}; they must be of one size")
-        latent = path.parent / f"{path.stem}.npy"
-        yield Pair(path.name, image, mask, read_array(latent) if latent.is_file() else None)
+        if warning := read.doubt and read.warning(mask_path.name):
+            log.warning("%s", warning)
+        latent, told = None, scaled
+        files = (path.parent / f"{path.stem}{suffix}" for suffix in tensors.SUFFIXES)
+        if (found := next((file for file in files if file.is_file()), None)) is not None:
+            stored = read_latent(found)
+            latent, told = stored.values, stored.scaled if scaled is None else scaled
+        yield Pair(path.name, image, read.values.astype(np.float32), latent, told)
 
 
-def read_array(path: epath.Path) -> np.ndarray:
-    """Reads a .npy file.
+def read_latent(path: epath.Path) -> tensors.LatentFile:
+    """Reads a latent's file; raises EvaluationError, which names it, where it is none."""
+    try:
+        return tensors.read_latent_file(path)
+    except InputError as error:
+        raise EvaluationError(str(error)) from None
+
+
+def pair_latent(model: Autoencoder, pair: Pair) -> jax.Array | Array:
+    """The latent of a pair as the decoders take it: the edited one, or else the picture's own.
 
     Raises:
-        EvaluationError: it is no such file.
+        EvaluationError: the edited one is not the picture's.
     """
+    pixels = images.to_float(pair.image)[None]
+    if pair.latent is None:
+        return inference.encode(model, pixels)
     try:
-        return np.load(io.BytesIO(path.read_bytes()))
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"{path} is no readable .npy file: {error}") from None
+        reading = inference.understand(
+            pair.latent, model.config, pair.image.shape[:2], own=lambda: inference.encode(model, pixels),
+            mask=pair.mask, scaled=pair.latent_scaled,
+        )  # fmt: skip
+    except InputError as error:
+        raise EvaluationError(f"the latent beside {pair.name}: {error}") from None
+    if not reading.scaled and pair.latent_scaled is None:
+        log.warning("the latent beside %s is taken as not scaled (%s)", pair.name, reading.reason)
+    return reading.latent

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import cv2
 import jax
 import numpy as np
-from etils import epath
 from flax import nnx
 from tqdm import tqdm
 
@@ -25,7 +24,7 @@ from asymvq_jax.evaluation.metrics.distribution import (
     statistics,
 )
 from asymvq_jax.evaluation.metrics.image import all_metrics
-from asymvq_jax.evaluation.pairs import Pair, read_array
+from asymvq_jax.evaluation.pairs import Pair, list_latents, pair_latent, read_latent
 from asymvq_jax.files import images
 from asymvq_jax.losses.lpips import LPIPS
 from asymvq_jax.models.autoencoder import Autoencoder
@@ -37,6 +36,8 @@ ORIGINAL = "original"
 PLAIN = "plain"
 PLAIN_OURS = "plain (ours, no condition)"
 GRID_ROWS = 8
+# What `Results.grid` shows of each picture.
+GRID_COLUMNS = 6
 
 
 @dataclass
@@ -105,13 +106,7 @@ def evaluate(
     extractors: defaultdict[str, Extractor] = defaultdict(lambda: Extractor(inception))
     done = 0
     for pair in tqdm(pairs, total=count, unit="picture", desc="evaluating"):
-        if pair.latent is None:
-            latent = inference.encode(model, images.to_float(pair.image)[None])
-        else:
-            try:
-                latent = inference.read_latent(pair.latent, model.config, pair.image.shape[:2])
-            except inference.InputError as error:
-                raise EvaluationError(f"the latent beside {pair.name}: {error}") from None
+        latent = pair_latent(model, pair)
         rows = compose(model, plain, pair, latent)
         for row, image in rows.items():
             measured = all_metrics(image, pair.image, pair.mask)
@@ -269,21 +264,14 @@ def paper_table(results: Results) -> str:
     return markdown(["", "FID", "LPIPS", "preservation error x 1e-5"], cells)
 
 
-def list_latents(folder: str) -> list[epath.Path]:
-    """The .npy files of a folder.
-
-    Raises:
-        EvaluationError: the folder is missing or holds none.
-    """
-    root = epath.Path(folder)
-    paths = sorted(p for p in root.iterdir() if p.suffix == ".npy") if root.is_dir() else []
-    if not paths:
-        raise EvaluationError(f"--latents {folder}: expected a directory of .npy files")
-    return paths
-
-
 def evaluate_text(
-    model: Autoencoder, plain: Autoencoder | None, folder: str, reference: Statistics, inception: Params
+    model: Autoencoder,
+    plain: Autoencoder | None,
+    folder: str,
+    reference: Statistics,
+    inception: Params,
+    *,
+    scaled: bool | None = None,
 ) -> dict[str, tuple[float, float]]:
     """FID against `reference` and Inception Score of what the decoders make of latents alone (text-to-image).
 
@@ -291,6 +279,7 @@ def evaluate_text(
         model: our autoencoder, whose decoder runs without picture and mask.
         plain: the one whose decoder came with the encoder; None leaves the row out.
         folder: latents as a diffusion model gives them, (c, h, w) or (h, w, c) times the scaling factor, as .npy files.
+        scaled: whether they are; None: as the files say, or else they are.
         reference: of the real pictures.
         inception: the network of the scores.
 
@@ -301,9 +290,14 @@ def evaluate_text(
     models = {PLAIN: plain, "ours": model} if plain is not None else {"ours": model}
     extractors = {row: Extractor(inception) for row in models}
     for path in tqdm(paths, unit="picture", desc="decoding"):
-        array = read_array(path)
+        stored = read_latent(path)
+        told = stored.scaled if scaled is None else scaled
         for row, decoder in models.items():
-            latent = inference.read_latent(array, decoder.config, _latent_size(array, decoder.config))
+            size = _latent_size(stored.values, decoder.config)
+            try:
+                latent = inference.read_latent(stored.values, decoder.config, size, scaled=told is not False)
+            except inference.InputError as error:
+                raise EvaluationError(f"{path}: {error}") from None
             extractors[row].add(images.to_uint8(inference.decode(decoder, latent)[0]))
     features = {row: extractor.features() for row, extractor in extractors.items()}
     return {
@@ -314,7 +308,7 @@ def evaluate_text(
 
 def _latent_size(array: np.ndarray, config: ModelConfig) -> tuple[int, int]:
     """Height and width of the picture that a latent of either layout stands for; any other shape is refused later."""
-    shape = array.shape[-3:]
+    shape = array.shape[-3:] if array.ndim > 2 else (1, 1, 1)
     sides = shape[1:] if shape[0] == config.latent_channels else shape[:2]
     return sides[0] * config.downsampling, sides[-1] * config.downsampling
 

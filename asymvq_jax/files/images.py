@@ -68,8 +68,15 @@ def to_uint8(image: jax.Array | np.ndarray) -> np.ndarray:
     return np.round((np.clip(np.asarray(image, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
-# Least width of a grid's cells, px.
-CELL = 128
+# Least width of a grid's cells, and the height of its titles, px.
+CELL, HEADER = 128, 16
+
+
+def grid_size(columns: int, rows: int, size: tuple[int, int], gap: int = 4) -> tuple[int, int]:
+    """Height and width of a `grid` of pictures of one size, px."""
+    factor = -(-CELL // size[1])
+    height, width = size[0] * factor, size[1] * factor
+    return HEADER + rows * (height + gap) - gap, columns * (width + gap) - gap
 
 
 def grid(columns: Sequence[tuple[str, Sequence[np.ndarray]]], gap: int = 4) -> np.ndarray:
@@ -77,17 +84,18 @@ def grid(columns: Sequence[tuple[str, Sequence[np.ndarray]]], gap: int = 4) -> n
 
     Small pictures are enlarged by a whole factor, so that a cell is at least CELL px wide.
     """
-    factor = -(-CELL // max(p.shape[1] for _, pictures in columns for p in pictures))
+    size = tuple(max(p.shape[axis] for _, pictures in columns for p in pictures) for axis in (0, 1))
+    factor, rows = -(-CELL // size[1]), len(columns[0][1])
     columns = [(title, [p.repeat(factor, 0).repeat(factor, 1) for p in pictures]) for title, pictures in columns]
-    h, w = (max(p.shape[axis] for _, pictures in columns for p in pictures) for axis in (0, 1))
-    rows, header = len(columns[0][1]), 16
-    canvas = Image.new("RGB", (len(columns) * (w + gap) - gap, header + rows * (h + gap) - gap), "white")
+    h, w = size[0] * factor, size[1] * factor
+    height, width = grid_size(len(columns), rows, (size[0], size[1]), gap)
+    canvas = Image.new("RGB", (width, height), "white")
     for i, (title, pictures) in enumerate(columns):
-        cell = Image.new("RGB", (w, header), "white")
+        cell = Image.new("RGB", (w, HEADER), "white")
         ImageDraw.Draw(cell).text((2, 2), title, fill="black")
         canvas.paste(cell, (i * (w + gap), 0))
         for j, picture in enumerate(pictures):
-            canvas.paste(Image.fromarray(picture), (i * (w + gap), header + j * (h + gap)))
+            canvas.paste(Image.fromarray(picture), (i * (w + gap), HEADER + j * (h + gap)))
     return np.asarray(canvas)
 
 

@@ -159,7 +159,7 @@ def _decode(data: bytes, name: str, *, large: bool, with_metadata: bool) -> tupl
     return read_tiff(data, name, large=large), NOTHING
 
 
-def read_size(path: str | epath.Path, *, large: bool = True) -> tuple[int, int]:
+def read_size(path: str | epath.Path, *, large: bool = False) -> tuple[int, int]:
     """Height and width of a picture file as `read_picture` returns it, from its head.
 
     Raises:

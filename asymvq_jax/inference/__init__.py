@@ -3,7 +3,7 @@
 from asymvq_jax.errors import InputError
 from asymvq_jax.inference.blend import composite
 from asymvq_jax.inference.inpainting import InpaintResult, check_mask, compose, inpaint, inpaint_picture, paste
-from asymvq_jax.inference.latents import read_latent
+from asymvq_jax.inference.latents import read_latent, understand
 from asymvq_jax.inference.whole import check_condition, decode, encode, pad, place
 
 # Its name in release 0.1.
@@ -25,4 +25,5 @@ __all__ = [
     "paste",
     "place",
     "read_latent",
+    "understand",
 ]

@@ -172,6 +172,34 @@ def inception_score(logits: np.ndarray) -> tuple[float, float]:
     return float(np.mean(scores)), float(np.std(scores))
 
 
+def check_counts(generated: int, reference: int | None, subset: int | None) -> int | None:
+    """Sees before the work whether there are enough pictures for the scores.
+
+    Args:
+        generated: how many generated pictures there are.
+        reference: how many real ones; None: only their statistics are known, and there is no KID.
+        subset: pictures in KID's subsets, as asked for; None: `KID_SUBSET`, or as many as there are.
+
+    Returns:
+        The size of the subsets; None: there is no KID.
+
+    Raises:
+        DistributionError: there are too few for FID, or for the subset asked for.
+    """
+    for count in (generated, reference):
+        if count is not None and count < 2:
+            raise DistributionError(f"FID needs two pictures or more of each set, and one has {count}")
+    if reference is None:
+        return None
+    most = min(generated, reference)
+    if subset is not None and not 2 <= subset <= most:
+        raise DistributionError(
+            f"KID takes subsets of {subset} pictures, and there are {generated} and {reference}: expected a subset of "
+            f"2 to {most}; set --kid-subset"
+        )
+    return min(KID_SUBSET, most) if subset is None else subset
+
+
 def save_statistics(path: str, pool: np.ndarray) -> None:
     """Writes mean and covariance under pytorch-fid's names (mu, sigma), and the features, which KID needs."""
     buffer = io.BytesIO()
@@ -190,7 +218,7 @@ def load_statistics(path: str) -> tuple[Statistics, np.ndarray | None]:
         with np.load(Path(path)) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise DistributionError(f"{path} is no readable .npz file: {error}") from None
+        raise DistributionError(f"{path} is not a readable .npz file: {error}") from None
     shapes = {name: arrays[name].shape for name in ("mu", "sigma") if name in arrays}
     if shapes.get("sigma") != shapes.get("mu", ()) * 2 or not shapes.get("mu"):
         raise DistributionError(f"{path}: expected the arrays mu (d,) and sigma (d, d), found {shapes or 'neither'}")

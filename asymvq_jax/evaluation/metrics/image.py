@@ -38,7 +38,12 @@ def decibels(error: float) -> float:
 
 
 def ssim_map(image: np.ndarray, original: np.ndarray) -> np.ndarray:
-    """Structural similarity around each pixel (scikit-image, its 7 px window, colour channels averaged), (h, w)."""
+    """Structural similarity around each pixel (scikit-image, its 7 px window, colour channels averaged), (h, w).
+
+    NaN where a picture has no window of 3 px.
+    """
+    if min(image.shape[:2]) < 3:
+        return np.full(image.shape[:2], np.nan)
     window = min(7, (min(image.shape[:2]) - 1) // 2 * 2 + 1)
     _, full = structural_similarity(original, image, channel_axis=-1, full=True, win_size=window, data_range=255)
     return full.mean(-1)

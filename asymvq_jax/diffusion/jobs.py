@@ -1,0 +1,203 @@
+"""What `asymvq generate` is to make: one picture or a folder of inputs, every file checked before the work."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import cv2
+from etils import epath
+
+from asymvq_jax.diffusion.settings import Generate, Painting
+from asymvq_jax.errors import DataError, GenerateError, ImageError
+from asymvq_jax.files import images, tensors
+from asymvq_jax.files.folders import by_stem, list_folder
+from asymvq_jax.files.masks import Mask, load_mask, resized
+from asymvq_jax.files.outputs import check_not_input, check_writable, try_out, writing
+from asymvq_jax.files.pictures import FORMATS, Picture, check_fits, read_picture, read_size
+
+log = logging.getLogger(__name__)
+
+# What a picture is made of.
+NEEDED = {"text": ("prompt",), "inpaint": ("prompt", "image", "mask"), "edit": ("image", "mask", "example")}
+# The files of --folder, where .png stands for any picture.
+PARTS = {"prompt": "name.txt", "image": "name.png", "mask": "name_mask.png", "example": "name_example.png"}
+# JAX's keys tell no more seeds apart.
+SEEDS = 2**32
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to make: what it is made of, and where it goes."""
+
+    name: str
+    out: epath.Path
+    seed: int
+    prompt: str = ""
+    image: str = ""
+    mask: str = ""
+    example: str = ""
+    # Height and width, px; None: the size that the model was trained on.
+    size: tuple[int, int] | None = None
+
+
+class Inputs(NamedTuple):
+    """What a job's files hold."""
+
+    job: Job
+    # Both at the job's size.
+    picture: Picture | None = None
+    mask: Mask | None = None
+    # (h, w, 3) uint8.
+    example: Any = None
+
+
+def list_jobs(options: Generate) -> list[Job]:
+    """What is to be made, every file checked to be there and of the right size.
+
+    Raises:
+        UserError: options or files that are missing or do not fit.
+    """
+    task = options.task
+    needed = NEEDED[task]
+    given = [name for name in ("prompt", "image", "mask", "example") if getattr(options, name, None) is not None]
+    size = images.parse_size("--size", options.size) if options.size else None
+    if options.save_latents:
+        latents = epath.Path(options.save_latents)
+        if task != "text" and size and options.folder and latents.resolve() == epath.Path(options.folder).resolve():
+            raise GenerateError(f"--save-latents {latents}: with --size they are not of the size of the pictures there")
+        with writing(latents):
+            try_out(latents)
+    if options.folder is not None:
+        if given:
+            raise GenerateError(f"--folder {options.folder}: takes the place of {', '.join('--' + n for n in given)}")
+        jobs = _folder_jobs(options, needed)
+    else:
+        if missing := [name for name in needed if name not in given]:
+            raise GenerateError(f"{task} needs {', '.join('--' + n for n in missing)}, or --folder")
+        sources = {name: getattr(options, name) for name in needed}
+        if options.count == 1:
+            check_not_input("--out", options.out, {f"--{n}": sources[n] for n in needed if n != "prompt"})
+            check_writable(options.out, FORMATS)
+            jobs = [Job(epath.Path(options.out).stem, epath.Path(options.out), options.seed, **sources)]
+        else:
+            directory = _directory(options.out)
+            outs = [directory / f"{i:04d}.png" for i in range(options.count)]
+            jobs = [Job(out.stem, out, options.seed + i, **sources) for i, out in enumerate(outs)]
+    if jobs[0].seed < 0 or jobs[-1].seed >= SEEDS:
+        raise GenerateError(f"--seed {options.seed}: expected 0 to {SEEDS - len(jobs)}, for {len(jobs)} pictures")
+    return [_with_size(job, size, options) for job in jobs]
+
+
+def _directory(out: str) -> epath.Path:
+    path = epath.Path(out)
+    if path.suffix.lower() in FORMATS or path.is_file():
+        raise GenerateError(f"--out {out}: expected a directory for more than one picture")
+    with writing(path):
+        try_out(path)
+    return path
+
+
+def _folder_jobs(options: Generate, needed: Sequence[str]) -> list[Job]:
+    assert options.folder is not None
+    try:
+        listing = list_folder(options.folder, "--folder")
+        texts = [path for path in listing.others if path.suffix.lower() == ".txt"]
+        latents = [path for path in listing.others if path.suffix.lower() in tensors.SUFFIXES]
+        prompts = by_stem(texts) if "prompt" in needed else {}
+        pictures = by_stem(listing.pictures) if "image" in needed else {}
+    except DataError as error:
+        raise GenerateError(str(error)) from None
+    out = _directory(options.out)
+    if out.resolve() == listing.folder.resolve():
+        raise GenerateError(f"--out {options.out}: name another directory than --folder")
+    if rest := listing.describe_rest(used=[*texts, *latents]):
+        log.info("%s", rest)
+    leading = pictures if "image" in needed else prompts
+    names = [n for n in leading if "image" not in needed or not n.endswith(("_mask", "_example"))]
+    if not names:
+        raise GenerateError(f"--folder {options.folder} holds no {PARTS['image' if 'image' in needed else 'prompt']}")
+    jobs, missing = [], []
+    for i, name in enumerate(names):
+        found = {
+            "prompt": _read_prompt(prompts[name]) if name in prompts else None,
+            "image": pictures.get(name),
+            "mask": pictures.get(f"{name}_mask"),
+            "example": pictures.get(f"{name}_example"),
+        }
+        missing += [
+            f"{PARTS[part].replace('name', name)} (for {leading[name].name})" for part in needed if found[part] is None
+        ]
+        jobs.append(Job(name, out / f"{name}.png", options.seed + i, **{part: str(found[part]) for part in needed}))
+    if missing:
+        raise GenerateError(f"--folder {options.folder}: missing {', '.join(missing)}")
+    return jobs
+
+
+def _read_prompt(path: epath.Path) -> str:
+    try:
+        # Windows' editors begin a text with a byte order mark.
+        prompt = path.read_bytes().decode("utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise GenerateError(f"{path} is not readable text (UTF-8): {error}") from None
+    if not prompt:
+        log.warning("%s is empty: that picture is of anything", path)
+    return prompt
+
+
+def _with_size(job: Job, size: tuple[int, int] | None, options: Generate) -> Job:
+    """The job with its size, after a look at its pictures' heads."""
+    if options.task != "text":
+        found, mask = read_size(job.image), read_size(job.mask)
+        if found != mask:
+            (h, w), (mh, mw) = found, mask
+            raise GenerateError(f"{job.image} is {w} x {h} px and {job.mask} {mw} x {mh} px; they must be of one size")
+        size = size or found
+    if job.example:
+        read_size(job.example)
+    if size is not None:
+        check_fits(job.out, size)
+    return replace(job, size=size)
+
+
+def read_inputs(job: Job, options: Generate) -> Inputs:
+    """What a job's files hold, scaled to its size.
+
+    Raises:
+        ImageError: a file is not a readable picture, or a mask could mean two things.
+    """
+    if not isinstance(options, Painting) or not job.image:
+        return Inputs(job)
+    picture = read_picture(job.image)
+    for note in picture.notes:
+        log.warning("warning: %s: %s", job.image, note)
+    mask = load_mask(job.mask, soft=options.soft_mask, channel=options.mask_channel, invert=options.invert_mask)
+    if picture.size != mask.size:
+        raise ImageError(f"{job.image} and {job.mask} are of different sizes, turned as they are to be shown")
+    if mask.source != "brightness":
+        log.info("%s: %s", job.mask, mask.describe())
+    if mask.empty:
+        log.warning("%s is black: nothing of %s is generated, it is given back as it is", job.mask, job.image)
+    elif warning := mask.warning(job.mask):
+        log.warning("%s", warning)
+    assert job.size is not None
+    example = images.read(job.example) if job.example else None
+    return Inputs(job, _scaled(picture, job.size), resized(mask, job.size), example)
+
+
+def _scaled(picture: Picture, size: tuple[int, int]) -> Picture:
+    if picture.size == size:
+        return picture
+    shrinks = size[0] * size[1] < picture.size[0] * picture.size[1]
+    way = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+
+    def scale(array: Any) -> Any:
+        return cv2.resize(array, size[::-1], interpolation=way).reshape(*size, array.shape[2])
+
+    return replace(
+        picture,
+        colour=scale(picture.colour),
+        alpha=None if picture.alpha is None else scale(picture.alpha),
+    )
