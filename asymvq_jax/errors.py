@@ -123,5 +123,7 @@ class LostPeerError(RuntimeError):
 
 def first_line(error: BaseException) -> str:
     """What an error of another library says, in one line; its type where it says nothing."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # A KeyError's text is its argument's representation.
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

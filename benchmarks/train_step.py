@@ -19,7 +19,7 @@ from asymvq_jax.losses.lpips import load_lpips
 from asymvq_jax.models.checkpoints import load_parameters
 from asymvq_jax.models.parameters import split
 from asymvq_jax.plan.counting import matmul_flops
-from asymvq_jax.training.state import abstract_state, build_networks, create_state
+from asymvq_jax.training.state import abstract_state, create_state, make_blueprint
 from asymvq_jax.training.step import compiled_step
 from benchmarks import contest, peers, subjects
 
@@ -62,11 +62,11 @@ def train(model: str, arrays: dict[str, np.ndarray], config: Config) -> contest.
     """Our training steps, the discriminator taking part; the result is the first reconstruction loss."""
     keep_compiled_programs()
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    networks = build_networks(config)
-    state = create_state(networks, mesh, load_parameters(model)[1])
+    blueprint = make_blueprint(config)
+    state = create_state(blueprint, mesh, load_parameters(model)[1])
     _, perceptual = split(load_lpips("vgg16"))
     perceptual, batch = jax.device_put((perceptual, _batch(arrays)), sharding.replicated(mesh))
-    step = compiled_step(networks, state, mesh)
+    step = compiled_step(blueprint, state, mesh)
     first: list[np.ndarray] = []
 
     def run() -> Callable[[], np.ndarray]:
@@ -86,10 +86,10 @@ def _batch(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _flops(config: Config, arrays: dict[str, np.ndarray]) -> float:
     """Of our step, which runs every network once."""
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    networks = build_networks(config)
-    state = abstract_state(networks, mesh)
+    blueprint = make_blueprint(config)
+    state = abstract_state(blueprint, mesh)
     _, perceptual = split(load_lpips("vgg16"))
-    step = compiled_step(networks, state, mesh)
+    step = compiled_step(blueprint, state, mesh)
     return matmul_flops(step.trace(state, perceptual, _batch(arrays), adversarial=True).jaxpr)
 
 

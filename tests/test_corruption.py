@@ -14,7 +14,7 @@ from asymvq_jax.devices import sharding
 from asymvq_jax.losses.reconstruction import reconstruction_loss
 from asymvq_jax.training import corruption
 from asymvq_jax.training.corruption import halo
-from asymvq_jax.training.state import build_networks, create_state
+from asymvq_jax.training.state import create_state, make_blueprint
 from asymvq_jax.training.step import train_step
 
 ALWAYS = HarmoniseConfig(probability=1.0)
@@ -107,12 +107,12 @@ def test_a_step_encodes_the_corrupted_picture_and_aims_at_the_clean_one(batch, m
         loss=LossConfig(gan_start=-1, perceptual_weight=0.0),
         data=DataConfig(batch_size=2, image_size=24),
     )
-    networks = build_networks(config)
-    state = create_state(networks, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    blueprint = make_blueprint(config)
+    state = create_state(blueprint, sharding.make_mesh(config.mesh, jax.devices()[:1]))
 
     def losses(harmonise: HarmoniseConfig) -> float:
-        changed = dataclasses.replace(networks, config=dataclasses.replace(config, harmonise=harmonise))
-        step = jax.jit(partial(train_step, networks=changed, adversarial=False))
+        changed = dataclasses.replace(blueprint, config=dataclasses.replace(config, harmonise=harmonise))
+        step = jax.jit(partial(train_step, blueprint=changed, adversarial=False))
         # optax's Adam relies on promotion.
         with jax.numpy_dtype_promotion("standard"):
             return float(step(state, {}, pixels)[1]["l1"])

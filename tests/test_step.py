@@ -22,7 +22,7 @@ from asymvq_jax.losses.lpips import load_lpips
 from asymvq_jax.models.parameters import split
 from asymvq_jax.training import state as states
 from asymvq_jax.training.optimizer import autoencoder_optimizer, learning_rate
-from asymvq_jax.training.state import build_networks, create_state, starting_parameters
+from asymvq_jax.training.state import create_state, make_blueprint, starting_parameters
 from asymvq_jax.training.step import _gradients, _penalty_weights, compiled_step, train_step
 
 SIZE = 32
@@ -107,18 +107,18 @@ def _noise(gradients: dict) -> float:
 
 def test_step_equals_torch():
     config, batch = _config(), _batch(2)
-    networks = build_networks(config)
+    blueprint = make_blueprint(config)
     theirs = asymmetric(config.model)
     model = model_from_tensors(config.model, numpy_state(theirs), "diffusers")
     mesh = _one_device(config)
-    state = create_state(networks, mesh, split(model)[1])
+    state = create_state(blueprint, mesh, split(model)[1])
     perceptual = _perceptual()
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), 0)
     noise = jax.random.normal(key, (2, SIZE // 8, SIZE // 8, 4))
     torch_step = TorchStep(config, batch, noise, {**state.discriminator, **state.batch_stats}, perceptual)
 
     image, mask = jnp.asarray(batch["image"] / np.float32(127.5) - 1), jnp.asarray(batch["mask"], jnp.float32)
-    gradients = jax.jit(partial(_gradients, networks, adversarial=True))
+    gradients = jax.jit(partial(_gradients, blueprint, adversarial=True))
     with jax.numpy_dtype_promotion("strict"):
         grads, stats, metrics = gradients(state, perceptual, state.batch_stats, image, mask, key)
     expected = {
@@ -142,7 +142,7 @@ def test_step_equals_torch():
 
     # The whole step: Adam of the same gradients, at the two groups' rates. Its first step moves each weight by the
     # rate, whatever its gradient's size: where that is rounding noise, so is the sign, and it is left out.
-    after, _ = jax.jit(partial(train_step, networks=networks, adversarial=True))(state, perceptual, batch)
+    after, _ = jax.jit(partial(train_step, blueprint=blueprint, adversarial=True))(state, perceptual, batch)
     peak = config.optimizer.base_learning_rate * config.data.batch_size
     compared = 0
     for name, gradient in decoder.items():
@@ -160,8 +160,8 @@ def test_step_equals_torch():
 
 
 def test_frozen_parameters_have_no_gradient_and_no_optimizer_state():
-    networks = build_networks(_config())
-    state = jax.eval_shape(lambda: states.init_state(networks))
+    blueprint = make_blueprint(_config())
+    state = jax.eval_shape(lambda: states.init_state(blueprint))
     assert all(not name.startswith("decoder.") for name in state.frozen)
     assert {"encoder.conv_in.kernel", "quant_conv.kernel", "post_quant_conv.kernel"} <= set(state.frozen)
     adam = state.optimizer[0]
@@ -174,10 +174,10 @@ def test_first_stage_trains_everything_with_the_kl_term():
         run=RunConfig(train_encoder=True, steps=10),
         loss=LossConfig(gan_start=-1, perceptual_weight=0.0, kl_weight=0.5),
     )
-    networks = build_networks(config)
-    state = create_state(networks, _one_device(config))
+    blueprint = make_blueprint(config)
+    state = create_state(blueprint, _one_device(config))
     assert not state.frozen
-    after, metrics = jax.jit(partial(train_step, networks=networks, adversarial=False))(state, {}, _batch(2))
+    after, metrics = jax.jit(partial(train_step, blueprint=blueprint, adversarial=False))(state, {}, _batch(2))
     assert not np.array_equal(after.params["encoder.conv_in.kernel"], state.params["encoder.conv_in.kernel"])
     np.testing.assert_allclose(metrics["loss"], metrics["nll"] + 0.5 * metrics["kl"], rtol=1e-6)
     np.testing.assert_array_equal(after.discriminator["conv_out.kernel"], state.discriminator["conv_out.kernel"])
@@ -218,10 +218,10 @@ def _vq_config(**changes) -> Config:
 def test_vq_first_stage_step_equals_torch():
     """The codebook's, the encoder's and the decoder's gradients, with diffusers' quantiser and its weights (legacy)."""
     config, batch = _vq_config(), _batch(2)
-    networks = build_networks(config)
+    blueprint = make_blueprint(config)
     theirs = _vq_model()
     state = create_state(
-        networks, _one_device(config), split(model_from_tensors(VQ, numpy_state(theirs), "diffusers"))[1]
+        blueprint, _one_device(config), split(model_from_tensors(VQ, numpy_state(theirs), "diffusers"))[1]
     )
     assert not state.frozen
     gan = TorchPatchGAN(16).load({**state.discriminator, **state.batch_stats}).train()
@@ -234,7 +234,7 @@ def test_vq_first_stage_step_equals_torch():
     weight = config.loss.gan_weight * (at_nll.norm() / (at_gan.norm() + 1e-4)).clamp(0, 1e4)
     (nll + penalty + weight * generator).backward()
 
-    gradients = jax.jit(partial(_gradients, networks, adversarial=True))
+    gradients = jax.jit(partial(_gradients, blueprint, adversarial=True))
     pixels, mask = jnp.asarray(batch["image"] / np.float32(127.5) - 1), jnp.asarray(batch["mask"], jnp.float32)
     with jax.numpy_dtype_promotion("strict"):
         grads, _, metrics = gradients(state, {}, state.batch_stats, pixels, mask, jax.random.key(0))
@@ -266,11 +266,11 @@ def test_accumulated_gradients_equal_the_whole_batch():
             data=DataConfig(batch_size=4, image_size=SIZE),
             optimizer=OptimizerConfig(accumulate=accumulate, ema_decay=0.9),
         )
-        networks = build_networks(config)
-        state = create_state(networks, _one_device(config))
+        blueprint = make_blueprint(config)
+        state = create_state(blueprint, _one_device(config))
         # A posterior without spread, because each micro-batch draws its own noise.
         state.frozen["quant_conv.bias"] = state.frozen["quant_conv.bias"].at[4:].set(-60.0)
-        step = jax.jit(partial(train_step, networks=networks, adversarial=False))
+        step = jax.jit(partial(train_step, blueprint=blueprint, adversarial=False))
         results.append((state, *step(state, {}, _batch(4))))
     (before, one, metrics), (_, four, other) = results
     np.testing.assert_allclose(metrics["nll"], other["nll"], rtol=1e-5)
@@ -302,14 +302,14 @@ def _mesh_config(mesh: MeshConfig) -> Config:
 
 def _two_steps(config: Config, devices):
     mesh = sharding.make_mesh(config.mesh, devices)
-    networks = build_networks(config)
-    state = create_state(networks, mesh)
+    blueprint = make_blueprint(config)
+    state = create_state(blueprint, mesh)
     perceptual = _perceptual()
     perceptual = jax.device_put(perceptual, sharding.state_sharding(perceptual, mesh))
     batch = jax.device_put(_batch(8), sharding.batch_sharding(mesh))
     history = []
     with jax.set_mesh(mesh):
-        step = compiled_step(networks, state, mesh)
+        step = compiled_step(blueprint, state, mesh)
         for _ in range(2):
             state, metrics = step(state, perceptual, batch, adversarial=True)
             history.append(jax.device_get((metrics, state.optimizer[0].mu)))
@@ -360,11 +360,11 @@ def test_a_sharded_vq_step_equals_one_device(monkeypatch):
         # Without the GAN, whose batch statistics are a micro-batch's.
         config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, gan_start=-1))
         mesh = sharding.make_mesh(sizes, devices)
-        networks = build_networks(config)
-        state = create_state(networks, mesh, initial)
+        blueprint = make_blueprint(config)
+        state = create_state(blueprint, mesh, initial)
         batch = jax.device_put(_batch(8), sharding.batch_sharding(mesh))
         with jax.set_mesh(mesh):
-            state, metrics = compiled_step(networks, state, mesh)(state, {}, batch, adversarial=False)
+            state, metrics = compiled_step(blueprint, state, mesh)(state, {}, batch, adversarial=False)
         results.append((state, metrics))
     (one, expected), (eight, metrics) = results
     assert set(metrics) >= {"codebook", "commitment", "perplexity", "codes_used"}

@@ -1,9 +1,11 @@
 """The loop: what a run writes, how it ends, and that a killed run resumes to the very same parameters."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,19 +15,26 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 
 from asymvq_jax.commands import train as command
 from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 from asymvq_jax.devices import cluster
-from asymvq_jax.errors import CheckpointError, ConfigError, NonFiniteError
-from asymvq_jax.files import images
+from asymvq_jax.errors import CheckpointError, ConfigError, ExitCode, NonFiniteError, OutputError
+from asymvq_jax.files import addresses, images
+from asymvq_jax.files.locks import only_owner
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.checkpoints import load_model, load_parameters, save_model
-from asymvq_jax.training.loop import EXIT_PREEMPTED, Run, train
+from asymvq_jax.training import loop
+from asymvq_jax.training.loop import Run, train
+from asymvq_jax.training.signals import told_to_stop
 
 ROOT = Path(__file__).parents[1]
-MODEL = ModelConfig(encoder_channels=(32, 32), decoder_channels=(32, 32), encoder_blocks=1, decoder_blocks=1)
+MODEL = ModelConfig(
+    encoder_channels=(8, 8), decoder_channels=(8, 8), encoder_blocks=1, decoder_blocks=1, norm_groups=4,
+    mid_attention=False,
+)  # fmt: skip
 
 
 def _config(folder: Path, **changes) -> Config:
@@ -34,7 +43,7 @@ def _config(folder: Path, **changes) -> Config:
     return Config(
         run=RunConfig(**(run | changes)),
         model=MODEL,
-        loss=LossConfig(gan_start=3, perceptual_weight=0.0, discriminator_features=8),
+        loss=LossConfig(gan_start=3, perceptual_weight=0.0, discriminator_features=4, discriminator_layers=1),
         data=DataConfig(image_size=32, batch_size=8),
         optimizer=OptimizerConfig(base_learning_rate=1e-4, warmup_steps=2, ema_decay=0.5),
     )
@@ -67,7 +76,7 @@ def test_a_run_leaves_metrics_pictures_and_the_last_and_best_checkpoints(finishe
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "l1" in r] == [2, 3, 4, 6]
     for name in ("grad_norm", "update_norm", "param_norm", "discriminator_grad_norm", "adaptive_weight",
-                 "images_per_second", "input_wait_share"):  # fmt: skip
+                 "learning_rate", "images_per_second", "input_wait_share"):  # fmt: skip
         assert np.isfinite(records[-2][name])
     held_out = [r for r in records if "held_out/nll" in r]
     assert [r["step"] for r in held_out] == [3, 6]
@@ -115,18 +124,198 @@ def test_too_little_memory_is_explained(first, monkeypatch):
         train(_config(first, directory=str(first / "exhausted")))
 
 
+def _records(folder: Path, name: str) -> list[dict]:
+    """The lines of training metrics, by a parser that takes JSON alone."""
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    return [record for record in records if "l1" in record and "seconds" in record]
+
+
+@pytest.fixture(scope="module")
+def logged(first):
+    """Four steps with a line for each ("each"), and the same with a line for every two ("pairs")."""
+    with jax.numpy_dtype_promotion("standard"):
+        for name, every in (("each", 1), ("pairs", 2)):
+            config = _config(first, directory=str(first / name), steps=4, log_every=every, eval_every=4)
+            assert train(dataclasses.replace(config, loss=dataclasses.replace(config.loss, gan_start=2))) == 0
+    return first
+
+
+def test_logged_metrics_are_means_over_the_interval(logged):
+    each, pairs = _records(logged, "each"), _records(logged, "pairs")
+    assert [record["step"] for record in pairs] == [2, 4]
+    for record, steps in zip(pairs, (each[:2], each[2:]), strict=True):
+        for name in ("l1", "nll", "grad_norm"):
+            values = [step[name] for step in steps]
+            assert record[name] == pytest.approx(np.mean(values), rel=1e-5)
+            assert record[name] != pytest.approx(values[-1], rel=1e-5)
+
+
+def test_the_discriminator_starts_after_gan_start_steps_and_learns(logged):
+    records = _records(logged, "each")
+    assert [record["step"] for record in records if "adaptive_weight" in record] == [3, 4]
+    assert all(record["discriminator_update_norm"] > 0 for record in records[2:])
+    norms = [record["discriminator_param_norm"] for record in records[2:]]
+    assert norms[0] != norms[1]
+
+
+def test_images_per_second_and_the_learning_rate_are_logged(logged):
+    records = _records(logged, "each")
+    for before, after in itertools.pairwise(records):
+        # The batch of 8, by the time between two lines, in which nothing else was done.
+        speed = 8 / (after["seconds"] - before["seconds"])
+        assert after["images_per_second"] == pytest.approx(speed, rel=0.3)
+    # 1e-4 x 8, after two steps of warm-up from 1 %; then a cosine down to 1e-6 at step 4.
+    expected = [8e-6, (8e-6 + 8e-4) / 2, 8e-4, (8e-4 + 1e-6) / 2]
+    assert [record["learning_rate"] for record in records] == pytest.approx(expected, rel=1e-5)
+
+
+def test_damaged_lines_of_the_metrics_are_left_out_and_counted(tmp_path, caplog):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1, "l1": 0.5}\n{"step": 2, "l1": NaN}\n3\n\xff\xfe\n{"step": 4}\n{"step": 9}\n{"st')
+    log = loop.RunLog(epath.Path(tmp_path), step=4, steps=10, active=True)
+    assert "metrics.jsonl: 3 damaged lines are left out" in caplog.text
+    log.metrics(5, {"l1": float("nan"), "nll": float("inf"), "lpips": 0.5}, "")
+    log.close()
+    records = [json.loads(line, parse_constant=pytest.fail) for line in file.read_text().splitlines()]
+    assert records == [{"step": 1, "l1": 0.5}, {"step": 4}, {"step": 5, "l1": None, "nll": None, "lpips": 0.5}]
+
+
+def test_a_step_that_has_diverged_is_not_saved_and_the_last_good_one_stays(first):
+    name = "good"
+    assert train(_config(first, directory=str(first / name), steps=3)) == 0
+    config = _config(first, directory=str(first / name), steps=4)
+    too_fast = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, base_learning_rate=1e36))
+    with pytest.raises(NonFiniteError, match=r"step 4: .*parameters not finite; the last good checkpoint is step 3"):
+        train(too_fast)
+    assert [p.name for p in (first / name / "checkpoints").iterdir()] == ["3"]
+    assert all(np.isfinite(x).all() for x in load_parameters(first / name)[1].values())
+    assert _records(first, name)[-1]["step"] == 4
+
+
+def test_held_out_figures_that_are_not_finite_stop_the_run_before_it_saves(first, monkeypatch):
+    validate = Run._validate
+    monkeypatch.setattr(Run, "_validate", lambda self, step: validate(self, step) | {"nll": float("nan")})
+    with pytest.raises(NonFiniteError, match=r"step 3: held-out nll not finite; there is no checkpoint yet"):
+        train(_config(first, directory=str(first / "blind")))
+
+
+def test_a_second_run_in_a_directory_is_refused(first):
+    config = _config(first, directory=str(first / "taken"))
+    (first / "taken" / "checkpoints").mkdir(parents=True)
+    with (
+        only_owner(first / "taken" / "checkpoints", "run"),
+        pytest.raises(OutputError, match=r"another run is writing .*taken"),
+    ):
+        train(config)
+
+
+def _folder_run(first: Path, name: str, **changes) -> Config:
+    """A run on 40 pictures of its own."""
+    pictures = first / f"{name}_pictures"
+    rng = np.random.default_rng(0)
+    if not pictures.exists():
+        pictures.mkdir()
+        for i in range(40):
+            images.write(pictures / f"{i:02d}.png", rng.integers(0, 255, (32, 32, 3), np.uint8))
+    config = _config(first, directory=str(first / name), **changes)
+    return dataclasses.replace(config, data=DataConfig(source="folder", path=pictures, image_size=32, batch_size=8))
+
+
+def test_pictures_that_come_and_go_between_two_halves_of_a_run_are_told(first, caplog):
+    assert train(_folder_run(first, "folder", steps=1, eval_every=1)) == 0
+    caplog.clear()
+    assert train(_folder_run(first, "folder", steps=2, eval_every=1)) == 0
+    assert "changed" not in caplog.text.replace("of the schedule have changed", "")
+    pictures = first / "folder_pictures"
+    (pictures / "00.png").rename(pictures / "later.png")
+    (pictures / "01.png").unlink()
+    assert train(_folder_run(first, "folder", steps=3, eval_every=1)) == 0
+    told = re.search(
+        r"the training pictures have changed: (\d+) pictures \(digest \w+\) now, (\d+) pictures", caplog.text
+    )
+    assert int(told[1]) < int(told[2])
+
+
+def test_a_run_resumes_without_its_first_stage_and_refuses_another(first, caplog):
+    shutil.copytree(first / "first", first / "gone")
+    changes = {"directory": str(first / "orphan"), "init_from": str(first / "gone")}
+    assert train(_config(first, steps=1, **changes)) == 0
+    shutil.rmtree(first / "gone")
+    assert train(_config(first, steps=2, **changes)) == 0
+    assert "gone' cannot be read (no checkpoint at" in caplog.text
+    assert "lack the column 'plain decode'" in caplog.text
+    save_model(first / "gone", Autoencoder(dataclasses.replace(MODEL, condition=False), rngs=nnx.Rngs(1)))
+    with pytest.raises(
+        CheckpointError, match=r"gone' holds another encoder \(digest \w+\) than the one that .*restore"
+    ):
+        train(_config(first, steps=3, **changes))
+
+
+def test_a_schedule_that_jumps_on_extending_is_told(first, caplog):
+    assert train(_config(first, directory=str(first / "longer"), steps=3)) == 0
+    caplog.clear()
+    assert train(_config(first, directory=str(first / "longer"), steps=5)) == 0
+    told = re.search(
+        r"rate of the next step is (\S+), where the run so far would have had 1e-06: run.steps=5", caplog.text
+    )
+    assert float(told[1]) > 1e-4
+
+
+@pytest.mark.parametrize("field", ["scaling_factor", "shift_factor"])
+def test_another_latent_is_refused_on_resuming(finished, field):
+    model = dataclasses.replace(MODEL, **{field: 0.5})
+    with pytest.raises(CheckpointError, match=rf"another configuration: model\.{field}=0\.5 \(there"):
+        train(dataclasses.replace(_config(finished.parent), model=model))
+
+
+def test_ctrl_c_finishes_the_step_saves_and_ends_with_130(first, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    next_batch = Run._next_batch
+
+    def interrupted(self):
+        if self.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return next_batch(self)
+
+    monkeypatch.setattr(Run, "_next_batch", interrupted)
+    assert train(_config(first, directory=str(first / "interrupted"))) == ExitCode.INTERRUPTED == 130
+    assert "told to stop: saved step 2" in caplog.text
+    assert (first / "interrupted" / "checkpoints" / "2").is_dir()
+
+
+def test_ctrl_c_ends_at_once_before_the_first_step_and_the_second_time():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with told_to_stop() as told:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert told() is None
+        os.kill(os.getpid(), signal.SIGINT)
+        assert told() == ExitCode.INTERRUPTED
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with told_to_stop() as told:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert told() == ExitCode.SAVED == 75
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
 def _command(folder: Path, name: str, *extra: str) -> list[str]:
     config = folder / f"{name}.py"
-    text = "import sys\nfrom pathlib import Path\nsys.path.insert(0, {!r})\nfrom test_training import _config\n"
-    text += "def get_config():\n    return _config(Path({!r}), directory={!r}, steps=9)\n"
-    config.write_text(text.format(str(ROOT / "tests"), str(folder), str(folder / name)))
+    text = "import sys\nfrom pathlib import Path\nsys.path.insert(0, {!r})\nfrom test_training import _long\n"
+    text += "def get_config():\n    return _long(Path({!r}), {!r})\n"
+    config.write_text(text.format(str(ROOT / "tests"), str(folder), name))
     return [sys.executable, str(ROOT / "train.py"), f"--config={config}", *extra]
 
 
+def _long(folder: Path, name: str) -> Config:
+    """Long enough for several deaths."""
+    return _config(folder, directory=str(folder / name), steps=100, log_every=1, eval_every=25)
+
+
 def _start(folder: Path, name: str) -> subprocess.Popen:
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "XLA_FLAGS": ""}
     with (folder / f"{name}.log").open("a") as log:
-        return subprocess.Popen(_command(folder, name), env=environment, stdout=log, stderr=log)
+        return subprocess.Popen(_command(folder, name), stdout=log, stderr=log)
 
 
 def _wait_for(process: subprocess.Popen, happened) -> None:
@@ -138,9 +327,8 @@ def _wait_for(process: subprocess.Popen, happened) -> None:
 
 
 def test_killed_runs_resume_to_identical_parameters(first):
-    whole = _start(first, "whole")
-    assert whole.wait() == 0
-    steps = first / "killed" / "checkpoints"
+    assert train(_long(first, "whole")) == 0
+    steps, log = first / "killed" / "checkpoints", first / "killed.log"
 
     # In the midst of writing the first checkpoint: its temporary directory is there, the checkpoint is not.
     process = _start(first, "killed")
@@ -150,48 +338,55 @@ def test_killed_runs_resume_to_identical_parameters(first):
 
     # After a complete checkpoint, with steps on the way to the next.
     process = _start(first, "killed")
-    _wait_for(process, lambda: (steps / "3").is_dir())
-    time.sleep(0.3)
+    _wait_for(process, lambda: (steps / "25").is_dir() and "step 27/" in log.read_text().rpartition("config:")[2])
     process.send_signal(signal.SIGKILL)
     process.wait()
 
     # SIGTERM, as a preempted machine sends it, as soon as the run is under way again.
-    log = first / "killed.log"
     process = _start(first, "killed")
     _wait_for(
-        process,
-        lambda: log.read_text().count("resuming") >= 1 and "devices (data" in log.read_text().rpartition("resuming")[2],
+        process, lambda: "devices (data" in log.read_text().rpartition("resuming")[2] and "resuming" in log.read_text()
     )
     process.send_signal(signal.SIGTERM)
-    code = process.wait()
-    assert code == EXIT_PREEMPTED
+    assert process.wait() == ExitCode.SAVED
     assert "told to stop: saved step" in log.read_text()
 
-    assert _start(first, "killed").wait() == 0
+    assert train(_long(first, "killed")) == 0
     _, expected = load_parameters(first / "whole")
     _, resumed = load_parameters(first / "killed")
     for name, value in expected.items():
         np.testing.assert_array_equal(resumed[name], value, err_msg=name)
-    lines = (first / "killed" / "metrics.jsonl").read_text().splitlines()
-    reported = [r["step"] for r in map(json.loads, lines) if "l1" in r]
+    reported = [record["step"] for record in _records(first, "killed")]
     assert reported == sorted(set(reported))
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["--run.init_from=nowhere"], "error: no checkpoint at nowhere"),
+        (["--run.init_from=nowhere"], "error: run.init_from='nowhere': no checkpoint at nowhere"),
         (["--data.source=folder", "--data.path=nowhere"], "error: data.path='nowhere' does not exist"),
         (["--mesh.data=3"], "error: mesh (data, fsdp, tensor)=(3, 1, 1) does not fit"),
         (["--model.latent_channels=8"], "holds another encoder: model.latent_channels=8 (there 4)"),
         (["--model.widths=8"], "error: --model.widths is not a field of the configuration"),
         (["--run.directory={file}/run"], "is not writable"),
+        (
+            ["--run.directory=gs://bucket/run"],
+            "run.directory='gs://bucket/run' needs the package gcsfs; install it with",
+        ),
+        (["--run.directory=http://host/run"], "expected a path of this machine, or an address that begins with gs://"),
+        (["--data.source=folder", "--data.path=gs://bucket/p"], "data.path='gs://bucket/p' needs the package gcsfs"),
+        (
+            ["--data.source=tfds", "--data.path=p", "--data.data_dir=gs://b/p"],
+            "data.data_dir='gs://b/p' needs the package",
+        ),
+        (["--run.init_from=gs://bucket/run"], "needs the package gcsfs"),
     ],
 )
 def test_bad_input_ends_before_training_with_one_line(first, tmp_path, overrides, message, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     overrides = [o.format(file=tmp_path / "file") for o in overrides]
     monkeypatch.setattr(sys, "argv", _command(first, "bad", *overrides)[1:])
+    monkeypatch.setattr(addresses.importlib.util, "find_spec", lambda _: None)
     # This process has used its devices already, and can join no others.
     monkeypatch.setattr(cluster, "join", lambda: None)
     assert command.main() == 2

@@ -26,7 +26,7 @@ from asymvq_jax.inference.strips import decode_in_strips, encode_in_strips
 from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.checkpoints import load_model, save_model
 from asymvq_jax.models.parameters import merge, split
-from asymvq_jax.training.state import build_networks, create_state, starting_parameters
+from asymvq_jax.training.state import create_state, make_blueprint, starting_parameters
 from asymvq_jax.training.step import train_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -314,15 +314,15 @@ def test_a_wide_decoder_trains_on_a_frozen_latent(changes):
     )
     plain = dataclasses.replace(config.model, condition=False, decoder_channels=(32, 32))
     first = split(_random(plain))[1]
-    networks = build_networks(config)
+    blueprint = make_blueprint(config)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    state = create_state(networks, mesh, starting_parameters(config, plain, first))
+    state = create_state(blueprint, mesh, starting_parameters(config, plain, first))
     assert set(state.frozen) == {name for name in first if not name.startswith("decoder.")}
     batch = {"image": _image(16, 16, 2) * 127.5 + 127.5, "mask": np.ones((2, 16, 16, 1))}
     batch = {name: x.astype(np.uint8) for name, x in batch.items()}
     # optax 0.2.8 raises floats to integer powers, which strict promotion forbids.
     with jax.numpy_dtype_promotion("standard"):
-        after, metrics = jax.jit(partial(train_step, networks=networks, adversarial=False))(state, {}, batch)
+        after, metrics = jax.jit(partial(train_step, blueprint=blueprint, adversarial=False))(state, {}, batch)
     for name, value in after.frozen.items():
         np.testing.assert_array_equal(value, first[name])
     moved = [name for name, value in after.params.items() if not np.array_equal(value, state.params[name])]

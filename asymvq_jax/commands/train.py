@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 from asymvq_jax.commands.entry import command
@@ -17,7 +16,7 @@ class Train:
     JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID (from 0) for each process.
 
     Exit codes: 0 done, 1 diverged, 2 wrong input, 75 told to stop and saved, 76 another process has ended (134 where
-    JAX notices that first, and aborts with a message of its own).
+    JAX notices that first, and aborts with a message of its own), 130 interrupted and saved.
     """
 
     # A published configuration by its name, such as x2, or a Python file that defines get_config().
@@ -31,9 +30,6 @@ def work(options: Train) -> int:
     from asymvq_jax.devices.compilation import keep_compiled_programs
     from asymvq_jax.training.loop import train
 
-    # Orbax and its event loop log the traceback of a failed write, and raise the error as well.
-    for library in ("absl", "asyncio"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
     keep_compiled_programs()
     cluster.join()
     return train(options.settings)

@@ -74,6 +74,11 @@ class ModelConfig:
         )
         require(self.codebook_size >= 0, "model.codebook_size", self.codebook_size, "zero or more")
 
+    def encoder_fields(self) -> dict[str, Any]:
+        """What describes the encoder and the latent: all but the decoder's sizes, and how it is computed."""
+        others = ("decoder_channels", "decoder_blocks", "condition", "dtype", "remat")
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in others}
+
     @property
     def encoder_outputs(self) -> int:
         """Channels that the encoder ends with: the latent's, or their means and log variances."""
@@ -422,6 +427,8 @@ class RunConfig:
     eval_pictures: int = 64
     # Checkpoints kept: the last so many, and the one with the lowest held-out loss.
     keep: int = 3
+    # Where the last checkpoint is damaged, resume from the last one that is not; else the run is refused.
+    fall_back: bool = False
 
     def __post_init__(self) -> None:
         settle(self, "run")

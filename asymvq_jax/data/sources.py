@@ -19,6 +19,7 @@ from asymvq_jax.config import DataConfig
 from asymvq_jax.data.identity import Identity, identify, name_key
 from asymvq_jax.errors import DataError, ImageError, first_line
 from asymvq_jax.files import images
+from asymvq_jax.files.addresses import check_address
 from asymvq_jax.files.folders import BROKEN_LINK, list_folder
 from asymvq_jax.files.outputs import write_bytes
 
@@ -187,6 +188,7 @@ def list_pictures(path: str, field: str) -> list[epath.Path]:
     Raises:
         DataError: the directory is missing, is a file, cannot be read, or holds no picture.
     """
+    check_address(path, field)
     listing = list_folder(path, f"{field}=", recursive=True)
     if not listing.pictures:
         raise DataError(
@@ -348,6 +350,7 @@ def _builder(config: DataConfig) -> Any:
     """TFDS's builder of the data set; raises DataError unless it is there and prepared."""
     import tensorflow_datasets as tfds
 
+    check_address(config.data_dir, "data.data_dir")
     where = config.data_dir or "TFDS's default directory"
     try:
         builder = tfds.builder(config.path, data_dir=config.data_dir or None)

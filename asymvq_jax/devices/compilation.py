@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import jax
+from etils import epath
+
+from asymvq_jax.files.outputs import try_out
+
+log = logging.getLogger(__name__)
 
 
 def keep_compiled_programs() -> None:
     """Keeps compiled programs on disk, so that the same program starts at once the next time.
 
     In the directory that JAX_COMPILATION_CACHE_DIR names, by default in ~/.cache/asymvq_jax/xla; JAX's own options
-    (jax_persistent_cache_min_compile_time_secs, jax_enable_compilation_cache, ...) apply.
+    (jax_persistent_cache_min_compile_time_secs, jax_enable_compilation_cache, ...) apply. The cache only saves time:
+    where there is no place for it, there is none.
     """
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "asymvq_jax" / "xla"))
+    told = jax.config.jax_compilation_cache_dir
+    try:
+        place = told or str(Path.home() / ".cache" / "asymvq_jax" / "xla")
+        if "://" not in place:
+            try_out(epath.Path(place))
+    # Path.home() raises RuntimeError for a user who has none.
+    except (OSError, RuntimeError) as error:
+        log.info("compiled programs are not kept: %s", error)
+        jax.config.update("jax_compilation_cache_dir", None)
+        return
+    jax.config.update("jax_compilation_cache_dir", place)

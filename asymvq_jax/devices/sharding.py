@@ -34,10 +34,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes = [config.data, config.fsdp, config.tensor]
     known = math.prod(s for s in sizes if s != -1)
     if len(devices) % known or (-1 not in sizes and known != len(devices)):
-        raise ConfigError(
-            f"mesh (data, fsdp, tensor)={tuple(sizes)} does not fit {len(devices)} device(s); "
-            "set --mesh.data=-1 to let the data axis take what fsdp and tensor leave"
-        )
+        # Which axes the user may change, and to what.
+        fixed = {axis: size for axis, size in zip(AXES, sizes, strict=True) if size != -1}
+        rest = math.prod(size for axis, size in fixed.items() if axis != "data")
+        if "data" in fixed and len(devices) % rest == 0:
+            advice = "set --mesh.data=-1 to let the data axis take what fsdp and tensor leave"
+        else:
+            named = " x ".join(f"mesh.{axis}" for axis, size in fixed.items() if size > 1)
+            advice = f"choose {named} so that the product divides {len(devices)}"
+        raise ConfigError(f"mesh (data, fsdp, tensor)={tuple(sizes)} does not fit {len(devices)} device(s); {advice}")
     sizes = [len(devices) // known if s == -1 else s for s in sizes]
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 

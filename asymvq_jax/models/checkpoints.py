@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from jax.sharding import SingleDeviceSharding
 
 from asymvq_jax import config as configs
 from asymvq_jax.config import ModelConfig
-from asymvq_jax.errors import CheckpointError
+from asymvq_jax.errors import CheckpointError, first_line
+from asymvq_jax.files.addresses import check_address
+from asymvq_jax.files.threads import quiet_threads
 from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.embedded import embedded_parameters, is_embedded
 from asymvq_jax.models.parameters import Params, merge, split
@@ -21,8 +25,9 @@ from asymvq_jax.models.parameters import Params, merge, split
 STEPS = "checkpoints"
 
 
-def checkpoint_path(path: str | Path) -> epath.Path:
-    """The absolute path of a directory of this machine, or the address of one in a bucket."""
+def checkpoint_path(path: str | Path, field: str = "") -> epath.Path:
+    """The absolute path of a checkpoint or run; `field` is how messages call it."""
+    check_address(str(path), field)
     return epath.Path(path) if "://" in str(path) else epath.Path(path).absolute()
 
 
@@ -65,16 +70,39 @@ def load_parameters(path: str | Path) -> tuple[ModelConfig, Params]:
     if is_embedded(path):
         return embedded_parameters(str(path))
     step = find_step(path)
+    try:
+        return _read(step)
+    except CannotReadError as error:
+        raise CheckpointError(f"{error}; {_advice(step)}") from error
+
+
+class CannotReadError(Exception):
+    """A step of a run, or a model, that is damaged or of another version; the message names it and the reason."""
+
+
+@contextmanager
+def reading(step: epath.Path) -> Iterator[None]:
+    """Turns whatever goes wrong in reading a step into a CannotReadError."""
+    with quiet_threads():
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise ValueError, KeyError, OSError and others.
+            # What TensorStore was asked for follows in brackets.
+            reason = first_line(error).partition(" [tensorstore_spec")[0].partition(" [source locations")[0]
+            raise CannotReadError(f"{step} cannot be read: {reason}") from error
+
+
+def _read(step: epath.Path) -> tuple[ModelConfig, Params]:
     device = SingleDeviceSharding(jax.local_devices()[0])
     me = jax.process_index()
     # Each process reads for itself, whatever the others do meanwhile.
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=str(me))
     handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
-    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+    with reading(step), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         stored = checkpointer.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
-        config = configs.from_dict(ModelConfig, stored["model"], "model.")
+        config: ModelConfig = configs.from_dict(ModelConfig, stored["model"], "model.")
         _, shapes = structure(config)
-        abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=device) for k, v in shapes.items()}
+        abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=device) for k, v in shapes.items()}  # type: ignore[no-untyped-call]
         items = {"model": ocp.args.StandardRestore(abstract)}
         if (step / "ema").exists():
             with ocp.StandardCheckpointer(multiprocessing_options=alone) as reader:
@@ -82,6 +110,27 @@ def load_parameters(path: str | Path) -> tuple[ModelConfig, Params]:
             items["ema"] = ocp.args.StandardRestore({k: abstract[k] for k in averaged})
         restored = checkpointer.restore(step, args=ocp.args.Composite(**items))
     return config, {**restored["model"], **(restored.get("ema") or {})}
+
+
+def _advice(step: epath.Path) -> str:
+    """What to do where a step cannot be read."""
+    if not step.name.isdecimal():
+        return "copy or convert it again"
+    for other in reversed(steps_in(step.parent)):
+        if int(other.name) < int(step.name):
+            try:
+                _read(other)
+            except CannotReadError:
+                continue
+            return f"step {other.name} beside it can be read: name {other}"
+    return "no earlier step beside it can be read"
+
+
+def steps_in(folder: epath.Path) -> list[epath.Path]:
+    """The finished steps of a run, which lie in a folder, from the first to the last."""
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if p.name.isdecimal()), key=lambda p: int(p.name))
 
 
 def find_step(path: str | Path) -> epath.Path:
@@ -92,12 +141,7 @@ def find_step(path: str | Path) -> epath.Path:
             f"no checkpoint at {path}: expected a run's directory, one of its steps, or what asymvq_jax.convert wrote"
         )
     for parent in (root / STEPS, root):
-        steps = (
-            sorted((p for p in parent.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
-            if parent.is_dir()
-            else []
-        )
-        if steps:
+        if steps := steps_in(parent):
             return steps[-1]
     if (root / "model").is_dir() and (root / "config").is_dir():
         return root

@@ -33,7 +33,7 @@ from asymvq_jax.models.autoencoder import structure
 from asymvq_jax.models.parameters import Params, merge, split
 from asymvq_jax.plan.chips import Target
 from asymvq_jax.plan.counting import Collective, collectives, matmul_flops
-from asymvq_jax.training.state import abstract_state, build_networks
+from asymvq_jax.training.state import abstract_state, make_blueprint
 from asymvq_jax.training.step import compiled_step
 
 log = logging.getLogger(__name__)
@@ -247,17 +247,17 @@ def _plan_forward(
 
 
 def _trace_step(config: Config, mesh: Mesh, state: Any, perceptual: Any, batch: Any) -> jax.stages.Traced:
-    step = compiled_step(build_networks(config), state, mesh)
+    step = compiled_step(make_blueprint(config), state, mesh)
     with jax.set_mesh(mesh):
         return step.trace(state, perceptual, batch, adversarial=config.loss.gan_start >= 0)
 
 
 def _step_arguments(config: Config, mesh: Mesh) -> tuple[Any, Any, Any]:
     """The state, LPIPS's parameters and a batch: shapes and places, without values."""
-    networks = build_networks(config)
-    state = abstract_state(networks, mesh)
+    blueprint = make_blueprint(config)
+    state = abstract_state(blueprint, mesh)
     perceptual: Any = {}
-    if networks.lpips is not None:
+    if blueprint.lpips is not None:
         perceptual = sharding.placed_shapes(split(nnx.eval_shape(lambda: LPIPS("vgg16", rngs=nnx.Rngs(0))))[1], mesh)
     shape = (config.data.batch_size, config.data.image_size, config.data.image_size)
     place = sharding.batch_sharding(mesh)

@@ -8,22 +8,37 @@ needs. Writing is atomic: a directory that is there is complete.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
+import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as cm
 
 from asymvq_jax import config as configs
 from asymvq_jax.config import Config
-from asymvq_jax.errors import CheckpointError
+from asymvq_jax.errors import CheckpointError, ConfigError, OutputError, first_line
+from asymvq_jax.files.locks import only_owner
 from asymvq_jax.files.outputs import try_out
-from asymvq_jax.models.checkpoints import STEPS, checkpoint_path, find_step, load_model, load_parameters, save_model
+from asymvq_jax.models.checkpoints import (
+    STEPS,
+    CannotReadError,
+    checkpoint_path,
+    find_step,
+    load_model,
+    load_parameters,
+    reading,
+    save_model,
+)
 
 if TYPE_CHECKING:
     from asymvq_jax.training.state import TrainState
@@ -34,19 +49,66 @@ __all__ = ["RunCheckpoints", "find_step", "load_model", "load_parameters", "save
 log = logging.getLogger(__name__)
 
 
+# Where steps go that cannot be read, when a run goes back to an earlier one.
+DAMAGED = "damaged"
+
+
+def make_run_directory(config: Config) -> epath.Path:
+    """Makes the directory of a run's steps and tries it out.
+
+    Raises:
+        CheckpointError: it cannot be written to.
+        ConfigError: it is in a bucket, and the package for that is missing.
+    """
+    root = checkpoint_path(config.run.directory, "run.directory") / STEPS
+    try:
+        try_out(root)
+    except OSError as error:
+        raise CheckpointError(f"run.directory={config.run.directory!r} is not writable: {error}") from None
+    return root
+
+
+@contextmanager
+def owned(config: Config) -> Iterator[None]:
+    """Inside, this run alone writes run.directory; process 0 holds it for all of them.
+
+    Raises:
+        CheckpointError, ConfigError: as `make_run_directory`.
+        OutputError: another run is writing it.
+    """
+    root = make_run_directory(config)
+    refused = np.array(False)
+    with ExitStack() as held:
+        reason = f"another run is writing {root}, as process 0 found"
+        if jax.process_index() == 0:
+            try:
+                held.enter_context(only_owner(root, "run"))
+            except OutputError as error:
+                refused, reason = np.array(True), str(error)
+        if multihost_utils.process_allgather(refused).any():
+            raise OutputError(reason)
+        yield
+
+
+class Resumed(NamedTuple):
+    """What a step of a run holds."""
+
+    state: TrainState
+    # As given to `save`.
+    progress: dict[str, Any]
+    # The configuration that the step was written with.
+    config: Config
+
+
 class RunCheckpoints:
     """The checkpoints of one training run: written in the background, complete or absent, the last ones and the best.
 
     Each step holds the items `config`, `model`, `ema` (where kept), `training` (optimizers, discriminator, batch
-    statistics, key, step) and `progress` (the data iterator's position and the elapsed time).
+    statistics, key, step) and `progress` (the data iterator's position, the elapsed time, and what the inputs were).
     """
 
     def __init__(self, config: Config) -> None:
-        root = checkpoint_path(config.run.directory) / STEPS
-        try:
-            try_out(root)
-        except OSError as error:
-            raise CheckpointError(f"run.directory={config.run.directory!r} is not writable: {error}") from None
+        self._root = make_run_directory(config)
         keep = cm.AnyPreservationPolicy(
             [
                 cm.LatestN(config.run.keep),
@@ -59,9 +121,9 @@ class RunCheckpoints:
             ]
         )
         self._config = config
-        self._manager = ocp.CheckpointManager(
-            root, options=ocp.CheckpointManagerOptions(preservation_policy=keep, cleanup_tmp_directories=True)
-        )
+        options = ocp.CheckpointManagerOptions(preservation_policy=keep, cleanup_tmp_directories=True)
+        with self._opening():
+            self._manager = ocp.CheckpointManager(self._root, options=options)
         self._unchecked = False
 
     def latest_step(self) -> int | None:
@@ -73,7 +135,7 @@ class RunCheckpoints:
 
         Args:
             state: the training state.
-            progress: "iterator" and "seconds", serialisable as JSON.
+            progress: "iterator", "seconds" and "inputs", serialisable as JSON.
             metrics: held-out metrics, of which "nll" decides which step is the best.
 
         Raises:
@@ -86,7 +148,7 @@ class RunCheckpoints:
             "config": ocp.args.JsonSave(dataclasses.asdict(self._config)),
             "model": ocp.args.StandardSave({**state.params, **state.frozen}),
             "training": ocp.args.StandardSave(_training_items(state)),
-            "progress": ocp.args.JsonSave(progress),
+            "progress": ocp.args.JsonSave({**progress, "digest": _digest(progress)}),
         }
         if state.ema:
             items["ema"] = ocp.args.StandardSave(state.ema)
@@ -106,14 +168,51 @@ class RunCheckpoints:
         with self._writing():
             self._manager.wait_until_finished()
 
-    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Reads one step onto the shardings of `abstract`, whatever mesh wrote it.
+    def resume(self, abstract: TrainState, continues: Callable[[Resumed], None]) -> Resumed | None:
+        """Reads the last step onto the shardings of `abstract`, whatever mesh wrote it.
+
+        With run.fall_back, steps that cannot be read are moved to run.directory/damaged, and the last that can be is
+        taken.
+
+        Args:
+            abstract: the state's shapes and shardings.
+            continues: takes over what was read; an error that it raises means that the step is damaged.
+
+        Returns:
+            None in a new run.
 
         Raises:
-            CheckpointError: the step was written with a configuration that this one cannot continue.
+            CheckpointError: the step is damaged, or was written with a configuration that this one cannot continue.
         """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        damaged: list[int] = []
+        reason = ""
+        for step in steps:
+            try:
+                with reading(self._root / str(step)):
+                    resumed = self._read(step, abstract)
+                    continues(resumed)
+            except CannotReadError as error:
+                if isinstance(error.__cause__, _OtherRunError):
+                    raise CheckpointError(str(error.__cause__)) from None
+                reason = reason or str(error)
+                damaged.append(step)
+                continue
+            if not damaged:
+                return resumed
+            if not self._config.run.fall_back:
+                raise CheckpointError(f"{reason}; step {step} can be: --run.fall_back=true resumes from it")
+            self._put_aside(damaged)
+            log.warning("%s; resuming from step %d instead, and the later ones are in %s", reason, step, DAMAGED)
+            return resumed
+        if damaged:
+            raise CheckpointError(f"{reason}; no earlier step can be; choose another run.directory to begin again")
+        return None
+
+    def _read(self, step: int, abstract: TrainState) -> Resumed:
         stored = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
-        _check_resumable(configs.from_dict(Config, stored), self._config)
+        config = configs.from_dict(Config, stored)
+        _check_resumable(config, self._config)
         items = {
             "model": ocp.args.StandardRestore({**abstract.params, **abstract.frozen}),
             "training": ocp.args.StandardRestore(_training_items(abstract)),
@@ -128,7 +227,25 @@ class RunCheckpoints:
             frozen={name: read["model"][name] for name in abstract.frozen},
             ema=read["ema"] if abstract.ema else {},
         )
-        return state, read["progress"]
+        progress = read["progress"]
+        # Releases before 0.2 wrote none.
+        if progress.pop("digest", None) not in (None, _digest(progress)):
+            raise ValueError("its item 'progress' does not match its digest")
+        if not bool(all_finite(state)):
+            raise ValueError("its parameters are not finite")
+        return Resumed(state, progress, config)
+
+    def _put_aside(self, steps: list[int]) -> None:
+        if jax.process_index() == 0:
+            aside = self._root.parent / DAMAGED
+            aside.mkdir(exist_ok=True)
+            for step in steps:
+                target = next(
+                    p for i in itertools.count() if not (p := aside / f"{step}{f'.{i}' if i else ''}").exists()
+                )
+                (self._root / str(step)).rename(target)
+        multihost_utils.sync_global_devices("damaged steps are put aside")
+        self._manager.reload()
 
     def close(self) -> None:
         """Waits until everything is on disk.
@@ -140,14 +257,35 @@ class RunCheckpoints:
             self._manager.close()
 
     @contextmanager
+    def _opening(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax's own, of many types, where its metadata are damaged.
+            raise CheckpointError(f"{self._root} holds steps that cannot be listed: {first_line(error)}") from error
+
+    @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:  # TensorStore's errors are ValueErrors.
+        except jax.errors.JaxRuntimeError:
+            # A failed computation, or another process that has ended.
+            raise
+        except Exception as error:  # TensorStore's errors are ValueErrors, the file system's OSErrors, and others.
             raise CheckpointError(
                 f"run.directory={self._config.run.directory!r}: a checkpoint cannot be written: "
-                f"{str(error).splitlines()[0]}; the earlier ones are intact: start again to resume from the last"
+                f"{first_line(error)}; the earlier ones are intact: start again to resume from the last"
             ) from error
+
+
+@jax.jit
+def all_finite(state: Any) -> jax.Array:
+    """Whether every number in a tree of arrays is finite."""
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
+
+
+def _digest(progress: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _training_items(state: TrainState) -> dict[str, Any]:
@@ -157,12 +295,17 @@ def _training_items(state: TrainState) -> dict[str, Any]:
 # What may differ between the two halves of a resumed run, by the beginning of its name.
 _CHANGEABLE = (
     "run.", "mesh.", "model.dtype", "model.remat", "data.workers", "data.prefetch", "data.max_corrupt_share",
-    "data.data_dir", "data.path", "data.eval_path", "data.eval_split", "optimizer.base_learning_rate",
-    "optimizer.min_learning_rate", "optimizer.warmup_steps", "optimizer.betas", "optimizer.pretrained_scale",
+    "data.data_dir", "data.path", "data.eval_path", "data.eval_split", "data.mask.path",
+    "optimizer.base_learning_rate", "optimizer.schedule", "optimizer.min_learning_rate", "optimizer.warmup_steps",
+    "optimizer.betas", "optimizer.pretrained_scale",
     "loss.perceptual_weight", "loss.kl_weight", "loss.codebook_weight", "loss.commitment_weight", "loss.gan_start",
     "loss.gan_weight",
 )  # fmt: skip
 _FIXED = ("run.seed", "run.train_encoder")
+
+
+class _OtherRunError(ConfigError):
+    """The run is sound, but of another configuration."""
 
 
 def _check_resumable(stored: Config, current: Config) -> None:
@@ -170,7 +313,7 @@ def _check_resumable(stored: Config, current: Config) -> None:
     changed = {n: f"{n}={new[n]!r} (there {old[n]!r})" for n in new if old[n] != new[n]}
     broken = [text for n, text in changed.items() if n in _FIXED or not n.startswith(_CHANGEABLE)]
     if broken:
-        raise CheckpointError(
+        raise _OtherRunError(
             f"{current.run.directory} holds a run of another configuration: {', '.join(broken)}; "
             "restore these values, or choose another run.directory"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 
 import numpy as np
@@ -26,9 +27,14 @@ class RunLog:
             return
         self._directory = directory
         self._file = directory / "metrics.jsonl"
+        with writing(self._file):
+            lines = self._file.read_bytes().splitlines() if self._file.exists() else []
+        steps = [_step(line) for line in lines]
         # A run that was killed has logged steps beyond its last checkpoint, which are about to be done again.
-        lines = self._file.read_text().splitlines() if self._file.exists() else []
-        self._lines = [line for line in lines if _step(line) <= step]
+        self._lines = [line.decode() for line, at in zip(lines, steps, strict=True) if at is not None and at <= step]
+        # The last line of a killed run may be cut off; any other has been damaged since.
+        if damaged := sum(at is None for at in steps[:-1]):
+            log.warning("%s: %d damaged lines are left out", self._file, damaged)
         self.flush()
         # An unbounded queue: its reader ends at an error of the disk, and a full queue would then block for ever.
         with writing(directory):
@@ -44,12 +50,15 @@ class RunLog:
         """Records scalars and prints them as one line after `note`."""
         if not self.active:
             return
-        self._lines.append(json.dumps({"step": step, **values}))
+        # JSON has no number that is not finite.
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._lines.append(json.dumps({"step": step, **finite}, allow_nan=False))
         if "://" not in str(self._file):
             with writing(self._file), self._file.open("a") as file:
                 file.write(self._lines[-1] + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        for name, value in finite.items():
+            if value is not None:
+                self._board.add_scalar(name, value, step)
         with tqdm.external_write_mode():
             log.info("%s", note)
 
@@ -73,9 +82,15 @@ class RunLog:
                 self._board.close()
 
 
-def _step(line: str) -> float:
+def _step(line: bytes) -> int | None:
+    """The step that a line is of; None where the line is damaged."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        # The last line of a killed run may be cut off.
-        return float("inf")
+        record = json.loads(line.decode(), parse_constant=_refuse)
+        step = record["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")

@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import NoReturn
 
 import jax
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from asymvq_jax.config import Config, to_json
+from asymvq_jax.config import Config, ModelConfig, to_json
 from asymvq_jax.data import pipeline
+from asymvq_jax.data.identity import digest_arrays
 from asymvq_jax.devices import sharding
-from asymvq_jax.errors import ConfigError, LostPeerError, NonFiniteError
+from asymvq_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    ExitCode,
+    LostPeerError,
+    NonFiniteError,
+    OutputError,
+    UserError,
+    first_line,
+)
 from asymvq_jax.files import images
+from asymvq_jax.files.threads import quiet_threads
 from asymvq_jax.losses.lpips import load_lpips
 from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.checkpoints import load_parameters
 from asymvq_jax.models.parameters import Params, merge, split
-from asymvq_jax.training.checkpoints import RunCheckpoints
+from asymvq_jax.training.checkpoints import Resumed, RunCheckpoints, all_finite, owned
 from asymvq_jax.training.logs import RunLog
+from asymvq_jax.training.optimizer import autoencoder_schedule
+from asymvq_jax.training.signals import told_to_stop
 from asymvq_jax.training.state import (
     TrainState,
     abstract_state,
-    build_networks,
     create_state,
+    is_trained,
+    make_blueprint,
     place,
     starting_parameters,
 )
@@ -41,21 +53,20 @@ from asymvq_jax.training.step import Batch, Metrics, compiled_step, eval_step
 
 log = logging.getLogger(__name__)
 
-# "Temporary failure, try again" in sysexits.h: the run was told to stop, has saved, and resumes when started again.
-EXIT_PREEMPTED = 75
-# "Remote error": another process of the run has ended; the run resumes when all of them are started again.
-EXIT_LOST_PEER = 76
 PICTURES = 8
+# The frozen encoder's name among the identities of the inputs.
+ENCODER = "frozen encoder"
 
 
-def train(config: Config) -> int:
+def train(config: Config) -> ExitCode:
     """Trains until run.steps, resuming what run.directory holds.
 
     Returns:
-        The process's exit code: 0 when done, EXIT_PREEMPTED after SIGTERM.
+        DONE, SAVED after SIGTERM, or INTERRUPTED after Ctrl-C; after all of them the last step is saved.
 
     Raises:
-        ConfigError, CheckpointError, DataError: before anything expensive starts.
+        ConfigError, CheckpointError, DataError, OutputError: before anything expensive starts; the latter also where
+            another run is writing run.directory.
         ConfigError: the devices' memory does not suffice.
         CheckpointError, OutputError: run.directory cannot be written to any more; what it holds is kept.
         NonFiniteError: the run diverged; the last good checkpoint is kept.
@@ -64,20 +75,26 @@ def train(config: Config) -> int:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.data.batch_size, config.optimizer.accumulate, mesh)
     try:
-        with _sigterm() as told_to_stop, Run(config, mesh) as run, jax.set_mesh(mesh):
-            return run.to_the_end(told_to_stop)
+        with quiet_threads(), owned(config), told_to_stop() as told, Run(config, mesh) as run, jax.set_mesh(mesh):
+            return run.to_the_end(told)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise ConfigError(
                 f"data.batch_size={config.data.batch_size} needs more memory than the devices have: "
-                f"{str(error).splitlines()[0].rstrip('.')}. Raise --optimizer.accumulate or --mesh.fsdp, set "
-                "--model.remat=true, or lower --data.batch_size; python -m asymvq_jax.plan tells what each needs"
+                f"{first_line(error).rstrip('.')}. Raise --optimizer.accumulate or --mesh.fsdp, set "
+                "--model.remat=true, or lower --data.batch_size; asymvq plan tells what each needs"
             ) from error
         if jax.process_count() == 1:
             raise
         raise LostPeerError(
-            f"a computation of all processes failed: {str(error).splitlines()[0]}. If another process has ended, its "
+            f"a computation of all processes failed: {first_line(error)}. If another process has ended, its "
             f"log says why; start all of them again to resume from the last checkpoint in {config.run.directory}"
+        ) from error
+    except (OSError, ImportError) as error:
+        # Of a place that nothing above names better.
+        raise OutputError(
+            f"the run cannot go on: {first_line(error)}; start again to resume from the last checkpoint in "
+            f"{config.run.directory}"
         ) from error
 
 
@@ -87,7 +104,9 @@ class Run:
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config = config
         self.mesh = mesh
-        inputs = pipeline.open_inputs(config.data)
+        directory = epath.Path(config.run.directory)
+        inputs = pipeline.open_inputs(config.data, kept=directory)
+        self.identities = {name: str(each) for name, each in inputs.identities(config.data).items()}
         self.skipped = pipeline.SkippedFiles(inputs.train, config.data.max_corrupt_share)
         part, parts = _share(mesh)
         self.batches = pipeline.training_batches(
@@ -95,25 +114,28 @@ class Run:
         )
         self.held_out = self._held_out(inputs)
         self.saved = RunCheckpoints(config)
-        initial = load_parameters(config.run.init_from) if config.run.init_from else None
+        self.schedule = autoencoder_schedule(config)
 
-        self.networks = build_networks(config)
+        self.blueprint = make_blueprint(config)
         self.perceptual: Params = {}
-        if self.networks.lpips is not None:
+        if self.blueprint.lpips is not None:
             _, weights = split(load_lpips("vgg16", config.loss.perceptual_weights))
             self.perceptual = jax.tree.map(place, weights, sharding.state_sharding(weights, mesh))
-        self.state, self.seconds = self._start(starting_parameters(config, *initial) if initial else None)
+            self.identities["LPIPS weights"] = f"digest {digest_arrays(weights)}"
+        initial = self._first_stage()
+        if initial is not None and not config.run.train_encoder:
+            frozen = {n: x for n, x in initial[1].items() if not is_trained(config, n)}
+            self.identities[ENCODER] = f"digest {digest_arrays(frozen)}"
+        self.state, self.seconds = self._start(initial)
         self.plain: Autoencoder | None = None
-        if initial and not config.run.train_encoder:
+        if initial is not None and not config.run.train_encoder:
             source_config, params = initial
             copies = {name: place(value, sharding.replicated(mesh)) for name, value in params.items()}
             self.plain = merge(structure(source_config)[0], copies)
-        self.log = RunLog(
-            epath.Path(config.run.directory), step=self.step, steps=config.run.steps, active=jax.process_index() == 0
-        )
-        self._step = compiled_step(self.networks, self.state, mesh)
+        self.log = RunLog(directory, step=self.step, steps=config.run.steps, active=jax.process_index() == 0)
+        self._step = compiled_step(self.blueprint, self.state, mesh)
         self._evaluate = jax.jit(
-            partial(eval_step, networks=self.networks, pictures=PICTURES), out_shardings=sharding.replicated(mesh)
+            partial(eval_step, blueprint=self.blueprint, pictures=PICTURES), out_shardings=sharding.replicated(mesh)
         )
         self._plain_decode = nnx.jit(_plain_decode, out_shardings=sharding.replicated(mesh))
         self._describe(len(inputs.train))
@@ -136,15 +158,69 @@ class Run:
         """Steps done."""
         return int(jax.device_get(self.state.step))
 
-    def _start(self, taken: Params | None) -> tuple[TrainState, float]:
+    def _first_stage(self) -> tuple[ModelConfig, Params] | None:
+        """What run.init_from holds; a run that has a checkpoint can do without."""
+        path = self.config.run.init_from
+        if not path:
+            return None
+        try:
+            return load_parameters(path)
+        except UserError as error:
+            if self.saved.latest_step() is None:
+                raise ConfigError(f"run.init_from={path!r}: {error}") from None
+            log.warning(
+                "run.init_from=%r cannot be read (%s), and is not needed to resume; the pictures lack the column "
+                "'plain decode'", path, error,
+            )  # fmt: skip
+            return None
+
+    def _start(self, initial: tuple[ModelConfig, Params] | None) -> tuple[TrainState, float]:
         """The state to begin with: the last checkpoint's if there is one."""
-        step = self.saved.latest_step()
-        if step is None:
-            return create_state(self.networks, self.mesh, taken), 0.0
-        state, progress = self.saved.restore(step, abstract_state(self.networks, self.mesh))
-        self.batches.set_state(progress["iterator"])
+        resumed = self.saved.resume(abstract_state(self.blueprint, self.mesh), self._continue)
+        if resumed is None:
+            taken = starting_parameters(self.config, *initial) if initial else None
+            return create_state(self.blueprint, self.mesh, taken), 0.0
+        step = int(jax.device_get(resumed.state.step))
         log.info("resuming %s at step %d", self.config.run.directory, step)
-        return state, progress["seconds"]
+        self._compare(resumed)
+        return resumed.state, float(resumed.progress["seconds"])
+
+    def _continue(self, resumed: Resumed) -> None:
+        """Takes the data up where a step left them; raises where its position is damaged."""
+        progress = resumed.progress
+        if not (isinstance(progress["iterator"], dict) and math.isfinite(progress["seconds"])):
+            raise ValueError("its item 'progress' is damaged")
+        self.batches.set_state(progress["iterator"])
+
+    def _compare(self, resumed: Resumed) -> None:
+        """Says what differs from the run so far, of the inputs and of the schedule.
+
+        Raises:
+            CheckpointError: the frozen encoder is another one.
+        """
+        run, step = self.config.run, int(jax.device_get(resumed.state.step))
+        before: dict[str, str] = resumed.progress.get("inputs") or {}
+        changed = {n: old for n, old in before.items() if n in self.identities and self.identities[n] != old}
+        if ENCODER in changed:
+            raise CheckpointError(
+                f"run.init_from={run.init_from!r} holds another encoder ({self.identities[ENCODER]}) than the one that "
+                f"{run.directory} was trained with ({changed[ENCODER]}), which cannot change; "
+                "restore run.init_from, or choose another run.directory"
+            )
+        for name, old in changed.items():
+            log.warning(
+                "the %s have changed: %s now, %s when step %d was saved; batches or held-out figures now differ from "
+                "those of a run without the change", name, self.identities[name], old, step,
+            )  # fmt: skip
+        # What is not there now, such as the frozen encoder, stays known.
+        self.identities = before | self.identities
+        then, now = (float(schedule(step)) for schedule in (autoencoder_schedule(resumed.config), self.schedule))
+        if not math.isclose(then, now, rel_tol=1e-3):
+            log.warning(
+                "the learning rate of the next step is %.3g, where the run so far would have had %.3g: run.steps=%d "
+                "(there %d) or other fields of the schedule have changed",
+                now, then, run.steps, resumed.config.run.steps,
+            )  # fmt: skip
 
     def _held_out(self, inputs: pipeline.Inputs) -> dict[str, np.ndarray]:
         """The held-out pictures, a whole number of batches of them; every process holds them all."""
@@ -171,17 +247,18 @@ class Run:
             to_json(c),
         )
 
-    def to_the_end(self, told_to_stop: Callable[[], bool]) -> int:
-        """Runs the remaining steps, asking `told_to_stop` before each; returns the exit code (see `train`)."""
+    def to_the_end(self, told: Callable[[], ExitCode | None]) -> ExitCode:
+        """Runs the remaining steps, asking `told` before each whether to stop; returns the exit code (see `train`)."""
         c = self.config.run
         step, clock = self.step, _Clock(self.seconds)
         pending: list[Metrics] = []
         while step < c.steps:
-            if told_to_stop():
+            if (code := told()) is not None:
                 self._report(step, pending, clock)
+                self._check_good(step, {})
                 self._save(clock, None)
                 log.info("told to stop: saved step %d; start again to resume", step)
-                return EXIT_PREEMPTED
+                return code
             with clock.waiting():
                 batch = self._next_batch()
             adversarial = 0 <= self.config.loss.gan_start <= step
@@ -196,8 +273,26 @@ class Run:
                 pending = []
             if evaluate:
                 with clock.paused():
-                    self._save(clock, self._validate(step))
-        return 0
+                    held_out = self._validate(step)
+                    self._check_good(step, held_out)
+                    self._save(clock, held_out)
+        return ExitCode.DONE
+
+    def _check_good(self, step: int, held_out: dict[str, float]) -> None:
+        """Stops the run before it saves a step that has diverged: one whose figures or whose state are not finite."""
+        bad = [f"held-out {name}" for name, value in held_out.items() if not math.isfinite(value)]
+        if not bool(all_finite(self.state)):
+            bad.append("parameters")
+        if bad:
+            self._stop_diverged(step, bad)
+
+    def _stop_diverged(self, step: int, bad: list[str]) -> NoReturn:
+        last = self.saved.latest_step()
+        kept = f"the last good checkpoint is step {last}" if last is not None else "there is no checkpoint yet"
+        raise NonFiniteError(
+            f"step {step}: {', '.join(bad)} not finite; {kept} in {self.config.run.directory}. "
+            "Lower --optimizer.base_learning_rate, or begin again with a longer --optimizer.warmup_steps"
+        )
 
     def _next_batch(self) -> Batch:
         batch = next(self.batches)
@@ -215,21 +310,26 @@ class Run:
         for at, metrics in enumerate(values, first):
             bad = [name for name, value in metrics.items() if not np.isfinite(value)]
             if bad:
-                last = self.saved.latest_step()
-                kept = f"the last good checkpoint is step {last}" if last is not None else "there is no checkpoint yet"
-                raise NonFiniteError(f"step {at}: {', '.join(bad)} not finite; {kept} in {self.config.run.directory}")
+                self._stop_diverged(at, bad)
         means = {name: float(np.mean([m[name] for m in values])) for name in values[-1]}
         speed, waiting = clock.lap(len(values))
         remaining = (self.config.run.steps - step) / speed
         per_second = speed * self.config.data.batch_size
+        rate = float(self.schedule(step - 1))
         note = ", ".join(
             f"{n} {means[n]:.4g}" for n in ("l1", "lpips", "adaptive_weight", "discriminator") if n in means
         )
         self.log.metrics(
             step,
-            {**means, "images_per_second": per_second, "input_wait_share": waiting, "seconds": clock.total},
-            f"step {step}/{self.config.run.steps}: {note}; {per_second:.1f} images/s, ETA {_hms(remaining)}, "
-            f"{waiting:.0%} of the time waiting for input",
+            {
+                **means,
+                "learning_rate": rate,
+                "images_per_second": per_second,
+                "input_wait_share": waiting,
+                "seconds": clock.total,
+            },
+            f"step {step}/{self.config.run.steps}: {note}, learning rate {rate:.3g}; "
+            f"{per_second:.1f} images/s, ETA {_hms(remaining)}, {waiting:.0%} of the time waiting for input",
         )
 
     def _parameters(self) -> Params:
@@ -240,17 +340,18 @@ class Run:
         c = self.config
         size = c.data.batch_size // c.optimizer.accumulate
         split_over = sharding.batch_sharding(self.mesh)
-        results, pictures = [], None
+        results: list[Metrics] = []
+        first: tuple[jax.Array, jax.Array] | None = None
         for begin in range(0, len(self.held_out["image"]), size):
             batch = {name: place(x[begin : begin + size], split_over) for name, x in self.held_out.items()}
             metrics, recon = self._evaluate(self._parameters(), self.perceptual, batch)
             results.append(metrics)
-            if pictures is None:
-                pictures = self._grid(batch["image"], np.asarray(recon))
+            first = first or (batch["image"], recon)
         means = {f"held_out/{k}": float(np.mean([r[k] for r in jax.device_get(results)])) for k in results[0]}
         note = ", ".join(f"{name.removeprefix('held_out/')} {value:.4g}" for name, value in means.items())
         self.log.metrics(step, means, f"step {step}: held out: {note}")
-        self.log.picture(step, pictures)
+        if first is not None and all(map(math.isfinite, means.values())):
+            self.log.picture(step, self._grid(first[0], np.asarray(first[1])))
         return {name.removeprefix("held_out/"): value for name, value in means.items()}
 
     def _grid(self, image: jax.Array, recon: np.ndarray) -> np.ndarray:
@@ -267,7 +368,8 @@ class Run:
         return images.grid([*columns, ("error x 4", errors)])
 
     def _save(self, clock: _Clock, metrics: dict[str, float] | None) -> None:
-        self.saved.save(self.state, {"iterator": self.batches.get_state(), "seconds": clock.total}, metrics)
+        progress = {"iterator": self.batches.get_state(), "seconds": clock.total, "inputs": self.identities}
+        self.saved.save(self.state, progress, metrics)
         self.log.flush()
 
 
@@ -329,23 +431,6 @@ class _Clock:
         spent, waited = max(now - self._lap, 1e-9), self._waited
         self._lap, self._waited = now, 0.0
         return steps / spent, waited / spent
-
-
-@contextmanager
-def _sigterm() -> Iterator[Callable[[], bool]]:
-    """Yields a function, to be called before each step, that says on all processes alike whether the run is to stop."""
-    if jax.process_count() > 1:
-        # jax.distributed catches SIGTERM itself and agrees with all processes on a call to come. Calls are counted from
-        # this start: with the step number, a signal before a resumed run's first call would name a call long past.
-        calls = itertools.count()
-        yield lambda: multihost_utils.reached_preemption_sync_point(next(calls))
-        return
-    told: list[int] = []
-    previous = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
-    try:
-        yield lambda: bool(told)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _hms(seconds: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ class TrainState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Networks:
+class Blueprint:
     """The static side of a run: module structures and optimizers; hashable, so that jit caches by it."""
 
     config: Config
@@ -59,7 +59,7 @@ def is_trained(config: Config, name: str) -> bool:
     return config.run.train_encoder or name.startswith("decoder.")
 
 
-def build_networks(config: Config) -> Networks:
+def make_blueprint(config: Config) -> Blueprint:
     """The networks' structure; allocates nothing."""
     autoencoder, params = structure(config.model)
     discriminator, _ = split(nnx.eval_shape(lambda: Discriminator(config.loss, config.model, rngs=nnx.Rngs(0))))
@@ -68,7 +68,7 @@ def build_networks(config: Config) -> Networks:
         dtype = jnp.dtype(config.model.dtype)
         lpips, _ = split(nnx.eval_shape(lambda: LPIPS("vgg16", dtype=dtype, rngs=nnx.Rngs(0))))
     trained = {name: value for name, value in params.items() if is_trained(config, name)}
-    return Networks(
+    return Blueprint(
         config,
         autoencoder,
         discriminator,
@@ -78,9 +78,9 @@ def build_networks(config: Config) -> Networks:
     )
 
 
-def init_state(networks: Networks) -> TrainState:
+def init_state(blueprint: Blueprint) -> TrainState:
     """The state before the first step, from the config's seed alone."""
-    config = networks.config
+    config = blueprint.config
     key = jax.random.key(config.run.seed)
     _, params = split(Autoencoder(config.model, rngs=nnx.Rngs(jax.random.fold_in(key, 0))))
     rngs = nnx.Rngs(jax.random.fold_in(key, 1))
@@ -91,30 +91,30 @@ def init_state(networks: Networks) -> TrainState:
         key=jax.random.key_data(jax.random.fold_in(key, 2)),
         params=trained,
         frozen={name: value for name, value in params.items() if name not in trained},
-        optimizer=networks.optimizer.init(trained),
+        optimizer=blueprint.optimizer.init(trained),
         ema=jax.tree.map(jnp.copy, trained) if config.optimizer.ema_decay else {},
         discriminator=discriminator,
         batch_stats=stats,
-        discriminator_optimizer=networks.discriminator_optimizer.init(discriminator),
+        discriminator_optimizer=blueprint.discriminator_optimizer.init(discriminator),
     )
 
 
-def abstract_state(networks: Networks, mesh: Mesh) -> TrainState:
+def abstract_state(blueprint: Blueprint, mesh: Mesh) -> TrainState:
     """The state's shapes, types and shardings; allocates nothing."""
-    return sharding.placed_shapes(jax.eval_shape(lambda: init_state(networks)), mesh)
+    return sharding.placed_shapes(jax.eval_shape(lambda: init_state(blueprint)), mesh)
 
 
-def create_state(networks: Networks, mesh: Mesh, initial: Params | None = None) -> TrainState:
+def create_state(blueprint: Blueprint, mesh: Mesh, initial: Params | None = None) -> TrainState:
     """Initialises the state under its shardings, so that nothing is ever whole on one device.
 
     Args:
-        networks: from `build_networks`.
+        blueprint: from `make_blueprint`.
         mesh: the device mesh.
         initial: parameters that replace the random ones (see `starting_parameters`).
     """
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(networks, mesh))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(blueprint, mesh))
     with jax.set_mesh(mesh):
-        state = jax.jit(lambda: init_state(networks), out_shardings=shardings)()
+        state = jax.jit(lambda: init_state(blueprint), out_shardings=shardings)()
     if initial:
         places = {**shardings.params, **shardings.frozen}
         # Copies: the step donates the state's buffers, and the caller keeps its own (`place` may alias them).
@@ -123,7 +123,7 @@ def create_state(networks: Networks, mesh: Mesh, initial: Params | None = None) 
             params={n: given.get(n, x) for n, x in state.params.items()},
             frozen={n: given.get(n, x) for n, x in state.frozen.items()},
         )
-    if networks.config.optimizer.ema_decay:
+    if blueprint.config.optimizer.ema_decay:
         # A copy on the device, made after the replacement: the average begins at the very parameters of the run.
         state = state._replace(ema=jax.tree.map(lambda x: x.copy(), state.params))
     return state
@@ -146,14 +146,11 @@ def starting_parameters(config: Config, source: ModelConfig, params: Params) -> 
         ConfigError: the checkpoint's encoder or latent is not the one that the config describes, or its decoder cannot
             grow into the config's.
     """
-    same: dict[str, Any] = {
-        name: getattr(source, name)
-        for name in ("image_channels", "latent_channels", "encoder_channels", "encoder_blocks", "quant_conv",
-                     "norm_groups", "scaling_factor", "shift_factor", "attention_levels", "mid_attention",
-                     "codebook_size")
-    }  # fmt: skip
-    differing = [f"model.{n}={getattr(config.model, n)!r} (there {v!r})" for n, v in same.items()
-                 if getattr(config.model, n) != v]  # fmt: skip
+    differing = [
+        f"model.{name}={value!r} (there {getattr(source, name)!r})"
+        for name, value in config.model.encoder_fields().items()
+        if getattr(source, name) != value
+    ]
     if differing:
         raise ConfigError(
             f"run.init_from={config.run.init_from!r} holds another encoder: {', '.join(differing)}; "

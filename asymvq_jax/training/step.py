@@ -25,7 +25,7 @@ from asymvq_jax.models.codebook import usage
 from asymvq_jax.models.discriminator import BatchStat
 from asymvq_jax.models.parameters import Params, merge, state_of
 from asymvq_jax.training.corruption import corrupt, halo
-from asymvq_jax.training.state import Networks, TrainState
+from asymvq_jax.training.state import Blueprint, TrainState
 
 Metrics = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
@@ -45,7 +45,7 @@ class Gradients(NamedTuple):
 
 
 def train_step(
-    state: TrainState, perceptual: Params, batch: Batch, *, networks: Networks, adversarial: bool
+    state: TrainState, perceptual: Params, batch: Batch, *, blueprint: Blueprint, adversarial: bool
 ) -> tuple[TrainState, Metrics]:
     """Updates the decoder (in a first stage the whole autoencoder) and, once it has started, the discriminator.
 
@@ -53,17 +53,17 @@ def train_step(
         state: the training state.
         perceptual: LPIPS's parameters; empty where loss.perceptual_weight is 0.
         batch: "image" (b, h, w, 3) and "mask" (b, h, w, 1), uint8 in [0, 255] and {0, 1}.
-        networks: the static side of the run.
+        blueprint: the static side of the run.
         adversarial: whether the discriminator has started (step >= loss.gan_start).
 
     Returns:
         The next state, and scalar float32 metrics.
     """
-    config = networks.config
+    config = blueprint.config
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     image, mask = to_float(batch["image"]), batch["mask"].astype(jnp.float32)
 
-    gradients = partial(_gradients, networks, state, perceptual, adversarial=adversarial)
+    gradients = partial(_gradients, blueprint, state, perceptual, adversarial=adversarial)
     count = config.optimizer.accumulate
     if count == 1:
         grads, stats, metrics = gradients(state.batch_stats, image, mask, key)
@@ -72,13 +72,14 @@ def train_step(
     if config.model.codebook_size:
         metrics |= usage(metrics.pop(CODE_SHARES))
 
-    updates, optimizer = networks.optimizer.update(grads.params, state.optimizer, state.params)
+    updates, optimizer = blueprint.optimizer.update(grads.params, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics |= _norms("", grads.params, updates, params)
-    ema = {n: _lerp(old, params[n], 1 - config.optimizer.ema_decay) for n, old in state.ema.items()}
+    # Where no average is kept, it is empty.
+    ema = optax.incremental_update(params, state.ema, 1 - config.optimizer.ema_decay) if state.ema else {}
     state = state._replace(step=state.step + 1, params=params, optimizer=optimizer, ema=ema, batch_stats=stats)
     if adversarial:
-        updates, optimizer = networks.discriminator_optimizer.update(
+        updates, optimizer = blueprint.discriminator_optimizer.update(
             grads.discriminator, state.discriminator_optimizer, state.discriminator
         )
         params = optax.apply_updates(state.discriminator, updates)
@@ -87,16 +88,16 @@ def train_step(
     return state, metrics
 
 
-def compiled_step(networks: Networks, state: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
+def compiled_step(blueprint: Blueprint, state: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
     """`train_step` under jit: (state, perceptual, batch, *, adversarial).
 
     Args:
-        networks: the static side of the run.
+        blueprint: the static side of the run.
         state: the state, or its shapes, with the places that it keeps; each call takes over the memory of its state.
         mesh: the device mesh, on which the metrics are replicated.
     """
     return jax.jit(
-        partial(train_step, networks=networks),
+        partial(train_step, blueprint=blueprint),
         static_argnames="adversarial",
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)),
@@ -134,7 +135,7 @@ def _accumulate(
 
 
 def _gradients(
-    networks: Networks,
+    blueprint: Blueprint,
     state: TrainState,
     perceptual: Params,
     stats: Params,
@@ -145,12 +146,12 @@ def _gradients(
     adversarial: bool,
 ) -> tuple[Gradients, Params, Metrics]:
     """Losses and gradients of one micro-batch: image (b, h, w, 3) in [-1, 1], mask (b, h, w, 1)."""
-    config, harmonise = networks.config, networks.config.harmonise
+    config, harmonise = blueprint.config, blueprint.config.harmonise
     # A key of its own, so that the posterior's sample is that of a training without corruption.
     seen = corrupt(image, mask, jax.random.fold_in(key, CORRUPTION), harmonise) if harmonise.probability else image
 
     def reconstruct(params: Params) -> tuple[tuple[jax.Array, Metrics], tuple[jax.Array, Metrics]]:
-        model = merge(networks.autoencoder, {**state.frozen, **params})
+        model = merge(blueprint.autoencoder, {**state.frozen, **params})
         latent = model.encode(seen)
         condition = (image, mask) if config.model.condition else (None, None)
         features = model.decode_features(latent.sample(key), *condition)
@@ -160,7 +161,7 @@ def _gradients(
     (recon, penalties), pull_params, (features, shares) = jax.vjp(reconstruct, state.params, has_aux=True)
     weights = _penalty_weights(config, math.prod(image.shape[1:]))
 
-    lpips = None if networks.lpips is None else merge(networks.lpips, perceptual)
+    lpips = None if blueprint.lpips is None else merge(blueprint.lpips, perceptual)
     (nll, parts), cotangent = jax.value_and_grad(reconstruction_loss, has_aux=True)(
         recon,
         image,
@@ -174,8 +175,8 @@ def _gradients(
     metrics = {"nll": nll, "loss": nll + penalty, **parts, **penalties, **shares}
     discriminator: Params = {}
     if adversarial:
-        pull_kernel = _last_layer(networks, state, features)
-        discriminator, stats, gan_cotangent, gan_metrics = _adversarial(networks, state, stats, image, recon)
+        pull_kernel = _last_layer(blueprint, state, features)
+        discriminator, stats, gan_cotangent, gan_metrics = _adversarial(blueprint, state, stats, image, recon)
         weight = config.loss.gan_weight * adaptive_weight(pull_kernel(cotangent), pull_kernel(gan_cotangent))
         cotangent = cotangent + weight * gan_cotangent
         metrics |= gan_metrics
@@ -199,11 +200,11 @@ def _penalty_weights(config: Config, elements: int) -> dict[str, float]:
     }
 
 
-def _last_layer(networks: Networks, state: TrainState, features: jax.Array) -> jax.tree_util.Partial:
+def _last_layer(blueprint: Blueprint, state: TrainState, features: jax.Array) -> jax.tree_util.Partial:
     """The map from a cotangent at the image to the gradient of the last convolution's kernel."""
 
     def to_image(kernel: jax.Array) -> jax.Array:
-        model = merge(networks.autoencoder, {**state.frozen, **state.params})
+        model = merge(blueprint.autoencoder, {**state.frozen, **state.params})
         return model.decoder.to_image(features, kernel)
 
     _, pull = jax.vjp(to_image, state.params[LAST_KERNEL])
@@ -211,7 +212,7 @@ def _last_layer(networks: Networks, state: TrainState, features: jax.Array) -> j
 
 
 def _adversarial(
-    networks: Networks, state: TrainState, stats: Params, image: jax.Array, recon: jax.Array
+    blueprint: Blueprint, state: TrainState, stats: Params, image: jax.Array, recon: jax.Array
 ) -> tuple[Params, Params, jax.Array, Metrics]:
     """The discriminator's gradients, its batch statistics, and the generator term's cotangent at the image.
 
@@ -219,7 +220,7 @@ def _adversarial(
     """
 
     def judge(params: Params, picture: jax.Array, stats: Params) -> tuple[jax.Array, Params]:
-        model = merge(networks.discriminator, {**params, **stats})
+        model = merge(blueprint.discriminator, {**params, **stats})
         return model(picture), state_of(model, BatchStat)
 
     fake, pull_fake, moved = jax.vjp(partial(judge, stats=stats), state.discriminator, recon, has_aux=True)
@@ -245,12 +246,8 @@ def _norms(prefix: str, grads: Params, updates: Params, params: Params) -> Metri
     return {prefix + name: optax.tree.norm(tree) for name, tree in trees.items()}
 
 
-def _lerp(old: jax.Array, new: jax.Array, share: float) -> jax.Array:
-    return old + share * (new - old)
-
-
 def eval_step(
-    params: Params, perceptual: Params, batch: Batch, *, networks: Networks, pictures: int
+    params: Params, perceptual: Params, batch: Batch, *, blueprint: Blueprint, pictures: int
 ) -> tuple[Metrics, jax.Array]:
     """Held-out losses at the latent's mode.
 
@@ -258,18 +255,18 @@ def eval_step(
         params: all of the autoencoder's parameters.
         perceptual: LPIPS's parameters.
         batch: as in `train_step`.
-        networks: the static side of the run.
+        blueprint: the static side of the run.
         pictures: how many reconstructions to return.
 
     Returns:
-        Scalars "nll", "l1", "lpips", and "preservation" (mean squared error over the preserved pixels) with its weight
-        "preserved" (their share); and (pictures, h, w, 3) reconstructions.
+        Scalars "nll", "l1", "lpips" (where loss.perceptual_weight is not 0), and "preservation", the mean squared error
+        over the preserved pixels on the [-1, 1] scale; and (pictures, h, w, 3) reconstructions.
     """
-    config = networks.config
+    config = blueprint.config
     image, mask = to_float(batch["image"]), batch["mask"].astype(jnp.float32)
-    model = merge(networks.autoencoder, params)
+    model = merge(blueprint.autoencoder, params)
     recon = model.decode(model.encode(image).mode(), *((image, mask) if config.model.condition else (None, None)))
-    lpips = None if networks.lpips is None else merge(networks.lpips, perceptual)
+    lpips = None if blueprint.lpips is None else merge(blueprint.lpips, perceptual)
     nll, parts = reconstruction_loss(recon, image, lpips, config.loss.perceptual_weight, config.loss.reduction)
     keep = jnp.broadcast_to(1.0 - mask, image.shape)
     error = jnp.sum(keep * jnp.square(recon - image)) / jnp.maximum(jnp.sum(keep), 1.0)
