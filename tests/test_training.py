@@ -1,6 +1,7 @@
 """The loop: what a run writes, how it ends, and that a killed run resumes to the very same parameters."""
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
@@ -22,7 +23,7 @@ from asymvq_jax.commands import train as command
 from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 from asymvq_jax.devices import cluster
 from asymvq_jax.errors import CheckpointError, ConfigError, ExitCode, NonFiniteError, OutputError
-from asymvq_jax.files import addresses, images
+from asymvq_jax.files import images
 from asymvq_jax.files.locks import only_owner
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.checkpoints import load_model, load_parameters, save_model
@@ -386,7 +387,8 @@ def test_bad_input_ends_before_training_with_one_line(first, tmp_path, overrides
     (tmp_path / "file").write_text("")
     overrides = [o.format(file=tmp_path / "file") for o in overrides]
     monkeypatch.setattr(sys, "argv", _command(first, "bad", *overrides)[1:])
-    monkeypatch.setattr(addresses.importlib.util, "find_spec", lambda _: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gcsfs" else find(name, *rest))
     # This process has used its devices already, and can join no others.
     monkeypatch.setattr(cluster, "join", lambda: None)
     assert command.main() == 2
