@@ -1,5 +1,6 @@
 """The scripts of examples/ do on tiny models what they say."""
 
+import json
 import runpy
 import sys
 
@@ -110,3 +111,26 @@ def test_a_decoder_is_trained_for_other_latents(photos, tiny, trained, tmp_path,
     assert (config.model.decoder_channels, config.model.condition, config.run.steps) == ((32, 64), True, 9)
     taken = starting_parameters(config, *load_parameters(config.run.init_from))
     assert "encoder.conv_in.kernel" in taken
+
+
+def test_the_curves_of_runs_are_drawn(tmp_path, monkeypatch, capsys):
+    for name in ("a", "b"):
+        lines = [{"step": step, "l1": 1 / step, "adaptive_weight": step} for step in (10, 20, 30)]
+        lines += [{"step": 30, "held_out/l1": 0.1, "held_out/preservation": 0.2}]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs, out = [tmp_path / "a", tmp_path / "b"], tmp_path / "curves.svg"
+    with pytest.raises(SystemExit) as end:
+        run("plot_run.py", *runs, "--out", out, monkeypatch=monkeypatch)
+    assert end.value.code == 0
+    text = out.read_text()
+    for title in ("l1", "adaptive weight", "preservation", f"{tmp_path}/b, held out"):
+        assert f"<!-- {title} -->" in text
+    for arguments, message in (
+        ([*runs, "--values", "l2"], "--values l2: expected some of adaptive_weight, l1, preservation"),
+        ([tmp_path], f"no metrics.jsonl in {tmp_path}"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            run("plot_run.py", *arguments, "--out", out, monkeypatch=monkeypatch)
+        assert end.value.code == 2
+        assert message in capsys.readouterr().err
