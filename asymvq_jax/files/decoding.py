@@ -25,6 +25,11 @@ Array = npt.NDArray[Any]
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 # From half of that bound on it warns, in words about its own code.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Of damaged metadata, which `metadata.read_metadata` tells about.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+# These log what they raise.
+for _name in ("PIL", "tifffile"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 _LIMIT = threading.Lock()
 _ORIENTATION = 0x0112
 
@@ -75,7 +80,7 @@ def _open(stream: IO[bytes]) -> Image.Image:
             import pillow_heif
         except ImportError:
             raise ImageError(
-                "is a HEIC picture, which takes pillow-heif: pip install pillow-heif; or convert it to PNG or JPEG"
+                "is a HEIC picture, which takes pillow-heif (pip install 'asymvq-jax[heic]'); or convert it to PNG or JPEG"
             ) from None
         pillow_heif.register_heif_opener()
     return Image.open(stream)
@@ -315,7 +320,7 @@ def _deep(image: Image.Image, data: bytes) -> Pixels | None:
     if image.format == "PNG" and data[24] == 16 and data[25] in (2, 4, 6):
         # Pillow sees whether the file is whole; OpenCV fills what is missing.
         image.load()
-        return _from_bgr(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED), grey=data[25] == 4)
+        return _from_bgr(_imdecode(data), grey=data[25] == 4)
     if image.format == "TIFF":
         bits = image.tag_v2.get(258, (1,))  # type: ignore[attr-defined]
         if max(bits) > 8 and not image.mode.startswith(("I", "F")):
@@ -323,6 +328,15 @@ def _deep(image: Image.Image, data: bytes) -> Pixels | None:
     if image.format == "PPM" and image.mode == "RGB":
         return _from_pnm(data)
     return None
+
+
+def _imdecode(data: bytes) -> Array | None:
+    """OpenCV's reading of a file, without what it would write to stderr about a damaged one."""
+    level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    finally:
+        cv2.utils.logging.setLogLevel(level)
 
 
 def _from_bgr(array: Array | None, *, grey: bool = False) -> Pixels:
@@ -366,8 +380,6 @@ def _reason(error: Exception) -> str:
 def _from_tiff(data: bytes, *, large: bool = True) -> Pixels:
     import tifffile
 
-    # It logs what it raises.
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages.first
         # 3 is a palette.
@@ -408,7 +420,7 @@ def _tiff_array(page: Any, data: bytes) -> Array:
     try:
         return np.asarray(page.asarray())
     except ValueError:
-        array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        array = _imdecode(data)
         if array is None:
             raise
         return array[..., (2, 1, 0, 3)[: array.shape[2]]] if array.ndim == 3 else array
