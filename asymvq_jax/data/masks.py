@@ -9,6 +9,7 @@ import functools
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -140,7 +141,7 @@ def _draw_boxes(mask: np.ndarray, rng: np.random.Generator, config: MaskConfig) 
 
 def _draw_superres(mask: np.ndarray, rng: np.random.Generator, config: MaskConfig) -> None:
     for lines in (mask, mask.swapaxes(0, 1)):
-        step = rng.integers(*config.superres_step, endpoint=True)
+        step = int(rng.integers(*config.superres_step, endpoint=True))
         width = rng.integers(config.superres_width[0], min(step - 1, config.superres_width[1]), endpoint=True)
         offset = rng.integers(step)
         lines[(np.arange(len(mask)) - offset) % step < width] = 1
@@ -182,7 +183,8 @@ def samples() -> np.ndarray:
     rng = np.random.default_rng(0)
     columns = []
     for name, fields in distributions.items():
-        config = MaskConfig(**fields, full_probability=0.0)
+        values: dict[str, Any] = fields
+        config = MaskConfig(**values, full_probability=0.0)
         masks = [random_mask(rng, 128, config) for _ in range(4)]
         # Not white, which the gaps between the cells are.
         columns.append((name, [np.where(mask.repeat(3, axis=-1), np.uint8(200), np.uint8(0)) for mask in masks]))

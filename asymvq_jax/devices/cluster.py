@@ -8,6 +8,7 @@ import re
 import socket
 import sys
 import threading
+from typing import Any
 
 import jax
 
@@ -43,7 +44,7 @@ def join() -> None:
             not free.
     """
     told = _told()
-    explicit = {}
+    explicit: dict[str, Any] = {}
     try:
         if len(told) == 3:
             # JAX itself reads the address only.
@@ -109,7 +110,8 @@ def share() -> tuple[int, int]:
             raise ConfigError(f"which share of the work is this process's? Set {COUNT} and {INDEX}; got {told}")
         # libtpu counts the hosts of a pod; elsewhere this is (0, 1).
         return jax.process_index(), jax.process_count()
-    count, index, local = (os.environ.get(name) for name in launcher)
+    count, index = os.environ[launcher[0]], os.environ[launcher[1]]
+    local = os.environ.get(launcher[2])
     if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
         names = " and ".join(launcher[:2])
         raise ConfigError(f"{names} are {count!r} and {index!r}: expected a number and an index from 0 to below it")

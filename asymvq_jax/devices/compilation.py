@@ -20,7 +20,8 @@ def keep_compiled_programs() -> None:
     (jax_persistent_cache_min_compile_time_secs, jax_enable_compilation_cache, ...) apply. The cache only saves time:
     where there is no place for it, there is none.
     """
-    told = jax.config.jax_compilation_cache_dir
+    name = "jax_compilation_cache_dir"
+    told = getattr(jax.config, name)
     try:
         place = told or str(Path.home() / ".cache" / "asymvq_jax" / "xla")
         if "://" not in place:
@@ -28,6 +29,6 @@ def keep_compiled_programs() -> None:
     # Path.home() raises RuntimeError for a user who has none.
     except (OSError, RuntimeError) as error:
         log.info("compiled programs are not kept: %s", error)
-        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update(name, None)
         return
-    jax.config.update("jax_compilation_cache_dir", place)
+    jax.config.update(name, place)

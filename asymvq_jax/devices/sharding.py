@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from asymvq_jax.config import MeshConfig
 from asymvq_jax.errors import ConfigError
@@ -78,7 +78,7 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
         )
 
 
-def parameter_spec(shape: Sequence[int], mesh: Mesh, itemsize: int = 4) -> PartitionSpec:
+def parameter_spec(shape: Sequence[int], mesh: Mesh | AbstractMesh, itemsize: int = 4) -> PartitionSpec:
     """The rule for one array: output channels over tensor, the wider of the other channel axes over fsdp.
 
     Kernels are (height, width, in, out); anything of another rank, and anything small, is replicated, and on a height
@@ -91,13 +91,13 @@ def parameter_spec(shape: Sequence[int], mesh: Mesh, itemsize: int = 4) -> Parti
     return PartitionSpec(None, None, inputs, outputs)
 
 
-def state_sharding(state: object, mesh: Mesh) -> object:
+def state_sharding(state: Any, mesh: Mesh) -> Any:
     """Shardings for a tree of (abstract) arrays: parameters and all that mirrors them, by `parameter_spec`.
 
     Logs every large array that the rule had to leave replicated along an axis of the mesh.
     """
 
-    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         spec = parameter_spec(leaf.shape, mesh, np.dtype(leaf.dtype).itemsize if hasattr(leaf, "dtype") else 4)
         wanted = [a for a in ("fsdp", "tensor") if spec and mesh.shape[a] > 1 and a not in spec]
         if wanted:
@@ -125,7 +125,8 @@ def constrain_activation(x: jax.Array) -> jax.Array:
         spec = PartitionSpec(None, HEIGHT, *[free] * (x.ndim - 2))
     else:
         spec = PartitionSpec(BATCH_AXES, *[free] * (x.ndim - 1))
-    return jax.lax.with_sharding_constraint(x, spec)
+    constrained: jax.Array = jax.lax.with_sharding_constraint(x, spec)
+    return constrained
 
 
 def activation_ways() -> int:
@@ -136,14 +137,15 @@ def activation_ways() -> int:
 
 def height_ways() -> int:
     """Over how many devices the current mesh splits a picture's rows; 1 without a height mesh."""
-    return jax.sharding.get_abstract_mesh().shape.get(HEIGHT, 1)
+    return int(jax.sharding.get_abstract_mesh().shape.get(HEIGHT, 1))
 
 
 def gather_rows(x: jax.Array) -> jax.Array:
     """Gathers what the current height mesh splits by rows, once, onto every device; without one, does nothing."""
     if height_ways() == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * x.ndim))
+    gathered: jax.Array = jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * x.ndim))
+    return gathered
 
 
 def gather_kernel(kernel: jax.Array) -> jax.Array:
@@ -153,4 +155,6 @@ def gather_kernel(kernel: jax.Array) -> jax.Array:
         return kernel
     spec = parameter_spec(kernel.shape, mesh)
     outputs = "tensor" if spec and spec[-1] == "tensor" else None
-    return jax.lax.with_sharding_constraint(kernel, PartitionSpec(*[None] * (kernel.ndim - 1), outputs))
+    whole = PartitionSpec(*[None] * (kernel.ndim - 1), outputs)
+    gathered: jax.Array = jax.lax.with_sharding_constraint(kernel, whole)
+    return gathered

@@ -107,7 +107,7 @@ def read_example_config(stored: Mapping[str, Any], name: str) -> ExampleConfig:
     side = size.get("shortest_edge") if isinstance(size, Mapping) else size
     square = (crop.get("height"), crop.get("width")) if isinstance(crop, Mapping) else (crop, crop)
     off = [n for n in ("do_resize", "do_center_crop", "do_rescale", "do_normalize") if not stored.get(n, True)]
-    if off or square != (side, side) or stored.get("resample", 3) != 3:
+    if not isinstance(side, int) or off or square != (side, side) or stored.get("resample", 3) != 3:
         raise CLIPError(f"{name}: expected a bicubic resize and a square crop of one size, and normalisation")
     means = {n: tuple(stored.get(f"image_{n}", getattr(default, n))) for n in ("mean", "std")}
     return ExampleConfig(size=side, **means)
@@ -147,11 +147,11 @@ class Block(nnx.Module):
     """Self-attention and feed-forward, each after a normalisation and with a residual."""
 
     def __init__(self, config: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        channels, same = config.channels, {"dtype": dtype, "rngs": rngs}
+        channels = config.channels
         self.norm1 = LayerNorm(channels, epsilon=config.epsilon, dtype=dtype)
-        self.attention = MultiHeadAttention(channels, channels, config.heads, bias=True, **same)
+        self.attention = MultiHeadAttention(channels, channels, config.heads, bias=True, dtype=dtype, rngs=rngs)
         self.norm2 = LayerNorm(channels, epsilon=config.epsilon, dtype=dtype)
-        self.feed_forward = FeedForward(channels, config.inner, activation=config.activation, **same)
+        self.feed_forward = FeedForward(channels, config.inner, activation=config.activation, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, causal: bool = False) -> jax.Array:
         """(b, n, channels) -> (b, n, channels)."""
@@ -185,20 +185,21 @@ class ImageEncoder(nnx.Module):
 
     def __init__(self, config: ImageConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         inner, side = config.transformer, config.size // config.patch
-        channels, same = inner.channels, {"dtype": dtype, "rngs": rngs}
-        norm = {"epsilon": inner.epsilon, "dtype": dtype}
+        channels = inner.channels
         self.config = config
         self.dtype = dtype
-        self.patches = Conv(3, channels, config.patch, stride=config.patch, padding=(0, 0), bias=False, **same)
+        self.patches = Conv(
+            3, channels, config.patch, stride=config.patch, padding=(0, 0), bias=False, dtype=dtype, rngs=rngs
+        )
         self.class_token = nnx.Param(jnp.zeros((channels,), jnp.float32))
         self.positions = nnx.Embed(side**2 + 1, channels, param_dtype=jnp.float32, rngs=rngs)
-        self.norm_in = LayerNorm(channels, **norm)
-        self.blocks = nnx.List([Block(inner, **same) for _ in range(inner.layers)])
-        self.norm_pooled = LayerNorm(channels, **norm)
+        self.norm_in = LayerNorm(channels, epsilon=inner.epsilon, dtype=dtype)
+        self.blocks = nnx.List([Block(inner, dtype=dtype, rngs=rngs) for _ in range(inner.layers)])
+        self.norm_pooled = LayerNorm(channels, epsilon=inner.epsilon, dtype=dtype)
         mapper = TransformerConfig(channels, 4 * channels, config.mapper_layers, 1, "gelu", 1e-5)
-        self.mapper = nnx.List([Block(mapper, **same) for _ in range(mapper.layers)])
+        self.mapper = nnx.List([Block(mapper, dtype=dtype, rngs=rngs) for _ in range(mapper.layers)])
         self.norm_out = LayerNorm(channels, dtype=dtype)
-        self.proj_out = linear(channels, config.outputs, **same)
+        self.proj_out = linear(channels, config.outputs, dtype=dtype, rngs=rngs)
         # In place of an example's features where there is no example: for guidance.
         self.unconditional = nnx.Param(jnp.zeros((1, 1, config.outputs), jnp.float32))
 

@@ -110,7 +110,8 @@ def _flash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     n, d = query.shape[-2:]
     block = math.gcd(n, 512)
     sizes = flash_attention.BlockSizes(block_q=block, block_k_major=block, block_k=block, block_b=1)
-    return flash_attention.flash_attention(query, key, value, sm_scale=d**-0.5, block_sizes=sizes)
+    mixed: jax.Array = flash_attention.flash_attention(query, key, value, sm_scale=d**-0.5, block_sizes=sizes)
+    return mixed
 
 
 def _attend_in_parts(query: jax.Array, key: jax.Array, value: jax.Array, *, scores: int) -> jax.Array:
@@ -125,9 +126,11 @@ def _attend_in_parts(query: jax.Array, key: jax.Array, value: jax.Array, *, scor
 
     def one_head(inputs: list[jax.Array]) -> jax.Array:
         query, key, value = inputs
-        return jax.lax.map(lambda part: _attend(part, key, value), query.reshape(chunks, n // chunks, d))
+        mixed: jax.Array = jax.lax.map(lambda part: _attend(part, key, value), query.reshape(chunks, n // chunks, d))
+        return mixed
 
-    return jax.lax.map(one_head, [x.reshape(b * heads, -1, d) for x in (query, key, value)]).reshape(query.shape)
+    mixed: jax.Array = jax.lax.map(one_head, [x.reshape(b * heads, -1, d) for x in (query, key, value)])
+    return mixed.reshape(query.shape)
 
 
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool = False) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from asymvq_jax.diffusion.unet import UNet
 from asymvq_jax.models.parameters import split
 
 
-def _layers(prefixes: tuple[str, str, str], *names: tuple[str, str, str]) -> list[Row]:
+def _layers(prefixes: Sequence[str], *names: tuple[str, str, str]) -> list[Row]:
     return [Row(*(f"{p}.{n}" for p, n in zip(prefixes, row, strict=True))) for row in names]
 
 

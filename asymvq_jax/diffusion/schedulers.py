@@ -94,12 +94,12 @@ def read_config(stored: Mapping[str, Any], name: str, kind: Kind | None = None) 
         SchedulerError: a class or an option that we do not have.
     """
     own = CLASSES.get(str(stored.get("_class_name")))
-    if kind is None and own is None:
+    chosen = kind or own
+    if chosen is None:
         raise SchedulerError(
             f"{name}: _class_name is {stored.get('_class_name')!r}; there are {', '.join(CLASSES)}; "
             f"choose one with --scheduler {'|'.join(DEFAULTS)}, and it runs on the same noise schedule"
         )
-    chosen = kind or own
     values = DEFAULTS[chosen] | dict(stored)
     problems = [
         f"{n}={values[n]!r} (there is {', '.join(c)})" for n, c in CHOICES.items() if values.get(n, c[0]) not in c
@@ -157,7 +157,7 @@ def _push(history: jax.Array, newest: jax.Array) -> jax.Array:
     return jnp.concatenate([newest[None], history[:-1]])
 
 
-def _weigh(weights: jax.Array, arrays: jax.Array) -> jax.Array:
+def _weigh(weights: jax.Array | np.ndarray, arrays: jax.Array) -> jax.Array:
     # Not a dot product, which a TPU would compute in bfloat16.
     return jnp.sum(weights.reshape(-1, *[1] * (arrays.ndim - 1)) * arrays, 0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ log = logging.getLogger(__name__)
 class Tokenizer:
     """CLIP's tokenizer, for texts of a fixed number of tokens, filled up with the token `pad`."""
 
-    def __init__(self, tokenizer: object, length: int, pad: int) -> None:
+    def __init__(self, tokenizer: Any, length: int, pad: int) -> None:
         self._tokenizer = tokenizer
         self._length = length
         self._pad = pad

@@ -38,7 +38,7 @@ class UNetConfig:
     @property
     def downsampling(self) -> int:
         """By how much the innermost level is smaller than the latent."""
-        return 2 ** (len(self.channels) - 1)
+        return int(2 ** (len(self.channels) - 1))
 
 
 # Of diffusers' options, those that change what is computed, with the values that Stable Diffusion 1 and 2 have.
@@ -126,11 +126,10 @@ class TimedBlock(nnx.Module):
     """Residual block to whose middle the time's features are added."""
 
     def __init__(self, inputs: int, outputs: int, config: UNetConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        norm = {"epsilon": config.norm_epsilon, "dtype": dtype}
-        self.norm1 = GroupNorm(inputs, config.norm_groups, **norm)
+        self.norm1 = GroupNorm(inputs, config.norm_groups, epsilon=config.norm_epsilon, dtype=dtype)
         self.conv1 = Conv(inputs, outputs, 3, dtype=dtype, rngs=rngs)
         self.time = linear(4 * config.channels[0], outputs, dtype=dtype, rngs=rngs)
-        self.norm2 = GroupNorm(outputs, config.norm_groups, **norm)
+        self.norm2 = GroupNorm(outputs, config.norm_groups, epsilon=config.norm_epsilon, dtype=dtype)
         self.conv2 = Conv(outputs, outputs, 3, dtype=dtype, rngs=rngs)
         self.shortcut = Conv(inputs, outputs, 1, dtype=dtype, rngs=rngs) if inputs != outputs else None
 
@@ -145,16 +144,15 @@ class Transformer(nnx.Module):
     """Over all pixels: attention to each other, attention to the context, gated feed-forward; with a residual."""
 
     def __init__(self, channels: int, heads: int, config: UNetConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        same = {"dtype": dtype, "rngs": rngs}
         self.norm = GroupNorm(channels, config.norm_groups, silu=False, dtype=dtype)
-        self.proj_in = linear(channels, channels, **same)
+        self.proj_in = linear(channels, channels, dtype=dtype, rngs=rngs)
         self.norm1 = LayerNorm(channels, dtype=dtype)
-        self.self_attention = MultiHeadAttention(channels, channels, heads, bias=False, **same)
+        self.self_attention = MultiHeadAttention(channels, channels, heads, bias=False, dtype=dtype, rngs=rngs)
         self.norm2 = LayerNorm(channels, dtype=dtype)
-        self.cross_attention = MultiHeadAttention(channels, config.context, heads, bias=False, **same)
+        self.cross_attention = MultiHeadAttention(channels, config.context, heads, bias=False, dtype=dtype, rngs=rngs)
         self.norm3 = LayerNorm(channels, dtype=dtype)
-        self.feed_forward = FeedForward(channels, 4 * channels, gated=True, **same)
-        self.proj_out = linear(channels, channels, **same)
+        self.feed_forward = FeedForward(channels, 4 * channels, gated=True, dtype=dtype, rngs=rngs)
+        self.proj_out = linear(channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
         """(b, h, w, channels), (b, m, config.context) -> (b, h, w, channels)."""
@@ -171,10 +169,12 @@ class UNetLevel(nnx.Module):
 
     def __init__(self, inputs: list[int], level: int, config: UNetConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         """`inputs` are the channels that each of the blocks takes."""
-        channels, same = config.channels[level], {"config": config, "dtype": dtype, "rngs": rngs}
-        self.blocks = nnx.List([TimedBlock(n, channels, **same) for n in inputs])
+        channels = config.channels[level]
+        self.blocks = nnx.List([TimedBlock(n, channels, config, dtype=dtype, rngs=rngs) for n in inputs])
         attentions = len(inputs) if config.attention[level] else 0
-        self.attentions = nnx.List([Transformer(channels, config.heads[level], **same) for _ in range(attentions)])
+        self.attentions = nnx.List(
+            [Transformer(channels, config.heads[level], config, dtype=dtype, rngs=rngs) for _ in range(attentions)]
+        )
 
     def run(self, i: int, x: jax.Array, time: jax.Array, context: jax.Array) -> jax.Array:
         """The i-th block and its transformer."""
@@ -228,19 +228,19 @@ class UNet(nnx.Module):
     def __init__(self, config: UNetConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
         self.dtype = dtype
-        first, last, same = config.channels[0], config.channels[-1], {"dtype": dtype, "rngs": rngs}
-        self.time1 = linear(first, 4 * first, **same)
-        self.time2 = linear(4 * first, 4 * first, **same)
-        self.conv_in = Conv(config.in_channels, first, 3, **same)
+        first, last = config.channels[0], config.channels[-1]
+        self.time1 = linear(first, 4 * first, dtype=dtype, rngs=rngs)
+        self.time2 = linear(4 * first, 4 * first, dtype=dtype, rngs=rngs)
+        self.conv_in = Conv(config.in_channels, first, 3, dtype=dtype, rngs=rngs)
         levels = range(len(config.channels))
-        self.down = nnx.List([DownLevel(i, config, **same) for i in levels])
-        self.mid_block1 = TimedBlock(last, last, config, **same)
-        self.mid_attention = Transformer(last, config.heads[-1], config, **same)
-        self.mid_block2 = TimedBlock(last, last, config, **same)
+        self.down = nnx.List([DownLevel(i, config, dtype=dtype, rngs=rngs) for i in levels])
+        self.mid_block1 = TimedBlock(last, last, config, dtype=dtype, rngs=rngs)
+        self.mid_attention = Transformer(last, config.heads[-1], config, dtype=dtype, rngs=rngs)
+        self.mid_block2 = TimedBlock(last, last, config, dtype=dtype, rngs=rngs)
         # From the innermost on.
-        self.up = nnx.List([UpLevel(i, config, **same) for i in reversed(levels)])
+        self.up = nnx.List([UpLevel(i, config, dtype=dtype, rngs=rngs) for i in reversed(levels)])
         self.norm_out = GroupNorm(first, config.norm_groups, epsilon=config.norm_epsilon, dtype=dtype)
-        self.conv_out = Conv(first, config.out_channels, 3, **same)
+        self.conv_out = Conv(first, config.out_channels, 3, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array) -> jax.Array:
         """The prediction, float32.
@@ -268,8 +268,8 @@ class UNet(nnx.Module):
             skips += level(skips[-1], time, context)
         x = self.mid_block1(skips[-1], time)
         x = self.mid_block2(self.mid_attention(x, context), time)
-        for level in self.up:
-            x = level(x, skips, time, context)
+        for above in self.up:
+            x = above(x, skips, time, context)
         return self.conv_out(self.norm_out(x)).astype(jnp.float32)
 
 

@@ -62,7 +62,7 @@ def _same(a: epath.Path, b: epath.Path) -> bool:
     try:
         return os.path.samefile(a, b)
     except (OSError, ValueError):
-        return a.resolve() == b.resolve()
+        return bool(a.resolve() == b.resolve())
 
 
 def write_bytes(path: str | epath.Path, data: bytes) -> None:
