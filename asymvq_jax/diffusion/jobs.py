@@ -130,7 +130,8 @@ def _folder_jobs(options: Generate, needed: Sequence[str]) -> list[Job]:
         missing += [
             f"{PARTS[part].replace('name', name)} (for {leading[name].name})" for part in needed if found[part] is None
         ]
-        jobs.append(Job(name, out / f"{name}.png", options.seed + i, **{part: str(found[part]) for part in needed}))
+        parts: dict[str, Any] = {part: str(found[part]) for part in needed}
+        jobs.append(Job(name, out / f"{name}.png", options.seed + i, **parts))
     if missing:
         raise GenerateError(f"--folder {options.folder}: missing {', '.join(missing)}")
     return jobs
@@ -139,7 +140,7 @@ def _folder_jobs(options: Generate, needed: Sequence[str]) -> list[Job]:
 def _read_prompt(path: epath.Path) -> str:
     try:
         # Windows' editors begin a text with a byte order mark.
-        prompt = path.read_bytes().decode("utf-8-sig").strip()
+        prompt: str = path.read_bytes().decode("utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise GenerateError(f"{path} is not readable text (UTF-8): {error}") from None
     if not prompt:

@@ -102,7 +102,7 @@ def _read(step: epath.Path) -> tuple[ModelConfig, Params]:
         stored = checkpointer.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
         config: ModelConfig = configs.from_dict(ModelConfig, stored["model"], "model.")
         _, shapes = structure(config)
-        abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=device) for k, v in shapes.items()}  # type: ignore[no-untyped-call]
+        abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=device) for k, v in shapes.items()}
         items = {"model": ocp.args.StandardRestore(abstract)}
         if (step / "ema").exists():
             with ocp.StandardCheckpointer(multiprocessing_options=alone) as reader:
