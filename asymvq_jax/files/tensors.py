@@ -103,14 +103,20 @@ def _load_numpy(data: bytes) -> object:
 
 
 def _load_safetensors(data: bytes) -> Mapping[str, object]:
-    # NumPy knows bfloat16 by this package, which comes with JAX.
-    import ml_dtypes  # noqa: F401
-    from safetensors.numpy import load
+    # Their own reader into NumPy does not know bfloat16, which this package brings.
+    import ml_dtypes
+    import safetensors
 
+    types = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
     try:
-        return dict(load(data))
+        found = safetensors.deserialize(data)
     except Exception as error:
         raise InputError(f"is a damaged .safetensors file: {error}; save it again as .npy with numpy.save") from None
+    return {
+        name: np.frombuffer(tensor["data"], types[tensor["dtype"]]).reshape(tensor["shape"])
+        for name, tensor in found
+        if tensor["dtype"] in types
+    }
 
 
 def _load_torch(data: bytes) -> Mapping[str, object]:
@@ -144,7 +150,6 @@ def _one(arrays: Mapping[str, object]) -> Array:
         shown = ", ".join(f"{name} {value.shape}" for name, value in list(numbers.items())[:5])
         raise InputError(f"holds {len(numbers)} arrays ({shown}): expected one; save it alone as .npy with numpy.save")
     value = numbers[named[0]] if len(numbers) > 1 else next(iter(numbers.values()))
-    # Kind V is what NumPy calls bfloat16 and the like.
-    if value.dtype.kind not in "fiu" and str(value.dtype) not in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
+    if value.dtype.kind not in "fiu" and str(value.dtype) != "bfloat16":
         raise InputError(f"holds values of type {value.dtype}: expected real numbers")
     return value.astype(np.float32) if value.dtype.kind not in "fiu" or value.dtype == np.float16 else value

@@ -1,0 +1,161 @@
+"""Latents as programs save them: files, layouts and scales."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from ml_dtypes import bfloat16
+from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
+
+from asymvq_jax.config import ModelConfig
+from asymvq_jax.errors import InputError
+from asymvq_jax.files.tensors import read_latent_file
+from asymvq_jax.inference.latents import understand
+
+CONFIG = ModelConfig()
+Z = np.random.default_rng(0).normal(size=(1, 4, 6, 9)).astype(np.float32)
+
+
+def _write(path, kind):
+    if kind == ".npy":
+        np.save(path, Z)
+    elif kind == ".npz":
+        np.savez_compressed(path, Z)
+    elif kind == ".npz with several":
+        np.savez(path, latents=Z, seed=np.array(3))
+    elif kind == ".safetensors":
+        save_file({"latent": Z}, path)
+    elif kind == "bfloat16":
+        save_torch({"anything": torch.from_numpy(Z).bfloat16()}, path)
+    elif kind == "torch tensor":
+        torch.save(torch.from_numpy(Z), path)
+    elif kind == "torch dictionary":
+        torch.save({"samples": torch.from_numpy(Z).half(), "batch_index": [0]}, path)
+    elif kind == "old torch":
+        torch.save(torch.from_numpy(Z), path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [".npy", ".npz", ".npz with several", ".safetensors", "bfloat16", "torch tensor", "torch dictionary", "old torch"],
+)
+def test_files_are_told_by_their_content(tmp_path, kind):
+    path = tmp_path / "a.bin"
+    with path.open("wb") as stream:
+        _write(stream if kind.startswith(".np") or "torch" in kind else path, kind)
+    read = read_latent_file(path)
+    assert read.scaled is None
+    tolerance = 1e-2 if kind in ("bfloat16", "torch dictionary") else 0
+    np.testing.assert_allclose(read.values, Z, atol=tolerance, rtol=tolerance)
+
+
+def test_comfyui_says_by_a_mark_that_a_latent_is_not_scaled(tmp_path):
+    save_file({"latent_tensor": Z, "latent_format_version_0": np.zeros(0, np.float32)}, tmp_path / "new.latent")
+    save_file({"latent_tensor": Z}, tmp_path / "old.latent")
+    assert read_latent_file(tmp_path / "new.latent").scaled is False
+    assert read_latent_file(tmp_path / "old.latent").scaled is True
+    np.testing.assert_array_equal(read_latent_file(tmp_path / "new.latent").values, Z)
+
+
+class _Stranger:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+@pytest.mark.parametrize(
+    "kind", ["empty", "objects", "complex", "text", "cut", "two", "nothing", "picture", "code", "none"]
+)
+def test_other_files_end_in_one_line(tmp_path, kind, capsys):
+    path = tmp_path / "a.npy"
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "cut":
+        np.save(path, Z)
+        path.write_bytes(path.read_bytes()[:-100])
+    elif kind == "two":
+        np.savez(tmp_path / "b.npz", one=Z, two=Z)
+        (tmp_path / "b.npz").rename(path)
+    elif kind == "nothing":
+        path.write_bytes(b"no numbers")
+    elif kind == "picture":
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
+    elif kind == "code":
+        torch.save({"latent": _Stranger()}, path)
+    elif kind != "none":
+        np.save(path, {"objects": np.array([Z, None], object), "complex": Z * 1j, "text": Z.astype(str)}[kind])
+    with pytest.raises(InputError, match=rf"^latent {re.escape(str(path))} (?!.*pickle)") as error:
+        read_latent_file(path)
+    assert "\n" not in str(error.value)
+    assert capsys.readouterr().out == ""
+
+
+OWN = np.random.default_rng(1).normal(size=(1, 6, 9, 4)).astype(np.float32) * 5
+SIZE = (45, 72)
+MASK = np.zeros((*SIZE, 1), np.float32)
+MASK[10:30, 20:50] = 1
+
+
+def _edited(noise=0.3):
+    """Another latent under the mask, and roughly the picture's own elsewhere."""
+    rng = np.random.default_rng(2)
+    edited = OWN + noise * rng.normal(size=OWN.shape).astype(np.float32)
+    edited[:, 1:4, 2:7] = 5 * rng.normal(size=(1, 3, 5, 4))
+    return edited.astype(np.float32)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("layout", ["channels-first", "channels-last"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, ModelConfig(scaling_factor=0.13025), ModelConfig(scaling_factor=0.3611, shift_factor=0.1159)]
+)
+def test_layout_and_scale_are_found(config, layout, scaled):
+    edited = _edited()
+    stored = (edited - config.shift_factor) * config.scaling_factor if scaled else edited
+    stored = stored.transpose(0, 3, 1, 2) if layout == "channels-first" else stored
+    reading = understand(stored, config, SIZE, own=lambda: OWN, mask=MASK)
+    np.testing.assert_allclose(reading.latent, edited, atol=1e-4)
+    assert (reading.layout, reading.scaled, reading.warning) == (layout, scaled, "")
+    assert reading.reason == "as the picture's own latent outside the mask"
+
+
+def test_what_is_told_is_taken():
+    def never():
+        pytest.fail("the picture was encoded for nothing")
+
+    for scaled in (True, False):
+        reading = understand(OWN, CONFIG, SIZE, own=never, mask=MASK, scaled=scaled)
+        np.testing.assert_allclose(reading.latent, OWN / CONFIG.scaling_factor if scaled else OWN, rtol=1e-5)
+        assert reading.reason == "told"
+
+
+def test_a_latent_of_another_picture_is_told_and_taken_as_scaled():
+    other = np.random.default_rng(9).normal(size=OWN.shape).astype(np.float32)
+    reading = understand(other, CONFIG, SIZE, own=lambda: OWN, mask=MASK)
+    assert reading.scaled
+    assert "not like the picture's own" in reading.warning
+    full = understand(other, CONFIG, SIZE, own=lambda: OWN, mask=np.ones_like(MASK))
+    assert (full.scaled, full.warning) == (True, "")
+
+
+def test_a_shape_of_two_layouts():
+    """As high and as wide as it has channels."""
+    own = np.random.default_rng(3).normal(size=(1, 4, 4, 4)).astype(np.float32)
+    mask = np.zeros((32, 32, 1), np.float32)
+    mask[:8, :8] = 1
+    for layout, stored in (("channels-last", own), ("channels-first", own.transpose(0, 3, 1, 2))):
+        reading = understand(stored * CONFIG.scaling_factor, CONFIG, (32, 32), own=lambda: own, mask=mask)
+        assert reading.layout == layout
+        np.testing.assert_allclose(reading.latent, own, rtol=1e-5)
+        told = understand(stored, CONFIG, (32, 32), layout=layout, scaled=False)
+        np.testing.assert_allclose(told.latent, own, rtol=1e-5)
+    with pytest.raises(InputError, match="nothing tells which: say it"):
+        understand(own, CONFIG, (32, 32), own=lambda: own, mask=np.ones_like(mask))
+    with pytest.raises(InputError, match="nothing tells which"):
+        understand(own, CONFIG, (32, 32))
+
+
+def test_bfloat16_in_a_safetensors_file_of_numpy(tmp_path):
+    save_file({"latent": Z.astype(bfloat16)}, tmp_path / "a.safetensors")
+    assert read_latent_file(tmp_path / "a.safetensors").values.dtype == np.float32
