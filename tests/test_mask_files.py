@@ -90,7 +90,7 @@ AMBIGUOUS = {
     "alpha of a black picture": (_rgba(0, WHITE), "black with a varying alpha.*--mask-channel alpha"),
     "a picture": (PHOTO, "a picture of .* colours or more, not a mask"),
     "strokes over a picture": (np.where(REGION[..., None], (255, 0, 0), PHOTO).astype(np.uint8), "not a mask"),
-    "two colours": (np.dstack([WHITE, 0 * WHITE, WHITE[::-1] * (1 - REGION)]), "not a mask"),
+    "two colours": (np.dstack([WHITE, 0 * WHITE, (WHITE[::-1] * ~REGION)]), "not a mask"),
     "ones": (np.ones_like(WHITE), "the value 1 everywhere"),
     "labels": (np.where(REGION, 1, np.where(REGION[::-1], 255, 0)).astype(np.uint8), "the values 0, 1, 255, as labels"),
     "dim": (cv2.GaussianBlur(WHITE, (0, 0), 2) // 3, "no value above half"),
