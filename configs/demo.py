@@ -1,6 +1,6 @@
 """The demo: an asymmetric decoder, wider than the frozen encoder, on the photographs inside installed packages.
 
-Command: make demo, or python train.py --config configs/demo.py after configs/demo_first_stage.py
+Command: make demo, or asymvq train --config demo after configs/demo_first_stage.py
 Hardware: 2 CPU cores. Time and result, for both stages: README.md.
 """
 

@@ -1,6 +1,6 @@
 """The demo's first stage: a small symmetric autoencoder, whose encoder stands in for Stable Diffusion's.
 
-Command: python train.py --config configs/demo_first_stage.py
+Command: asymvq train --config demo_first_stage
 Hardware: 2 CPU cores. Time and result, for both stages: README.md.
 """
 

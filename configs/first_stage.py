@@ -1,7 +1,7 @@
 """A first stage of Stable Diffusion's sizes, for those who have no weights of it: the encoder is trained too.
 
 Source: the KL autoencoder of arXiv 2112.10752 (f = 8, 4 channels), with the losses of this repository.
-Command: python train.py --config configs/first_stage.py --data.data_dir=gs://bucket/tfds
+Command: asymvq train --config first_stage --data.data_dir=gs://bucket/tfds
 Hardware, time and result: not yet measured.
 """
 

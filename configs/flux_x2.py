@@ -2,8 +2,8 @@
 
 Source: sizes, scale and shift of the latent from its published vae/config.json; the decoder and its training as in
 x2.py: global batch 16, peak rate 7.2e-5.
-Command: python train.py --config configs/flux_x2.py --data.data_dir=gs://bucket/tfds, after
-    python -m asymvq_jax.convert path/to/FLUX.1-dev weights/flux
+Command: asymvq train --config flux_x2 --data.data_dir=gs://bucket/tfds, after
+    asymvq convert --checkpoint path/to/FLUX.1-dev --out weights/flux
 Hardware, time and result: not yet measured; the paper has Stable Diffusion 1.5 only.
 """
 

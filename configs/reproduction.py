@@ -1,6 +1,6 @@
 """The paper's comparison at an eighth of the width and a quarter of the size: this file is its first stage.
 
-Command: python -m benchmarks.reproduction --photos DIR, which trains this and then every decoder on its frozen encoder
+Command: asymvq benchmark reproduction --photos DIR, which trains this and then every decoder on its frozen encoder
 Data: a folder of photographs, some of them held out.
 Hardware: 2 CPU cores. Time and result: docs/reproduction.md.
 """

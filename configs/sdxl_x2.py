@@ -2,8 +2,8 @@
 
 Source: sizes, scale of the latent from its published vae/config.json; the decoder and its training as in
 x2.py: global batch 16, peak rate 7.2e-5.
-Command: python train.py --config configs/sdxl_x2.py --data.data_dir=gs://bucket/tfds, after
-    python -m asymvq_jax.convert path/to/stable-diffusion-xl-base-1.0 weights/sdxl
+Command: asymvq train --config sdxl_x2 --data.data_dir=gs://bucket/tfds, after
+    asymvq convert --checkpoint path/to/stable-diffusion-xl-base-1.0 --out weights/sdxl
 Hardware, time and result: not yet measured; the paper has Stable Diffusion 1.5 only.
 """
 

@@ -1,7 +1,7 @@
 """Latent Diffusion's VQ autoencoder f = 4: 8,192 codes of 3 channels, for a quarter of the picture's sides.
 
 Source: vq-f4 of arXiv 2112.10752's published first stages: the loss, the rate and the number of steps.
-Command: python train.py --config configs/vq_f4.py --data.data_dir=gs://bucket/tfds
+Command: asymvq train --config vq_f4 --data.data_dir=gs://bucket/tfds
 Data: OpenImages by TFDS as ArrayRecord. Global batch 8, the published batch of a GPU; how many GPUs there were is not
 published. The rate, 4.5e-6 x 8 = 3.6e-5, is constant and follows the batch.
 Hardware, time and result: not yet measured. Published: R-FID 0.58 and PSNR 27.43 dB on OpenImages' validation pictures.

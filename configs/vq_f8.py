@@ -1,7 +1,7 @@
 """Latent Diffusion's VQ autoencoder f = 8: 16,384 codes of 4 channels, with attention at the latent's resolution.
 
 Source: vq-f8 of arXiv 2112.10752's published first stages: the loss, the rate and the number of steps.
-Command: python train.py --config configs/vq_f8.py --data.data_dir=gs://bucket/tfds
+Command: asymvq train --config vq_f8 --data.data_dir=gs://bucket/tfds
 Data: OpenImages by TFDS as ArrayRecord, resized to a shorter side of 384 px, of which 256 are cropped. Global batch 10,
 the published batch of a GPU; how many GPUs there were is not published. The rate, 4.5e-6 x 10 = 4.5e-5, is constant and
 follows the batch.

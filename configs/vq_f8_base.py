@@ -2,8 +2,8 @@
 
 Source: as vq_f8_x2.py, with the sizes and the training of base.py: global batch 80, peak rate 3.6e-4 for the branch, a
 tenth of it for the rest.
-Command: python train.py --config configs/vq_f8_base.py --data.data_dir=gs://bucket/tfds, after
-    python -m asymvq_jax.convert path/to/vq-f8/model.ckpt weights/vq_f8
+Command: asymvq train --config vq_f8_base --data.data_dir=gs://bucket/tfds, after
+    asymvq convert --checkpoint path/to/vq-f8/model.ckpt --out weights/vq_f8
 Hardware, time and result: not yet measured; the paper has the KL autoencoder only.
 """
 

@@ -1,8 +1,8 @@
 """x1.5's decoder with a condition branch for the latents of the VQ autoencoder f = 8.
 
 Source: as vq_f8_x2.py, with the sizes and the training of x1_5.py: global batch 32, peak rate 1.44e-4.
-Command: python train.py --config configs/vq_f8_x1_5.py --data.data_dir=gs://bucket/tfds, after
-    python -m asymvq_jax.convert path/to/vq-f8/model.ckpt weights/vq_f8
+Command: asymvq train --config vq_f8_x1_5 --data.data_dir=gs://bucket/tfds, after
+    asymvq convert --checkpoint path/to/vq-f8/model.ckpt --out weights/vq_f8
 Hardware, time and result: not yet measured; the paper has the KL autoencoder only.
 """
 

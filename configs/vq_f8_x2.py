@@ -2,8 +2,8 @@
 
 Source: the frozen encoder and codebook of vq_f8.py, a decoder twice as wide and three blocks a level deeper, trained as
 x2.py: global batch 16, peak rate 7.2e-5.
-Command: python train.py --config configs/vq_f8_x2.py --data.data_dir=gs://bucket/tfds, after
-    python -m asymvq_jax.convert path/to/vq-f8/model.ckpt weights/vq_f8
+Command: asymvq train --config vq_f8_x2 --data.data_dir=gs://bucket/tfds, after
+    asymvq convert --checkpoint path/to/vq-f8/model.ckpt --out weights/vq_f8
     (or with --run.init_from=runs/vq_f8). Without the condition branch: --model.condition=false
 Hardware, time and result: not yet measured; the paper has the KL autoencoder only.
 """

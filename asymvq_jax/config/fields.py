@@ -442,7 +442,7 @@ class RunConfig:
             "run.init_from",
             self.init_from,
             "a model checkpoint that holds the frozen encoder (make one from Stable Diffusion's weights with "
-            "python -m asymvq_jax.convert), or run.train_encoder=True to train a first stage",
+            "asymvq convert), or run.train_encoder=True to train a first stage",
         )
 
 

@@ -1,9 +1,9 @@
 """Makes a TFDS data set of ArrayRecord shards from pictures.
 
-python -m asymvq_jax.data.build SOURCE TARGET --name my_photos [--min-side 256] writes TARGET/my_photos/1.0.0, which
+asymvq build-data --images SOURCE --out TARGET --name my_photos [--min-side 256] writes TARGET/my_photos/1.0.0, which
 --data.source=tfds --data.path=my_photos --data.data_dir=TARGET reads. SOURCE is a directory tree, a .tar or a .tar.gz;
 tars inside either are read too. The pictures' bytes are kept. The same command again goes on after the last complete
-shard. python -m asymvq_jax.data.build TARGET --name my_photos --check reads everything back.
+shard. asymvq build-data --out TARGET --name my_photos --check reads everything back.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """LaMa's random masks (arXiv 2109.07161) and masks from files. 1 = generate, 0 = preserve.
 
-python -m asymvq_jax.data.masks docs/masks.png draws samples.
+asymvq masks --out docs/masks.png draws samples.
 """
 
 from __future__ import annotations

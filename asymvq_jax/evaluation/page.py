@@ -58,7 +58,7 @@ The decoder that sees the kept pixels as well as the latent. Nothing is pasted.
 class Decoded(NamedTuple):
     """One way's picture and its error map, (h, w, 3) uint8 each, and how well it preserves the unmasked pixels.
 
-    Both numbers are as in `asymvq_jax.metrics.image`; NaN where the mask covers the whole picture.
+    Both numbers are as in `asymvq_jax.evaluation.metrics.image`; NaN where the mask covers the whole picture.
     """
 
     image: np.ndarray

@@ -1,4 +1,4 @@
-"""Exports the decoder for a server: python -m asymvq_jax.export CHECKPOINT FILE --size 512x512 [--batch 4].
+"""Exports the decoder for a server: asymvq export.
 
 The file holds the program (StableHLO) and the weights; it runs without this package, on every platform it was made for:
 

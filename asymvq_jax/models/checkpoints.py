@@ -138,7 +138,7 @@ def find_step(path: str | Path) -> epath.Path:
     root = checkpoint_path(path)
     if not root.is_dir():
         raise CheckpointError(
-            f"no checkpoint at {path}: expected a run's directory, one of its steps, or what asymvq_jax.convert wrote"
+            f"no checkpoint at {path}: expected a run's directory, one of its steps, or what `asymvq convert` wrote"
         )
     for parent in (root / STEPS, root):
         if steps := steps_in(parent):
@@ -147,5 +147,5 @@ def find_step(path: str | Path) -> epath.Path:
         return root
     raise CheckpointError(
         f"{path} holds no model checkpoint (no finished step, and no items 'model' and 'config'); expected a run's "
-        "directory, one of its steps, or what asymvq_jax.convert wrote"
+        "directory, one of its steps, or what `asymvq convert` wrote"
     )
