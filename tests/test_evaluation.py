@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from asymvq_jax.commands.evaluate import main
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.errors import EvaluationError
 from asymvq_jax.evaluation.metrics.distribution import statistics
@@ -22,11 +24,11 @@ from asymvq_jax.evaluation.rows import (
     evaluate,
     evaluate_text,
     paper_table,
-    poisson_blend,
     table,
     text_table,
 )
 from asymvq_jax.files import images
+from asymvq_jax.inference.blend import composite
 from asymvq_jax.losses.lpips import load_lpips
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.checkpoints import save_model
@@ -56,7 +58,10 @@ def test_metrics_are_their_formulas_in_their_regions():
     expected = peak_signal_noise_ratio(original[kept], image[kept], data_range=255)
     np.testing.assert_allclose(measured["psnr_preserved"], expected)
     _, full = structural_similarity(original, image, channel_axis=-1, full=True, data_range=255)
-    np.testing.assert_allclose(measured["ssim_preserved"], full.mean(-1)[kept].mean())
+    # Where the window of 7 px holds kept pixels only.
+    within = np.ones_like(kept)
+    within[8 - 3 : 30 + 3, 10 - 3 : 30 + 3] = False
+    np.testing.assert_allclose(measured["ssim_preserved"], full.mean(-1)[within].mean())
     np.testing.assert_allclose(measured["ssim_masked"], full.mean(-1)[~kept].mean())
 
 
@@ -84,14 +89,26 @@ def test_boundary_error_sees_a_step_and_only_at_the_mask():
 @pytest.mark.parametrize("where", ["inside", "corner", "odd"])
 def test_poisson_blend_does_not_shift_the_picture(where):
     original, mask = _picture()
+    # Smooth, since the solution has no gradient across the mask's edge.
+    original = cv2.GaussianBlur(original, (0, 0), 12)
     mask[:] = 0
     region = {"inside": np.s_[8:30, 10:30], "corner": np.s_[0:13, 0:18], "odd": np.s_[7:30, 9:30]}[where]
     mask[region] = 1
-    # Cloning a picture's own region changes nothing, unless it lands elsewhere.
-    blended = poisson_blend(original, original, mask)
+    # Cloning a picture's own region changes next to nothing, unless it lands elsewhere.
+    blended = composite(original, original, mask, "poisson")
     assert np.abs(blended.astype(int) - original.astype(int)).max() <= 2
-    np.testing.assert_array_equal(poisson_blend(original, original[::-1], np.zeros_like(mask)), original[::-1])
-    np.testing.assert_array_equal(poisson_blend(original, original[::-1], np.ones_like(mask)), original)
+    np.testing.assert_array_equal(composite(original, original[::-1], np.zeros_like(mask), "poisson"), original[::-1])
+    np.testing.assert_array_equal(composite(original, original[::-1], np.ones_like(mask), "poisson"), original)
+
+
+def test_similarity_kept_does_not_depend_on_what_is_masked():
+    original, mask = _picture()
+    pasted = np.where(mask > 0, np.uint8(0), original)
+    assert all_metrics(pasted, original, mask)["ssim_preserved"] == pytest.approx(1)
+    # No kept pixel is far enough from the masked ones.
+    stripes = np.zeros_like(mask)
+    stripes[::4] = 1
+    assert np.isnan(all_metrics(pasted, original, stripes)["ssim_preserved"])
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +136,15 @@ def test_rows_stand_side_by_side(models):
     assert results.rows["ours"]["preservation_error"] > 0
     assert results.counts["ours"]["boundary_error"] == 2
     assert "| ours + paste |" in table(results)
+    # The table shows each number times what its title says.
+    head, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table(results).splitlines())
+    shown = {line[0]: dict(zip(head[1:], line[1:], strict=True)) for line in lines}
+    for row, metrics in results.rows.items():
+        assert float(shown[row]["preservation error x 1e-5"]) == pytest.approx(
+            100_000 * metrics["preservation_error"], rel=1e-3
+        )
+        assert float(shown[row]["boundary error x 1e-3"]) == pytest.approx(1000 * metrics["boundary_error"], rel=1e-3)
+        assert float(shown[row]["LPIPS"]) == pytest.approx(metrics["lpips"], rel=1e-3)
     assert results.grid().shape[1] == 6 * 3 * 48 + 5 * 4
 
 
@@ -171,30 +197,50 @@ def test_command_line(tmp_path, models):
         "json": "t.json",
         "picture": "grid.png",
         "seam": "seam.png",
+        "harmonised": "model",
     }
     arguments = [f"--{name}={tmp_path / value}" for name, value in options.items()]
+    arguments += ["--seam-pictures=1", "--seam-size=48"]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "2 pictures from" in done.stdout
     numbers = json.loads((tmp_path / "t.json").read_text())
     assert numbers["rows"]["paste"]["preservation_error"] == 0
     assert numbers["rows"]["paste"]["psnr_preserved"] is None
-    assert numbers["seam"]["shifted latent"]["paste"]["psnr_preserved"] is None
+    assert numbers["seam"]["shifted"]["paste"]["psnr_preserved"]["mean"] is None
     assert len(numbers["drift"]["ours"]) == 10
-    assert "the seam, own latent" in done.stdout
+    assert len(numbers["edits"]["ours + paste"]) == 25
+    assert "the seam, own: 1 pictures" in done.stdout
+    # One picture, three masks, five protocols, 17 rows, each with its numbers.
+    assert len(numbers["seam_cases"]) == 3 * 5 * 17
+    assert numbers["seam_cases"][0]["values"]["lpips"] > 0
     assert images.read(tmp_path / "grid.png").shape[1] == 6 * 3 * 51 + 5 * 4
     assert (tmp_path / "seam.png").is_file()
-    model = f"--checkpoint={tmp_path / 'model'}"
+
+
+def test_command_line_messages(tmp_path, models, capsys):
+    for name, each in zip(("model", "plain"), models, strict=True):
+        save_model(tmp_path / name, each)
+    model, plain = f"--checkpoint={tmp_path / 'model'}", f"--plain={tmp_path / 'plain'}"
+    seam = f"--seam={tmp_path / 's.png'}"
     for bad, message in (
         (["--checkpoint=none"], "no checkpoint at none"),
         (["--checkpoint=x", "--json=t.txt"], "t.txt"),
         ([model, "--plain=none"], "--plain none, the plain autoencoder: no checkpoint at none"),
         ([model, "--run.init_from=none"], "run.init_from='none' of the config (or name one by --plain), the plain"),
+        (
+            [model, "--harmonised=x"],
+            "--pictures and --harmonised belong to the benchmark of seams; add --seam PLOT.png",
+        ),
+        ([model, plain, seam, "--harmonised=x"], "--harmonised x: no checkpoint at x"),
+        ([model, seam, "--seam-pictures=0"], "--seam-pictures and --seam-size: expected 1 or more"),
+        ([model, seam, "--pictures=none"], "--pictures none does not exist"),
+        ([model, plain, seam, "--against=none"], "--against 'none': expected one of plain, paste, "),
     ):
-        done = subprocess.run([*command, *bad], capture_output=True, text=True, check=False)
-        assert done.returncode == 2
-        assert f"error: {message}" in done.stderr
-        assert "Traceback" not in done.stderr
+        assert main([f"--config={ROOT / 'configs/demo.py'}", *bad]) == 2
+        said = capsys.readouterr().err
+        assert f"error: {message}" in said
+        assert "Traceback" not in said
 
 
 def test_edited_latents_beside_the_pairs_are_decoded(models, tmp_path):
@@ -238,6 +284,7 @@ def test_fid_of_every_row_and_the_paper_s_table(models, inception):
     assert ["x2 (published)", "7.49", "0.134", "2.1"] in rows
     assert [row[0] for row in rows[-2:]] == ["plain (measured)", "ours (measured)"]
     assert rows[-1][1] == f"{results.rows['ours']['fid']:.2f}"
+    assert float(rows[-1][3]) == pytest.approx(100_000 * results.rows["ours"]["preservation_error"], abs=0.05)
 
 
 def test_text_to_image_latents(models, inception, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -15,7 +16,9 @@ from asymvq_jax.errors import UserError
 
 if TYPE_CHECKING:
     from asymvq_jax.evaluation.pairs import Pair
+    from asymvq_jax.evaluation.pictures import Picture
     from asymvq_jax.evaluation.rows import Results
+    from asymvq_jax.evaluation.seam import Models
     from asymvq_jax.models.autoencoder import Autoencoder
     from asymvq_jax.models.parameters import Params
 
@@ -45,8 +48,19 @@ class Evaluate:
     json: str | None = None
     # Write a grid of pictures to this file: .png, .jpg or .webp.
     picture: str | None = None
-    # Also measure the tone step at the mask's edge and the drift of repeated edits, and plot them to this .png file.
+    # Also run the benchmark of seams on whole pictures: how much the mask's edge shows, what becomes of the fill's
+    # colours, and how repeated edits drift. The plot is written to this .png file.
     seam: str | None = None
+    # For --seam, and instead of the table of pairs: a folder of whole pictures, or one with the folders image and mask,
+    # as MISATO has them; by default the configuration's held-out pictures.
+    pictures: str | None = None
+    # For --seam: the most pictures, and the side of the centre square that they are scaled to, px; 0: as they are.
+    seam_pictures: int = 10
+    seam_size: int = 256
+    # For --seam: a second model with a condition branch and the same encoder, trained to harmonise.
+    harmonised: str | None = None
+    # For --seam: the row that all others are compared with, in paired intervals.
+    against: str = "paste"
     settings: Settings
 
 
@@ -61,6 +75,10 @@ def work(options: Evaluate) -> None:
     for path, suffixes in ((options.picture, images.FORMATS), (options.json, (".json",)), (options.seam, (".png",))):
         if path:
             check_writable(path, suffixes)
+    if (options.pictures or options.harmonised) and not options.seam:
+        raise UserError("--pictures and --harmonised belong to the benchmark of seams; add --seam PLOT.png")
+    if options.seam_pictures < 1 or options.seam_size < 0:
+        raise UserError("--seam-pictures and --seam-size: expected 1 or more pictures and a size of 0 or more")
     results = None
     if options.latents:
         numbers = _text_to_image(options, options.latents, config)
@@ -93,29 +111,76 @@ def _text_to_image(options: Evaluate, latents: str, config: Config) -> dict[str,
     return {row: {"fid": fid, "inception_score": score} for row, (fid, score) in scores.items()}
 
 
-def _inpainting(options: Evaluate, config: Config) -> tuple[dict[str, Any], Results]:
-    """Measures pairs and prints their tables; returns the numbers, and what a grid of pictures is made of."""
+def _inpainting(options: Evaluate, config: Config) -> tuple[dict[str, Any], Results | None]:
+    """Measures pairs and seams, and prints their tables; returns the numbers, and what a grid is made of."""
+    from asymvq_jax.evaluation.seam import Models, check_row
+
+    pictures = _whole_pictures(options, config) if options.seam else []
+    pairs, count = _pairs(options, config) if not options.pictures else (None, 0)
+    model, plain, inception = _load(options, config)
+    harmonised = _read(options.harmonised, f"--harmonised {options.harmonised}", config) if options.harmonised else None
+    models = Models(model, plain, harmonised)
+    if options.seam:
+        models.check()
+        check_row(models, options.against)
+    numbers: dict[str, Any] = {}
+    results = None
+    if pairs is not None:
+        results = _measure_pairs(options, config, pairs(), count, (model, plain, inception))
+        numbers |= {"pictures": results.pictures, "rows": results.rows, "counts": results.counts}
+    if options.seam:
+        numbers |= _measure_seam(options.seam, options.against, pictures, models, config.run.seed)
+    return numbers, results
+
+
+def _measure_pairs(
+    options: Evaluate,
+    config: Config,
+    pairs: Iterator[Pair],
+    count: int,
+    networks: tuple[Autoencoder, Autoencoder | None, Params | None],
+) -> Results:
     from asymvq_jax.evaluation.rows import evaluate, paper_table, table
-    from asymvq_jax.evaluation.seam import drift_table, measure_drift, measure_seam, plot, seam_table
     from asymvq_jax.losses.lpips import load_lpips
 
-    pairs, count = _pairs(options, config)
-    model, plain, inception = _load(options, config)
-    lpips = load_lpips("vgg16", config.loss.perceptual_weights)
-    results = evaluate(model, plain, pairs(), count, lpips, inception)
+    model, plain, inception = networks
+    results = evaluate(model, plain, pairs, count, load_lpips("vgg16", config.loss.perceptual_weights), inception)
     print(f"\n{results.pictures} pictures from {options.pairs or f'the held-out half of {config.data.source!r}'}")
     print(table(results))
-    numbers: dict[str, Any] = {"pictures": results.pictures, "rows": results.rows, "counts": results.counts}
     if inception is not None:
         print(f"\n{paper_table(results)}")
-    if options.seam:
-        numbers["seam"] = measure_seam(model, plain or model, pairs(), count)
-        numbers["drift"] = measure_drift(model, plain or model, pairs(), count)
-        for latent, rows in numbers["seam"].items():
-            print(f"\nthe seam, {latent}\n{seam_table(rows)}")
-        print(f"\ndrift over passes of encode and decode\n{drift_table(numbers['drift'])}")
-        plot(options.seam, numbers["seam"])
-    return numbers, results
+    return results
+
+
+def _whole_pictures(options: Evaluate, config: Config) -> list[Picture]:
+    from asymvq_jax.evaluation.pictures import held_out_pictures, read_pictures
+
+    if options.pictures:
+        return read_pictures(options.pictures, options.seam_pictures, options.seam_size)
+    return held_out_pictures(config.data, options.seam_pictures, options.seam_size)
+
+
+def _measure_seam(path: str, against: str, pictures: list[Picture], models: Models, seed: int) -> dict[str, Any]:
+    from asymvq_jax.evaluation import drift, seam, seam_report
+    from asymvq_jax.evaluation.protocols import cases, count_cases
+    from asymvq_jax.losses.lpips import load_lpips
+
+    measured = seam.measure_seam(models, cases(pictures, seed), count_cases(pictures), load_lpips("alexnet"))
+    summary = seam_report.summarise(measured, against)
+    for group, rows in summary.items():
+        print(f"\nthe seam, {group}: {len(pictures)} pictures\n{seam_report.seam_table(rows)}")
+    print(f"\nover {seam_report.TOGETHER}, 95 % intervals\n{seam_report.goal_table(summary, against)}")
+    seam_report.plot(path, summary)
+    passes = drift.measure_drift(models, pictures[: drift.PICTURES], seed)
+    print(f"\ndrift over passes of encode and decode\n{drift.drift_table(passes)}")
+    edits = drift.measure_edits(models, pictures, drift.PICTURES, seed)
+    print(f"\nmany edits\n{drift.edits_table(edits)}")
+    return {
+        "seam": summary,
+        "seam_cases": [dataclasses.asdict(m) for m in measured],
+        "drift": passes,
+        "edits": edits,
+    }
 
 
 def _load(options: Evaluate, config: Config) -> tuple[Autoencoder, Autoencoder | None, Params | None]:
@@ -126,14 +191,19 @@ def _load(options: Evaluate, config: Config) -> tuple[Autoencoder, Autoencoder |
     inception = load_inception(options.inception) if options.inception else None
     model = read_model(options.checkpoint, dtype=config.model.dtype)
     path = options.plain or config.run.init_from
-    try:
-        plain = read_model(path, dtype=config.model.dtype) if path else None
-    except UserError as error:
-        wanted = (
-            f"--plain {path}" if options.plain else f"run.init_from={path!r} of the config (or name one by --plain)"
-        )
-        raise UserError(f"{wanted}, the plain autoencoder: {error}") from None
+    wanted = f"--plain {path}" if options.plain else f"run.init_from={path!r} of the config (or name one by --plain)"
+    plain = _read(path, f"{wanted}, the plain autoencoder", config) if path else None
     return model, plain, inception
+
+
+def _read(path: str, name: str, config: Config) -> Autoencoder:
+    """Reads a model; messages call it `name`."""
+    from asymvq_jax.convert.convert import read_model
+
+    try:
+        return read_model(path, dtype=config.model.dtype)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def _pairs(options: Evaluate, config: Config) -> tuple[Callable[[], Iterator[Pair]], int]:

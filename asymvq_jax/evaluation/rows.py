@@ -26,6 +26,7 @@ from asymvq_jax.evaluation.metrics.distribution import (
 from asymvq_jax.evaluation.metrics.image import all_metrics
 from asymvq_jax.evaluation.pairs import Pair, list_latents, pair_latent, read_latent
 from asymvq_jax.files import images
+from asymvq_jax.inference.blend import composite
 from asymvq_jax.losses.lpips import LPIPS
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.parameters import Params, split
@@ -59,9 +60,15 @@ class Results:
         return images.grid(fit)
 
 
-def check_same_encoder(model: Autoencoder, plain: Autoencoder) -> None:
-    """Raises EvaluationError unless both models encode alike, so that their decoders get the same latents."""
-    ours, theirs = split(model)[1], split(plain)[1]
+def check_same_encoder(model: Autoencoder, other: Autoencoder, option: str = "--plain") -> None:
+    """Raises EvaluationError unless both models encode alike, so that their decoders get the same latents.
+
+    Args:
+        model: ours.
+        other: the model that `option` names.
+        option: for the message.
+    """
+    ours, theirs = split(model)[1], split(other)[1]
     differing = [
         name
         for name in ours
@@ -69,9 +76,10 @@ def check_same_encoder(model: Autoencoder, plain: Autoencoder) -> None:
         and (name not in theirs or not np.array_equal(np.asarray(ours[name]), np.asarray(theirs[name])))
     ]
     if differing:
+        what = "the plain autoencoder" if option == "--plain" else f"the model of {option}"
         raise EvaluationError(
-            f"the plain autoencoder has another encoder ({len(differing)} parameters differ, such as {differing[0]}), "
-            "so the latents would not be the same; name the one that the decoder was trained with by --plain"
+            f"{what} has another encoder ({len(differing)} parameters differ, such as {differing[0]}), "
+            f"so the latents would not be the same; name the one that the decoder was trained with by {option}"
         )
 
 
@@ -156,7 +164,7 @@ def compose(
     return {
         PLAIN if plain is not None else PLAIN_OURS: plain_image,
         "paste": hard_paste(plain_image, pair.image, pair.mask),
-        "Poisson": poisson_blend(plain_image, pair.image, pair.mask),
+        "Poisson": composite(plain_image, pair.image, pair.mask, "poisson"),
         "ours": ours,
         "ours + paste": hard_paste(ours, pair.image, pair.mask),
     }
@@ -187,26 +195,6 @@ def _shown(rows: dict[str, np.ndarray], pair: Pair) -> dict[str, np.ndarray]:
 def hard_paste(image: np.ndarray, original: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The original where the mask is 0, `image` elsewhere."""
     return np.where(mask > 0.5, image, original)
-
-
-def poisson_blend(image: np.ndarray, original: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """OpenCV's seamlessClone of the masked region of `image` into `original` (Perez et al. 2003).
-
-    A frame of one mirrored pixel is put around both, because the solver needs a border around the region; a full mask
-    has none, and returns `image`.
-    """
-    region = (mask[..., 0] > 0.5).astype(np.uint8) * 255
-    if not region.any():
-        return original.copy()
-    if region.all():
-        return image.copy()
-    frame = 2
-    image, original = (cv2.copyMakeBorder(x, *[frame] * 4, cv2.BORDER_REFLECT) for x in (image, original))
-    region = cv2.copyMakeBorder(region, *[frame] * 4, cv2.BORDER_CONSTANT, value=0)
-    # The region's bounding box is placed with its centre at this point; OpenCV halves its size rounding down.
-    x, y, width, height = cv2.boundingRect(region)
-    blended = cv2.seamlessClone(image, original, region, (x + width // 2, y + height // 2), cv2.NORMAL_CLONE)
-    return np.ascontiguousarray(blended[frame:-frame, frame:-frame])
 
 
 def _lpips(lpips: LPIPS, image: np.ndarray, original: np.ndarray) -> float:

@@ -1,204 +1,210 @@
-"""What a sceptic asks of a decoder that preserves pixels: does the mask's edge show, and do repeated edits drift?
+"""Does the mask's edge show, and does the fill still have the colours that it was given?
 
-Pasting the original over any decode wins every metric of the preserved pixels and leaves a tone step, so every row
-here is judged by both: the excess step along the contour and the PSNR of the preserved pixels.
+Pasting the original over any decode wins every metric of the preserved pixels and leaves a tone step; pulling the
+fill's colours towards its surroundings closes the step and spoils what was meant to be there. So every way of setting
+a fill into a picture is judged by both, on the same latents. No way reads the original under the mask.
 """
 
 from __future__ import annotations
 
-import io
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
-import cv2
+import jax
 import numpy as np
+from flax import nnx
+from skimage.color import lab2rgb, rgb2lab
 from tqdm import tqdm
 
 from asymvq_jax import inference
-from asymvq_jax.evaluation.metrics.image import boundary_error, decibels, mean_squared_error, psnr
-from asymvq_jax.evaluation.metrics.seam import Contour, Steps, join
-from asymvq_jax.evaluation.pairs import Pair
-from asymvq_jax.evaluation.rows import PLAIN, compose, decode_ours, decode_plain, hard_paste, markdown
+from asymvq_jax.errors import EvaluationError
+from asymvq_jax.evaluation.metrics.fill import fill_tone, grain
+from asymvq_jax.evaluation.metrics.image import boundary_error, psnr
+from asymvq_jax.evaluation.metrics.seam import Contour
+from asymvq_jax.evaluation.protocols import Case
+from asymvq_jax.evaluation.rows import PLAIN, PLAIN_OURS, check_same_encoder, decode_ours, decode_plain
 from asymvq_jax.files import images
-from asymvq_jax.files.outputs import write_bytes
+from asymvq_jax.inference.blend import composite
+from asymvq_jax.inference.edges import rings
+from asymvq_jax.losses.lpips import LPIPS
 from asymvq_jax.models.autoencoder import Autoencoder
 
-# Radii (standard deviations) of the blurred pastes, px.
-BLURS = (2, 4, 8)
-# What the shifted latent is under the mask: a gain, and an offset in standard deviations of the picture's latent. A
-# diffusion model's latents differ from the encoder's in tone by about so little.
-GAIN, OFFSET = 1.05, 0.1
-LATENTS = ("own latent", "shifted latent")
-PASSES = 10
-SHOWN_PASSES = (1, 2, 5, 10)
-
-Rows = dict[str, dict[str, float]]
-SEAM_COLUMNS = {
-    "psnr_preserved": "PSNR kept, dB",
-    "seam": "excess step, mean",
-    "seam_p95": "95th percentile",
-    "seam_smooth": "smooth contours",
-    "seam_textured": "textured",
-    "boundary_error": "gradient error x 1e-3",
-}
-DRIFT_COLUMNS = {
-    "psnr_preserved": "PSNR kept, dB",
-    "lightness": "lightness, change of L*",
-    "sharpness": "sharpness, share left",
-    "seam": "excess step, mean",
+# Widths of the feathered pastes, px.
+FEATHERS = (2, 4, 8)
+# Width of the rings whose statistics the colour-matched paste takes, px, and by how much it may change a contrast.
+RING, CONTRAST = 8, (0.5, 2.0)
+# Names of what is measured -> titles of the columns, and the factors they are shown times.
+COLUMNS = {
+    "psnr_preserved": ("PSNR kept, dB", 1.0),
+    "step": ("step, abs.", 1.0),
+    "step_signed": ("signed", 1.0),
+    "step_smooth": ("smooth", 1.0),
+    "step_textured": ("textured", 1.0),
+    "gradient": ("gradient error x 1e-3", 1e3),
+    "tone": ("fill tone", 1.0),
+    "psnr_masked": ("fill, dB", 1.0),
+    "grain": ("grain, abs.", 1.0),
+    "grain_signed": ("signed", 1.0),
+    "lpips": ("LPIPS", 1.0),
 }
 
 
-def measure_seam(model: Autoencoder, plain: Autoencoder, pairs: Iterable[Pair], count: int) -> dict[str, Rows]:
-    """Every way of keeping pixels, with the latent as it was encoded and shifted under the mask.
-
-    Args:
-        model: the autoencoder with a condition branch.
-        plain: the one whose decoder came with the encoder.
-        pairs: pictures and masks.
-        count: how many there are, for the progress bar.
-
-    Returns:
-        By latent (`LATENTS`), by row, the metrics of `SEAM_COLUMNS`, over all pictures.
-    """
-    judges = {latent: defaultdict(_Judge) for latent in LATENTS}
-    for pair in tqdm(pairs, total=count, unit="picture", desc="seam"):
-        contour = Contour(pair.image, pair.mask)
-        own = np.asarray(inference.encode(model, images.to_float(pair.image)[None]))
-        for name, z in zip(LATENTS, (own, _shifted(own, pair.mask, model.config.downsampling)), strict=True):
-            for row, image in _composed(model, plain, pair, z).items():
-                judges[name][row].see(image, pair, contour)
-    return {name: {row: judge.summary() for row, judge in rows.items()} for name, rows in judges.items()}
+Decoder = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
-class _Judge:
-    """Gathers the metrics of one row over pictures."""
+@dataclass(frozen=True)
+class Models:
+    """What decodes: ours, the plain autoencoder (None: ours without condition), and one trained to harmonise."""
 
-    def __init__(self) -> None:
-        self.steps: list[Steps] = []
-        self.errors: list[float] = []
-        self.gradients: list[float] = []
+    ours: Autoencoder
+    plain: Autoencoder | None = None
+    harmonised: Autoencoder | None = None
 
-    def see(self, image: np.ndarray, pair: Pair, contour: Contour) -> None:
-        self.steps.append(contour.steps(image))
-        self.errors.append(mean_squared_error(image, pair.image, pair.mask[..., 0] <= 0.5))
-        self.gradients.append(1e3 * boundary_error(image, pair.image, pair.mask))
+    def check(self) -> None:
+        """Raises InputError or EvaluationError unless all encode alike and can take a condition where they need one."""
+        inference.check_condition(self.ours.config)
+        if self.plain is not None:
+            check_same_encoder(self.ours, self.plain)
+        if self.harmonised is not None:
+            inference.check_condition(self.harmonised.config, "--harmonised")
+            check_same_encoder(self.ours, self.harmonised, "--harmonised")
 
-    def summary(self) -> dict[str, float]:
-        return {
-            "psnr_preserved": decibels(float(np.nanmean(self.errors))),
-            **join(self.steps).summary(),
-            "boundary_error": float(np.nanmean(self.gradients)),
+    def decoders(self) -> dict[str, Decoder]:
+        """By the rows' names, the plain one first, functions of the condition, its mask and a latent."""
+        plain = self.plain or self.ours
+        result: dict[str, Decoder] = {
+            PLAIN if self.plain is not None else PLAIN_OURS: lambda image, mask, z: decode_plain(plain, image, z),
+            "ours": partial(decode_ours, self.ours),
         }
+        if self.harmonised is not None:
+            result["harmonised"] = partial(decode_ours, self.harmonised)
+        return result
+
+    def encode(self, image: np.ndarray) -> np.ndarray:
+        """The latent of a picture, (h, w, 3) uint8, for any of the decoders."""
+        return np.asarray(inference.encode(self.ours, images.to_float(image)[None]))
 
 
-def _shifted(latent: np.ndarray, mask: np.ndarray, downsampling: int) -> np.ndarray:
-    """The latent with a gain and an offset wherever the mask covers any of a latent pixel's."""
-    covered = np.asarray(inference.pad(mask[None], downsampling))
-    _, height, width, _ = latent.shape
-    covered = covered.reshape(1, height, downsampling, width, downsampling, 1).max((2, 4)) > 0.5
-    return np.where(covered, latent * GAIN + OFFSET * latent.std(), latent).astype(np.float32)
+@dataclass(frozen=True)
+class Measured:
+    """The metrics of `COLUMNS`, by name, of one row in one case."""
+
+    picture: str
+    kind: str
+    protocol: str
+    row: str
+    values: dict[str, float]
 
 
-def _composed(model: Autoencoder, plain: Autoencoder, pair: Pair, latent: np.ndarray) -> dict[str, np.ndarray]:
-    """The evaluation's rows, the blurred pastes among them."""
-    rows = compose(model, plain, pair, latent)
-    pastes = {f"paste, blurred {r} px": blurred_paste(rows[PLAIN], pair.image, pair.mask, r) for r in BLURS}
-    return {name: rows[name] for name in (PLAIN, "paste")} | pastes | rows
-
-
-def blurred_paste(image: np.ndarray, original: np.ndarray, mask: np.ndarray, radius: float) -> np.ndarray:
-    """The original mixed with `image` by the mask after a Gaussian blur of `radius` px."""
-    share = cv2.GaussianBlur((mask[..., 0] > 0.5).astype(np.float32), (0, 0), radius)[..., None]
-    return np.round(image * share + original * (1 - share)).astype(np.uint8)
-
-
-def measure_drift(model: Autoencoder, plain: Autoencoder, pairs: Iterable[Pair], count: int) -> dict[str, list[dict]]:
-    """Each way over and over: every pass encodes and decodes the picture that the pass before it left.
+def measure_seam(models: Models, cases: Iterable[Case], count: int, lpips: LPIPS | None = None) -> list[Measured]:
+    """Decodes every case, sets the fills in, in every way, and compares with the truth.
 
     Args:
-        model, plain, pairs, count: see `measure_seam`.
+        models: what decodes.
+        cases: from `asymvq_jax.evaluation.protocols.cases`.
+        count: how many there are, for the progress bar.
+        lpips: the perceptual metric; None leaves it out.
+
+    Raises:
+        InputError, EvaluationError: the models do not fit the task or each other.
+    """
+    models.check()
+    measured = []
+    decoders = models.decoders()
+    for case in tqdm(cases, total=count, unit="case", desc="seam"):
+        latent = models.encode(case.encoded)
+        decoded = {name: decode(case.original, case.mask, latent) for name, decode in decoders.items()}
+        rows = compose_rows(decoded, case.original, case.mask)
+        for row, values in judge(rows, case.truth, case.mask, lpips):
+            measured.append(Measured(case.picture, case.kind, case.protocol, row, values))
+    return measured
+
+
+def compose_rows(decoded: dict[str, np.ndarray], original: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    """Every way of setting the fills into the original.
+
+    Args:
+        decoded: by name, the plain decode first; (h, w, 3) uint8 each.
+        original: (h, w, 3) uint8; what it holds under the mask is taken away before anything else.
+        mask: (h, w, 1), 0 or 1.
 
     Returns:
-        By row, for each of `PASSES` passes, the metrics of `DRIFT_COLUMNS` against the first original: the change of
-        the mean lightness (0 to 100) and the share of the mean gradient that is left, both over the preserved pixels.
+        (h, w, 3) uint8 by the rows' names.
     """
-
-    def plainly(image: np.ndarray, mask: np.ndarray, latent: np.ndarray) -> np.ndarray:
-        return decode_plain(plain, image, latent)
-
-    ours = partial(decode_ours, model)
-    # How to decode, and whether to paste the original over it.
-    ways = {PLAIN: (plainly, False), "paste": (plainly, True), "ours": (ours, False), "ours + paste": (ours, True)}
-    seen: dict[str, list[list[dict[str, float]]]] = {way: [[] for _ in range(PASSES)] for way in ways}
-    for pair in tqdm(pairs, total=count, unit="picture", desc="drift"):
-        contour = Contour(pair.image, pair.mask)
-        for way, (decode, pasted) in ways.items():
-            image = pair.image
-            for step in range(PASSES):
-                latent = np.asarray(inference.encode(model, images.to_float(image)[None]))
-                image = decode(image, pair.mask, latent)
-                image = hard_paste(image, pair.image, pair.mask) if pasted else image
-                seen[way][step].append(_drifted(image, pair, contour))
-    return {
-        way: [{name: float(np.nanmean([m[name] for m in measured])) for name in DRIFT_COLUMNS} for measured in passes]
-        for way, passes in seen.items()
-    }
+    original = np.where(mask > 0.5, np.uint8(0), original)
+    name, *others = decoded
+    plain = decoded[name]
+    rows = {name: plain, "paste": composite(plain, original, mask, "none")}
+    rows |= {f"paste, feathered {w} px": composite(plain, original, mask, "feather", w) for w in FEATHERS}
+    rows["multiband"] = composite(plain, original, mask, "multiband")
+    rows["colour-matched paste"] = composite(match_colours(plain, original, mask), original, mask, "none")
+    rows["tone"] = composite(plain, original, mask, "tone")
+    rows["Poisson"] = composite(plain, original, mask, "poisson")
+    for other in others:
+        fill = decoded[other]
+        rows[other] = fill
+        rows[f"{other} + paste"] = composite(fill, original, mask, "none")
+        rows[f"{other} + tone"] = composite(fill, original, mask, "tone")
+        rows[f"{other} + Poisson"] = composite(fill, original, mask, "poisson")
+    return rows
 
 
-def _drifted(image: np.ndarray, pair: Pair, contour: Contour) -> dict[str, float]:
-    kept = pair.mask[..., 0] <= 0.5
-    lab = [cv2.cvtColor(x.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[..., 0] for x in (image, pair.image)]
-    # Only where the neighbours are preserved as well.
-    within = cv2.erode(kept.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
-    gradients = [np.hypot(*np.gradient(x))[within].mean() for x in lab]
-    return {
-        "psnr_preserved": psnr(image, pair.image, kept),
-        "lightness": float((lab[0] - lab[1])[kept].mean()),
-        "sharpness": float(gradients[0] / gradients[1]),
-        "seam": contour.steps(image).summary()["seam"],
-    }
+def check_row(models: Models, row: str) -> None:
+    """Raises EvaluationError unless `measure_seam` has the row; the message lists what it has."""
+    nothing = np.zeros((1, 1, 3), np.uint8)
+    rows = compose_rows(dict.fromkeys(models.decoders(), nothing), nothing, np.zeros((1, 1, 1), np.float32))
+    if row not in rows:
+        raise EvaluationError(f"--against {row!r}: expected one of {', '.join(rows)}")
 
 
-def seam_table(rows: Rows) -> str:
-    """One latent's rows as Markdown."""
-    cells = [[row, *(f"{values[name]:.4g}" for name in SEAM_COLUMNS)] for row, values in rows.items()]
-    return markdown(["", *SEAM_COLUMNS.values()], cells)
+def match_colours(fill: np.ndarray, original: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The fill with the mean and deviation of each CIE Lab channel matched at the edge (Reinhard et al. 2001).
 
+    Args:
+        fill: (h, w, 3) uint8.
+        original: (h, w, 3) uint8; only a ring outside the mask is read.
+        mask: (h, w, 1).
 
-def drift_table(rows: dict[str, list[dict]]) -> str:
-    """Some of the passes of every row as Markdown."""
-    cells = [
-        [f"{row}, pass {number}", *(f"{passes[number - 1][name]:.4g}" for name in DRIFT_COLUMNS)]
-        for row, passes in rows.items()
-        for number in SHOWN_PASSES
-    ]
-    return markdown(["", *DRIFT_COLUMNS.values()], cells)
-
-
-def plot(path: str, seam: dict[str, Rows]) -> None:
-    """Draws the excess step against the PSNR of the preserved pixels, so that no row wins one by losing the other.
-
-    What preserves every pixel exactly has no finite PSNR and stands at the right edge.
+    Returns:
+        (h, w, 3) uint8; the fill where there is no edge.
     """
-    # Here, because only this needs it; without pyplot, which keeps global state.
-    from matplotlib.figure import Figure
+    inner, outer = rings(mask[..., 0] > 0.5, RING)
+    if not inner.any():
+        return fill
+    lab, inside, outside = rgb2lab(fill), rgb2lab(fill[inner] / 255), rgb2lab(original[outer] / 255)
+    contrast = np.clip(outside.std(0) / np.maximum(inside.std(0), 1e-6), *CONTRAST)
+    matched = (lab - inside.mean(0)) * contrast + outside.mean(0)
+    return np.asarray(np.clip(np.round(lab2rgb(matched) * 255), 0, 255), np.uint8)
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    panels: Sequence = figure.subplots(1, len(seam), sharey=True)
-    for panel, (latent, rows) in zip(panels, seam.items(), strict=True):
-        finite = [r["psnr_preserved"] for r in rows.values() if np.isfinite(r["psnr_preserved"])]
-        edge = max(finite) + 5
-        for row, values in rows.items():
-            x = min(values["psnr_preserved"], edge)
-            panel.plot(x, values["seam"], "o", color="tab:red" if row.startswith("ours") else "tab:gray")
-            panel.annotate(row, (x, values["seam"]), xytext=(4, 4), textcoords="offset points", fontsize=7)
-        panel.axvline(edge, linestyle=":", color="tab:gray", linewidth=0.8)
-        panel.axhline(0, color="black", linewidth=0.8)
-        panel.set(title=latent, xlabel="PSNR of the preserved pixels, dB (right edge: exact)")
-        panel.margins(x=0.15)
-    panels[0].set_ylabel("excess boundary step, CIEDE2000")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write_bytes(path, buffer.getvalue())
+
+def judge(
+    rows: dict[str, np.ndarray], truth: np.ndarray, mask: np.ndarray, lpips: LPIPS | None
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """The metrics of `COLUMNS` for each row, against what ought to be seen."""
+    contour, inside = Contour(truth, mask), mask[..., 0] > 0.5
+    wanted = None if lpips is None else _features(lpips, images.to_float(truth)[None])
+    for row, image in rows.items():
+        steps, octaves = contour.steps(image).summary(), grain(image, truth, mask)
+        values = {
+            "psnr_preserved": psnr(image, truth, ~inside) if (~inside).any() else float("nan"),
+            **{name: steps[name] for name in ("step", "step_signed", "step_smooth", "step_textured")},
+            "gradient": boundary_error(image, truth, mask),
+            "tone": fill_tone(image, truth, mask),
+            "psnr_masked": psnr(image, truth, inside) if inside.any() else float("nan"),
+            "grain": abs(octaves),
+            "grain_signed": octaves,
+        }
+        if lpips is not None and wanted is not None:
+            values["lpips"] = float(_distance(lpips, _features(lpips, images.to_float(image)[None]), wanted)[0])
+        yield row, values
+
+
+@nnx.jit
+def _features(lpips: LPIPS, image: jax.Array) -> list[jax.Array]:
+    return lpips.features(image)
+
+
+@nnx.jit
+def _distance(lpips: LPIPS, a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
+    return lpips.distance(a, b)

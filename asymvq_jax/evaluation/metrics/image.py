@@ -10,6 +10,8 @@ import cv2
 import numpy as np
 from skimage.metrics import structural_similarity
 
+from asymvq_jax.inference.edges import rings
+
 # Pixels on each side of the mask's edge that count for the boundary error: a band of 8 px.
 BOUNDARY = 4
 
@@ -44,26 +46,25 @@ def ssim_map(image: np.ndarray, original: np.ndarray) -> np.ndarray:
     """
     if min(image.shape[:2]) < 3:
         return np.full(image.shape[:2], np.nan)
-    window = min(7, (min(image.shape[:2]) - 1) // 2 * 2 + 1)
+    window = _ssim_window(image)
     _, full = structural_similarity(original, image, channel_axis=-1, full=True, win_size=window, data_range=255)
     return full.mean(-1)
 
 
-def boundary_rings(mask: np.ndarray, width: int = BOUNDARY) -> tuple[np.ndarray, np.ndarray]:
-    """The pixels within `width` px of the mask's edge, inside it and outside: (h, w) bool each."""
-    inside = mask[..., 0] > 0.5
-    if inside.all() or not inside.any():
-        return np.zeros_like(inside), np.zeros_like(inside)
-    inner, outer = (
-        side & (cv2.distanceTransform(side.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE) <= width)
-        for side in (inside, ~inside)
-    )
-    return inner, outer
+def _ssim_window(image: np.ndarray) -> int:
+    return min(7, (min(image.shape[:2]) - 1) // 2 * 2 + 1)
+
+
+def within_kept(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The pixels whose SSIM window holds kept pixels only, (h, w) bool: what is under the mask plays no part there."""
+    reach = _ssim_window(image) // 2
+    apart = cv2.dilate((~kept).astype(np.uint8), np.ones((2 * reach + 1, 2 * reach + 1), np.uint8))
+    return apart == 0
 
 
 def boundary_band(mask: np.ndarray, width: int = BOUNDARY) -> np.ndarray:
     """The pixels within `width` px of the mask's edge, on both sides of it: (h, w) bool."""
-    return np.logical_or(*boundary_rings(mask, width))
+    return np.logical_or(*rings(mask[..., 0] > 0.5, width))
 
 
 def boundary_error(image: np.ndarray, original: np.ndarray, mask: np.ndarray) -> float:
@@ -93,7 +94,7 @@ def all_metrics(image: np.ndarray, original: np.ndarray, mask: np.ndarray) -> di
     return {
         "preservation_error": mean_squared_error(image, original, ~masked),
         "psnr_preserved": psnr(image, original, ~masked) if (~masked).any() else float("nan"),
-        "ssim_preserved": _mean(similarity, ~masked),
+        "ssim_preserved": _mean(similarity, within_kept(image, ~masked)),
         "psnr_masked": psnr(image, original, masked) if masked.any() else float("nan"),
         "ssim_masked": _mean(similarity, masked),
         "boundary_error": boundary_error(image, original, mask),

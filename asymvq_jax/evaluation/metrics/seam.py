@@ -2,26 +2,26 @@
 
 A grid of cells cuts the contour into pieces, and every pixel near it belongs to the piece that is nearest. A piece's
 step is the colour difference (CIEDE2000) between the mean colours of two thin rings, one on either side; its excess is
-that step less the one that the original has in the same place, so that an edge which belongs to the picture counts for
-nothing.
+that step less the one that the truth has in the same place, so that an edge which belongs to the picture counts for
+nothing. An edge that was blurred away has less than no excess, and must not make up for a step that shows elsewhere:
+what counts is the mean absolute excess.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 from skimage.color import deltaE_ciede2000, rgb2lab
 
-from asymvq_jax.evaluation.metrics.image import boundary_rings
+from asymvq_jax.inference.edges import cells, ring_means, rings
 
 # The rings are the pixels within so many px of the contour; the cells' side, px.
 RING = 4
 CELL = 16
 # Rings with fewer pixels in a cell tell nothing.
 LEAST = 8
-# A piece is smooth where the original's lightness (0 to 100) varies less than this in its rings.
+# A piece is smooth where the truth's lightness (0 to 100) varies less than this in its rings.
 SMOOTH = 5.0
 
 
@@ -32,37 +32,45 @@ class Steps(NamedTuple):
     smooth: np.ndarray
 
     def summary(self) -> dict[str, float]:
-        """Mean and 95th percentile of all pieces, and the means of the smooth and of the textured; NaN without any."""
+        """Means and 95th percentile over the pieces; NaN without any.
+
+        Returns:
+            step: the mean absolute excess; step_p95: the 95th percentile of it; step_signed: the mean excess;
+            step_smooth and step_textured: the mean absolute excess of smooth and of textured pieces.
+        """
 
         def mean(values: np.ndarray) -> float:
             return float(values.mean()) if values.size else float("nan")
 
+        absolute = np.abs(self.excess)
         return {
-            "seam": mean(self.excess),
-            "seam_p95": float(np.percentile(self.excess, 95)) if self.excess.size else float("nan"),
-            "seam_smooth": mean(self.excess[self.smooth]),
-            "seam_textured": mean(self.excess[~self.smooth]),
+            "step": mean(absolute),
+            "step_p95": float(np.percentile(absolute, 95)) if absolute.size else float("nan"),
+            "step_signed": mean(self.excess),
+            "step_smooth": mean(absolute[self.smooth]),
+            "step_textured": mean(absolute[~self.smooth]),
         }
 
 
 class Contour:
-    """The mask's contour in one original, against which any number of pictures are measured."""
+    """The mask's contour in one true picture, against which any number of pictures are measured."""
 
-    def __init__(self, original: np.ndarray, mask: np.ndarray) -> None:
+    def __init__(self, truth: np.ndarray, mask: np.ndarray) -> None:
         """Cuts the contour into pieces.
 
         Args:
-            original: (h, w, 3) uint8.
+            truth: (h, w, 3) uint8, what ought to be seen: the original, or what was put under the mask with it around.
             mask: (h, w, 1), 1 = generate, 0 = preserve; its contour is where it crosses 0.5.
         """
-        self._rings = boundary_rings(mask, RING)
-        self._cell = _cells(mask[..., 0] > 0.5)
-        self._cells = int(self._cell.max()) + 1
-        self._enough = np.all([self._count(ring) >= LEAST for ring in self._rings], axis=0)
-        lab = rgb2lab(original)
-        lightness, both = lab[..., :1], np.logical_or(*self._rings)
-        variance = self._means(lightness**2, both) - self._means(lightness, both) ** 2
-        self._smooth = variance[:, 0] < SMOOTH**2
+        inside = mask[..., 0] > 0.5
+        self._rings = rings(inside, RING)
+        self._cell = cells(inside, CELL)
+        lab = rgb2lab(truth)
+        counts = [ring_means(lab, ring, self._cell)[1] for ring in self._rings]
+        self._enough = np.all([count >= LEAST for count in counts], axis=0)
+        both = np.logical_or(*self._rings)
+        moments = self._means(np.stack([lab[..., 0], lab[..., 0] ** 2], -1), both)
+        self._smooth = moments[:, 1] - moments[:, 0] ** 2 < SMOOTH**2
         self._own = self._differences(lab)
 
     def steps(self, image: np.ndarray) -> Steps:
@@ -70,31 +78,11 @@ class Contour:
         return Steps(self._differences(rgb2lab(image)) - self._own, self._smooth)
 
     def _differences(self, lab: np.ndarray) -> np.ndarray:
-        return deltaE_ciede2000(*(self._means(lab, ring) for ring in self._rings))
+        return np.asarray(deltaE_ciede2000(*(self._means(lab, ring) for ring in self._rings)))
 
     def _means(self, values: np.ndarray, ring: np.ndarray) -> np.ndarray:
         """Means over each piece's pixels of `ring`: (h, w, c) -> (n, c)."""
-        cell = self._cell[ring]
-        sums = np.stack([np.bincount(cell, v, self._cells) for v in np.moveaxis(values, -1, 0)[:, ring]], -1)
-        return sums[self._enough] / self._count(ring)[self._enough, None]
-
-    def _count(self, ring: np.ndarray) -> np.ndarray:
-        return np.bincount(self._cell[ring], minlength=self._cells)
-
-
-def _cells(inside: np.ndarray) -> np.ndarray:
-    """For each pixel, the number of the grid's cell in which the nearest of the contour lies: (h, w)."""
-    rows, columns = (np.arange(side) // CELL for side in inside.shape)
-    cell = rows[:, None] * (columns[-1] + 1) + columns
-    contour = inside & (cv2.dilate((~inside).astype(np.uint8), np.ones((3, 3), np.uint8)) > 0)
-    if not contour.any():
-        return cell
-    _, label = cv2.distanceTransformWithLabels(
-        (~contour).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL
-    )
-    of_label = np.zeros(label.max() + 1, cell.dtype)
-    of_label[label[contour]] = cell[contour]
-    return of_label[label]
+        return ring_means(values, ring, self._cell)[0][self._enough]
 
 
 def join(steps: list[Steps]) -> Steps:
