@@ -17,6 +17,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from asymvq_jax.commands.evaluate import main
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.errors import EvaluationError
+from asymvq_jax.evaluation import drift
 from asymvq_jax.evaluation.metrics.distribution import statistics
 from asymvq_jax.evaluation.metrics.image import all_metrics, boundary_band, boundary_error
 from asymvq_jax.evaluation.pairs import Pair, list_pairs, read_pairs
@@ -167,7 +168,7 @@ def _write_pairs(folder: Path) -> None:
 
 
 def test_folders_of_pairs(tmp_path):
-    with pytest.raises(EvaluationError, match="is not a directory"):
+    with pytest.raises(EvaluationError, match="does not exist"):
         list_pairs(str(tmp_path / "none"))
     with pytest.raises(EvaluationError, match="holds no pictures"):
         list_pairs(str(tmp_path))
@@ -184,12 +185,16 @@ def test_folders_of_pairs(tmp_path):
         list(read_pairs(list_pairs(str(tmp_path))))
 
 
-def test_command_line(tmp_path, models):
+def test_command_line(tmp_path, models, capsys, monkeypatch):
+    # As many as show what is printed and written.
+    monkeypatch.setattr(drift, "EDITS", 2)
+    monkeypatch.setattr(drift, "SHOWN_EDITS", (1, 2))
+    monkeypatch.setattr(drift, "PASSES", 2)
+    monkeypatch.setattr(drift, "SHOWN_PASSES", (1, 2))
     save_model(tmp_path / "model", models[0])
     save_model(tmp_path / "plain", models[1])
     (tmp_path / "pairs").mkdir()
     _write_pairs(tmp_path / "pairs")
-    command = [sys.executable, ROOT / "eval.py", f"--config={ROOT / 'configs/demo.py'}"]
     options = {
         "checkpoint": "model",
         "plain": "plain",
@@ -200,17 +205,17 @@ def test_command_line(tmp_path, models):
         "harmonised": "model",
     }
     arguments = [f"--{name}={tmp_path / value}" for name, value in options.items()]
-    arguments += ["--seam-pictures=1", "--seam-size=48"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "2 pictures from" in done.stdout
+    arguments += [f"--config={ROOT / 'configs/demo.py'}", "--seam-pictures=1", "--seam-size=24"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "2 pictures from" in said
     numbers = json.loads((tmp_path / "t.json").read_text())
     assert numbers["rows"]["paste"]["preservation_error"] == 0
     assert numbers["rows"]["paste"]["psnr_preserved"] is None
     assert numbers["seam"]["shifted"]["paste"]["psnr_preserved"]["mean"] is None
-    assert len(numbers["drift"]["ours"]) == 10
-    assert len(numbers["edits"]["ours + paste"]) == 25
-    assert "the seam, own: 1 pictures" in done.stdout
+    assert len(numbers["drift"]["ours"]) == 2
+    assert len(numbers["edits"]["ours + paste"]) == 2
+    assert "the seam, own: 1 pictures" in said
     # One picture, three masks, five protocols, 17 rows, each with its numbers.
     assert len(numbers["seam_cases"]) == 3 * 5 * 17
     assert numbers["seam_cases"][0]["values"]["lpips"] > 0
@@ -241,6 +246,10 @@ def test_command_line_messages(tmp_path, models, capsys):
         said = capsys.readouterr().err
         assert f"error: {message}" in said
         assert "Traceback" not in said
+    command = [sys.executable, ROOT / "eval.py", f"--config={ROOT / 'configs/demo.py'}", "--checkpoint=none"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "error: no checkpoint at none" in done.stderr
 
 
 def test_edited_latents_beside_the_pairs_are_decoded(models, tmp_path):
@@ -260,7 +269,7 @@ def test_edited_latents_beside_the_pairs_are_decoded(models, tmp_path):
     with pytest.raises(EvaluationError, match=r"the latent beside p1\.png: the latent has shape \(4, 10, 13\)"):
         evaluate(*models, read_pairs(list_pairs(str(tmp_path))), 2, load_lpips("alexnet"))
     (tmp_path / "p0.npy").write_bytes(b"none")
-    with pytest.raises(EvaluationError, match=r"p0\.npy is no readable \.npy file"):
+    with pytest.raises(EvaluationError, match=r"p0\.npy is of no known kind"):
         list(read_pairs(list_pairs(str(tmp_path))))
 
 
@@ -296,5 +305,5 @@ def test_text_to_image_latents(models, inception, tmp_path):
     assert list(scores) == ["plain", "ours"]
     assert all(fid > 0 and score >= 1 for fid, score in scores.values())
     assert "x2 without condition (published)" in text_table(scores)
-    with pytest.raises(EvaluationError, match=r"expected a directory of \.npy files"):
+    with pytest.raises(EvaluationError, match=r"--latents .*none does not exist"):
         evaluate_text(*models, str(tmp_path / "none"), reference, inception)

@@ -198,12 +198,16 @@ def hard_paste(image: np.ndarray, original: np.ndarray, mask: np.ndarray) -> np.
 
 
 def _lpips(lpips: LPIPS, image: np.ndarray, original: np.ndarray) -> float:
-    # The network halves the picture four times; smaller ones are enlarged to what it can take.
+    return float(_distance(lpips, lpips_input(image), lpips_input(original))[0])
+
+
+def lpips_input(image: np.ndarray) -> jax.Array:
+    """(h, w, 3) uint8 -> (1, h, w, 3) in [-1, 1], small ones enlarged to the 32 px that LPIPS's networks can halve."""
     if min(image.shape[:2]) < 32:
         scale = 32 / min(image.shape[:2])
         size = tuple(max(32, round(s * scale)) for s in image.shape[1::-1])
-        image, original = (cv2.resize(x, size, interpolation=cv2.INTER_LINEAR) for x in (image, original))
-    return float(_distance(lpips, images.to_float(image)[None], images.to_float(original)[None])[0])
+        image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+    return images.to_float(image)[None]
 
 
 @nnx.jit

@@ -7,6 +7,7 @@ a fill into a picture is judged by both, on the same latents. No way reads the o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from asymvq_jax.evaluation.metrics.fill import fill_tone, grain
 from asymvq_jax.evaluation.metrics.image import boundary_error, psnr
 from asymvq_jax.evaluation.metrics.seam import Contour
 from asymvq_jax.evaluation.protocols import Case
-from asymvq_jax.evaluation.rows import PLAIN, PLAIN_OURS, check_same_encoder, decode_ours, decode_plain
+from asymvq_jax.evaluation.rows import PLAIN, PLAIN_OURS, check_same_encoder, decode_ours, decode_plain, lpips_input
 from asymvq_jax.files import images
 from asymvq_jax.inference.blend import composite
 from asymvq_jax.inference.edges import rings
@@ -175,7 +176,10 @@ def match_colours(fill: np.ndarray, original: np.ndarray, mask: np.ndarray) -> n
     lab, inside, outside = rgb2lab(fill), rgb2lab(fill[inner] / 255), rgb2lab(original[outer] / 255)
     contrast = np.clip(outside.std(0) / np.maximum(inside.std(0), 1e-6), *CONTRAST)
     matched = (lab - inside.mean(0)) * contrast + outside.mean(0)
-    return np.asarray(np.clip(np.round(lab2rgb(matched) * 255), 0, 255), np.uint8)
+    with warnings.catch_warnings():
+        # Colours that no screen shows are clipped, which is what is to become of them.
+        warnings.simplefilter("ignore", UserWarning)
+        return np.asarray(np.clip(np.round(lab2rgb(matched) * 255), 0, 255), np.uint8)
 
 
 def judge(
@@ -183,7 +187,7 @@ def judge(
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """The metrics of `COLUMNS` for each row, against what ought to be seen."""
     contour, inside = Contour(truth, mask), mask[..., 0] > 0.5
-    wanted = None if lpips is None else _features(lpips, images.to_float(truth)[None])
+    wanted = None if lpips is None else _features(lpips, lpips_input(truth))
     for row, image in rows.items():
         steps, octaves = contour.steps(image).summary(), grain(image, truth, mask)
         values = {
@@ -196,7 +200,7 @@ def judge(
             "grain_signed": octaves,
         }
         if lpips is not None and wanted is not None:
-            values["lpips"] = float(_distance(lpips, _features(lpips, images.to_float(image)[None]), wanted)[0])
+            values["lpips"] = float(_distance(lpips, _features(lpips, lpips_input(image)), wanted)[0])
         yield row, values
 
 
