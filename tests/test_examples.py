@@ -1,18 +1,22 @@
 """The scripts of examples/ do on tiny models what they say."""
 
 import json
+import re
 import runpy
 import sys
 
+import nbformat
 import numpy as np
 import pytest
 from flax import nnx
+from nbclient import NotebookClient
 from pages import ROOT
 
 from asymvq_jax import inference
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.convert.convert import convert
 from asymvq_jax.files import images
+from asymvq_jax.models import embedded
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.checkpoints import load_parameters, save_model
 from asymvq_jax.training import loop
@@ -134,3 +138,17 @@ def test_the_curves_of_runs_are_drawn(tmp_path, monkeypatch, capsys):
             run("plot_run.py", *arguments, "--out", out, monkeypatch=monkeypatch)
         assert end.value.code == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not embedded.FOLDER.is_dir(), reason="the models inside the package are not in this clone")
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(EXAMPLES / "inpaint.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "outputs are not kept in the repository"
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
+    plain, asymmetric = (float(re.search(rf"{name} +error of the kept pixels: +([\d.]+)", printed)[1])
+                         for name in ("plain decode", "asymmetric"))  # fmt: skip
+    assert asymmetric < 0.75 * plain
+    assert images.read(tmp_path / "result.png").shape == (400, 584, 3)
