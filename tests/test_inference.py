@@ -2,6 +2,7 @@
 
 import io
 import re
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,8 @@ from asymvq_jax.config import ModelConfig
 from asymvq_jax.convert.convert import convert
 from asymvq_jax.errors import InputError, OutputError
 from asymvq_jax.files import images
+from asymvq_jax.files.metadata import Metadata
+from asymvq_jax.files.pictures import Picture, read_picture, write_picture
 from asymvq_jax.inference import decode, encode, inpaint, paste, read_latent
 from asymvq_jax.inference.blend import composite
 from asymvq_jax.models.autoencoder import Autoencoder
@@ -225,3 +228,113 @@ def test_pad_repeats_the_edge():
     padded = inference.pad(jnp.arange(6.0).reshape(1, 2, 3, 1), 4)
     assert padded.shape == (1, 4, 4, 1)
     np.testing.assert_array_equal(padded[0, :, :, 0], [[0, 1, 2, 2], [3, 4, 5, 5], [3, 4, 5, 5], [3, 4, 5, 5]])
+
+
+@pytest.fixture
+def files(tmp_path, checkpoint, monkeypatch):
+    """A picture of 16 bits with alpha and a resolution, and a mask, as options of the command."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(4)
+    array = rng.integers(0, 65536, (37, 51, 4)).astype(np.uint16)
+    array[..., 3] = 65535
+    array[:, 40:, 3] = 20000
+    write_picture("image.png", Picture(array[..., :3], array[..., 3:], Metadata(dpi=(300, 300))))
+    Image.fromarray((_picture()[1][..., 0] * 255).astype(np.uint8)).save("mask.png")
+    return ["--image=image.png", "--mask=mask.png", f"--checkpoint={checkpoint}", "--out=out.png"]
+
+
+def test_command_line_keeps_all_of_a_picture(files, capsys):
+    assert main([*files, "--keep=exact", "--band=2"]) == 0
+    before, after = read_picture("image.png"), read_picture("out.png")
+    kept = np.ones(before.size, bool)
+    kept[7:23, 9:33] = False
+    np.testing.assert_array_equal(after.colour[kept], before.colour[kept])
+    np.testing.assert_array_equal(after.alpha, before.alpha)
+    assert after.colour.dtype == np.uint16
+    assert (after.colour[12:18, 14:28] != before.colour[12:18, 14:28]).any()
+    np.testing.assert_allclose(after.metadata.dpi, 300, atol=1)
+    assert "mask from brightness, 10% generated" in capsys.readouterr().out
+    assert main([*files, "--out=out.webp"]) == 0
+    said = capsys.readouterr().err
+    assert "warning: WEBP holds 8 bits a channel" in said
+
+
+def test_command_line_gives_back_what_nothing_is_to_be_generated_of(files, capsys):
+    Image.new("L", (51, 37)).save("mask.png")
+    assert main([*files, "--checkpoint=not-even-read"]) == 0
+    assert Path("out.png").read_bytes() == Path("image.png").read_bytes()
+    said = capsys.readouterr()
+    assert "warning: mask.png is black: nothing is generated" in said.err
+    assert "0% generated: the picture as it was" in said.out
+
+
+def test_command_line_never_overwrites_an_input(files, capsys):
+    Path("link.png").symlink_to("image.png")
+    for out in ("image.png", "mask.png", "./image.png", "link.png"):
+        before = Path(out).read_bytes()
+        assert main([*files, f"--out={out}"]) == 2
+        assert "which would be overwritten; name another file" in capsys.readouterr().err
+        assert Path(out).read_bytes() == before
+
+
+def test_command_line_checks_what_it_can_before_the_model(files, capsys, monkeypatch):
+    monkeypatch.setattr("asymvq_jax.inference.task.read_model", lambda *_, **__: pytest.fail("the model was read"))
+    images.write("wide.png", np.zeros((1, 16384, 3), np.uint8))
+    np.save("z.npy", np.zeros((4, 5, 7), complex))
+    for options, message in (
+        (["--image=wide.png", "--out=o.webp"], "16384 x 1 px cannot be written as WEBP"),
+        (["--latent-layout=channels-first"], "name it too"),
+        (["--latent=z.npy", "--scaled-latent", "--unscaled-latent"], "exclude each other"),
+        (["--latent=z.npy"], "latent z.npy holds values of type complex128"),
+        (["--mask-channel=alpha"], "has no alpha channel"),
+        (["--band=-1"], "expected zero or more"),
+    ):
+        assert main([*files, *options]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_keeping_exactly_takes_any_decoder(model):
+    image, mask = _picture()
+    plain = Autoencoder(ModelConfig(**{**vars(CONFIG), "condition": False}), rngs=nnx.Rngs(0))
+    kept = inpaint(plain, image, mask, keep="exact", band=0).image
+    np.testing.assert_array_equal(kept[mask[..., 0] == 0], image[mask[..., 0] == 0])
+
+
+def test_a_haze_of_a_soft_mask_does_not_undo_an_exact_copy(model):
+    image, mask = _picture()
+    hazy = np.maximum(mask, np.float32(1 / 255))
+    kept = inpaint(model, image, hazy, keep="exact", band=3)
+    np.testing.assert_array_equal(kept.image[30:], image[30:])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x[..., 0], "expected (h, w, 3)"),
+        (lambda x: np.dstack([x, x[..., :1]]), "shape (37, 51, 4)"),
+        (lambda x: x[None], "expected (h, w, 3)"),
+        (lambda x: x / np.float32(255), "of type float32, holding 0 to 1: expected uint8"),
+        (lambda x: x.astype(np.uint16), "of type uint16"),
+    ],
+)
+def test_pictures_of_another_form_are_refused(model, change, message):
+    image, mask = _picture()
+    image[0, 0], image[0, 1] = 0, 255
+    with pytest.raises(InputError, match=re.escape(message)):
+        inpaint(model, change(image), mask)
+
+
+def test_masks_and_arrays_of_another_form_are_refused(model):
+    image, mask = _picture()
+    for wrong in (np.dstack([mask] * 3), mask[None], mask.astype(str)):
+        with pytest.raises(InputError, match="the mask has shape"):
+            inpaint(model, image, wrong)
+    pixels = np.asarray(images.to_float(image))[None]
+    for array, message in ((image[None], "of type uint8"), (pixels * 255, "expected floats in"), (pixels[0], "shape")):
+        with pytest.raises(InputError, match=message):
+            encode(model, array)
+    latent = encode(model, pixels)
+    with pytest.raises(InputError, match="masks with values"):
+        decode(model, latent, pixels, mask[None] * 255)
+    with pytest.raises(InputError, match="masks of shape"):
+        decode(model, latent, pixels, mask[None, :30])
