@@ -43,6 +43,8 @@ def test_it_holds_the_package_the_configs_and_nothing_else(wheel):
     meta = {name for name in names if ".dist-info/" in name}
     expected = {f"asymvq_jax/{p.relative_to(ROOT / 'asymvq_jax')}" for p in (ROOT / "asymvq_jax").rglob("*.py")}
     expected |= {f"asymvq_jax/configs/{p.name}" for p in (ROOT / "configs").glob("*.py")}
+    models = (ROOT / "asymvq_jax" / "models").rglob("*.safetensors")
+    expected |= {f"asymvq_jax/{p.relative_to(ROOT / 'asymvq_jax')}" for p in models}
     assert expected <= names
     assert "asymvq_jax/py.typed" in names
     assert all(name.startswith("asymvq_jax/") for name in names - meta)
