@@ -116,9 +116,9 @@ def read_painting(painting: dict[str, Any] | None) -> tuple[np.ndarray, np.ndarr
     Raises:
         InputError: no picture, or nothing painted.
     """
-    image = images.read(painting["background"]) if painting and painting["background"] else None
-    if image is None:
+    if not painting or not painting["background"]:
         raise InputError("There is no picture yet: load one, or choose an example.")
+    image = images.read(painting["background"])
     mask = np.zeros((*image.shape[:2], 1), np.float32)
     for layer in painting["layers"]:
         mask = np.maximum(mask, images.read_mask(layer))
@@ -163,6 +163,7 @@ def page(model: Autoencoder, plain: Autoencoder | None) -> gradio.Blocks:
         return [f"{width} x {height} px, {mask.mean():.0%} painted.", *parts]
 
     examples = _examples()
+    blocks: gradio.Blocks
     with gr.Blocks(title="asymvq-jax", analytics_enabled=False) as blocks:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
@@ -190,7 +191,12 @@ def page(model: Autoencoder, plain: Autoencoder | None) -> gradio.Blocks:
                 button = gr.Button("Decode", variant="primary")
                 status = gr.Markdown()
         outputs: list[gradio.Component] = [status]
-        shown = {"format": "png", "interactive": False, "show_label": False, "buttons": ["download", "fullscreen"]}
+        shown: dict[str, Any] = {
+            "format": "png",
+            "interactive": False,
+            "show_label": False,
+            "buttons": ["download", "fullscreen"],
+        }
         with gr.Row():
             for text in (PLAIN if plain is not None else PLAIN_OURS, PASTE, ASYMMETRIC):
                 with gr.Column():

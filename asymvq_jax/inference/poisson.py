@@ -114,7 +114,7 @@ def _apply(level: _Level, x: jax.Array) -> jax.Array:
 
 def _apart(x: jax.Array) -> jax.Array:
     """Keeps XLA from fusing what comes after with what came before, and computing a pixel for each neighbour anew."""
-    y: jax.Array = jax.lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
+    y: jax.Array = jax.lax.optimization_barrier(x)
     return y
 
 

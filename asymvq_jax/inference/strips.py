@@ -32,6 +32,10 @@ class FeatureMap(NamedTuple):
     moments: jax.Array | None
 
 
+# `_sweep` with the size of its strips.
+Sweep = Callable[..., FeatureMap]
+
+
 class Condition(NamedTuple):
     """The condition branch's features, outermost first, and the mask (b, h, w, 1)."""
 
@@ -48,7 +52,7 @@ def encode_in_strips(model: Autoencoder, image: jax.Array | np.ndarray, strip_pi
             x = _layer(layer, x, None, sweep)
         if level.downsample is not None:
             x = sweep(x, level.downsample)
-    return _latent_mode(model, x.values)
+    return _latent_mode(model, jnp.asarray(x.values))
 
 
 @nnx.jit
@@ -79,14 +83,14 @@ def decode_in_strips(
         InputError: a mask for a model without a condition branch.
     """
     decoder, sweep = model.decoder, partial(_sweep, strip_pixels=strip_pixels)
-    condition, size = None, (None, None)
+    condition: Condition | None = None
+    size: tuple[int | None, int | None] = (None, None)
     if image is not None and mask is not None:
         check_condition(model.config)
-        size = image.shape[1:3]
-        image, mask = (np.asarray(pad(x, model.config.downsampling)) for x in (image, mask))
-        condition = Condition(_condition(decoder, image, mask, sweep), mask)
-    first = (None, None) if condition is None else (condition.features[-1], condition.mask)
-    values, moments = latent_program(model, latent, *first)
+        size = (image.shape[1], image.shape[2])
+        pixels, region = (np.asarray(pad(x, model.config.downsampling)) for x in (image, mask))
+        condition = Condition(_condition(decoder, pixels, region, sweep), region)
+    values, moments = latent_program(model, jnp.asarray(latent), *_innermost(condition))
     x = FeatureMap(np.asarray(values), moments)
     for i, level in enumerate(decoder.levels):
         # What the next level begins with is blended as it is written: where this level upsamples, with the feature of
@@ -115,12 +119,13 @@ def latent_program(
 
 
 def _blended(h: jax.Array, feature: jax.Array | None, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    if feature is not None:
+    if feature is not None and mask is not None:
         h = blend(h, feature, mask.astype(h.dtype))
     return h, channel_moments(h)
 
 
-def _condition(decoder: Decoder, image: np.ndarray, mask: np.ndarray, sweep: Callable) -> list[np.ndarray]:
+def _condition(decoder: Decoder, image: np.ndarray, mask: np.ndarray, sweep: Sweep) -> list[np.ndarray]:
+    assert decoder.condition is not None
     x = FeatureMap((1 - mask) * image, None)
     features = []
     for i, layer in enumerate(decoder.condition.layers):
@@ -129,11 +134,15 @@ def _condition(decoder: Decoder, image: np.ndarray, mask: np.ndarray, sweep: Cal
     return features
 
 
-def _layer(layer: ResBlock | Attention, x: FeatureMap, condition: Condition | None, sweep: Callable) -> FeatureMap:
+def _innermost(condition: Condition | None) -> tuple[jax.Array | None, jax.Array | None]:
+    """The feature of the lowest resolution, and the mask."""
+    return (None, None) if condition is None else (jnp.asarray(condition.features[-1]), jnp.asarray(condition.mask))
+
+
+def _layer(layer: ResBlock | Attention, x: FeatureMap, condition: Condition | None, sweep: Sweep) -> FeatureMap:
     if isinstance(layer, Attention):
         # Of the whole map, as at the latent's resolution: every pixel attends to all.
-        feature, mask = (None, None) if condition is None else (condition.features[-1], condition.mask)
-        values, moments = _attend(layer, x.values, feature, mask)
+        values, moments = _attend(layer, jnp.asarray(x.values), *_innermost(condition))
         return FeatureMap(np.asarray(values), moments)
     h = sweep(x, layer.conv1, norm=layer.norm1)
     return sweep(h, layer.conv2, norm=layer.norm2, residual=x.values, shortcut=layer.shortcut, condition=condition)
@@ -194,8 +203,7 @@ def _input_rows(x: np.ndarray, top: int, bottom: int, conv: Conv, upsample: bool
     return x[:, rows.clip(0, x.shape[1] - 1)], inside
 
 
-@partial(nnx.jit, static_argnames=("relu", "upsample"))
-def strip_program(
+def _strip(
     conv: Conv,
     norm: GroupNorm | None,
     shortcut: Conv | None,
@@ -210,7 +218,7 @@ def strip_program(
     upsample: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """One layer of one strip of rows, and the moments of its channels."""
-    if norm is not None:
+    if norm is not None and moments is not None:
         x = norm.normalize(x, moments)
     if relu:
         x = jax.nn.relu(x)
@@ -221,3 +229,7 @@ def strip_program(
     if residual is not None:
         y = y + (residual if shortcut is None else shortcut(residual))
     return _blended(y, feature, mask)
+
+
+# One layer of one strip, jitted.
+strip_program: Callable[..., tuple[jax.Array, jax.Array]] = nnx.jit(_strip, static_argnames=("relu", "upsample"))

@@ -87,7 +87,7 @@ def decode(
     if image is not None and mask is not None:
         check_pixels(image, model.config)
         check_masks(mask, image)
-        size = size or image.shape[1:3]
+        size = size or (image.shape[1], image.shape[2])
         multiple = model.config.downsampling
         image, mask = pad(image, multiple), pad(mask, multiple)
     result = _over(mesh, latent.shape[1], decode_program, model, latent, image, mask)
@@ -97,25 +97,32 @@ def decode(
 def place(model: M, mesh: Mesh) -> M:
     """The model with its weights on every device of `mesh`, so that `encode` and `decode` need not copy them there."""
     graphdef, params = split(model)
-    return merge(graphdef, jax.device_put(params, sharding.replicated(mesh)))
+    placed: M = merge(graphdef, jax.device_put(params, sharding.replicated(mesh)))
+    return placed
 
 
 def _over(
-    mesh: Mesh | None, rows: int, function: Callable, model: Autoencoder, *arrays: jax.Array | np.ndarray | None
+    mesh: Mesh | None,
+    rows: int,
+    function: Callable[..., jax.Array],
+    model: Autoencoder,
+    first: jax.Array | np.ndarray,
+    *others: jax.Array | np.ndarray | None,
 ) -> jax.Array:
-    """Calls `function`, with `arrays` split over the devices of `mesh` and the weights on each of them.
+    """Calls `function`, with its arrays split over the devices of `mesh` and the weights on each of them.
 
     Args:
         mesh: None calls it as it is.
         rows: the latent's, the fewest that have to be split.
         function: takes the model and the arrays.
         model: the autoencoder.
-        arrays: (b, h, w, c) each, or None.
+        first: (b, h, w, c).
+        others: (b, h, w, c) each, or None.
     """
     if mesh is None:
-        return function(model, *arrays)
+        return function(model, first, *others)
     by_rows = sharding.HEIGHT in mesh.shape
-    count = rows if by_rows else len(arrays[0])
+    count = rows if by_rows else len(first)
     if count % mesh.size:
         what = f"the latent has {count} rows" if by_rows else f"the batch has {count} pictures"
         raise InputError(
@@ -123,7 +130,7 @@ def _over(
         )
     split = sharding.height_sharding(mesh) if by_rows else sharding.batch_sharding(mesh)
     with jax.set_mesh(mesh):
-        return function(place(model, mesh), *jax.device_put(arrays, split))
+        return function(place(model, mesh), *jax.device_put((first, *others), split))
 
 
 def check_condition(config: ModelConfig, name: str = "this model") -> None:

@@ -146,11 +146,12 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, subset: int = KID_SUBSET) -> t
 
 def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
     def kernel(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-        return (u @ v.T / u.shape[1] + 1) ** 3
+        cubes: np.ndarray = (u @ v.T / u.shape[1] + 1) ** 3
+        return cubes
 
     count = len(x)
     within = sum((k.sum() - np.trace(k)) / (count * (count - 1)) for k in (kernel(x, x), kernel(y, y)))
-    return within - 2 * kernel(x, y).mean()
+    return float(within - 2 * kernel(x, y).mean())
 
 
 def inception_score(logits: np.ndarray) -> tuple[float, float]:

@@ -153,14 +153,16 @@ def _block_e(same: _Conv, name: str, x: jax.Array, pool: Callable[[jax.Array], j
 
 def _max_pool(x: jax.Array, stride: int) -> jax.Array:
     padding = "SAME" if stride == 1 else "VALID"
-    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, stride, stride, 1), padding)
+    most: jax.Array = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, stride, stride, 1), padding)
+    return most
 
 
 def _average_pool(x: jax.Array) -> jax.Array:
     """Means over 3x3 pixels, of those that exist."""
 
     def total(x: jax.Array) -> jax.Array:
-        return jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
+        sums: jax.Array = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
+        return sums
 
     return total(x) / total(jnp.ones_like(x[:1, :, :, :1]))
 
