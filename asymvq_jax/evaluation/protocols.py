@@ -183,7 +183,7 @@ def shift(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> np
         strength = (least + most) / 2
         after = rgb2lab(np.clip(pixels + strength * change, 0, 255) / 255)
         least, most = (strength, most) if deltaE_ciede2000(before, after).mean() < wanted else (least, strength)
-    moved = image.astype(np.float32)
+    moved: np.ndarray = image.astype(np.float32)
     moved[region] = np.clip(pixels + strength * change, 0, 255)
     if texture < 0.25:
         moved = cv2.GaussianBlur(moved, (0, 0), 0.5 + amount)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -110,8 +109,8 @@ def evaluate(
         check_same_encoder(model, plain)
     values: dict[str, dict[str, list[float]]] = {}
     shown: dict[str, list[np.ndarray]] = {}
-    # None is made twice: each puts the network onto the devices.
-    extractors: defaultdict[str, Extractor] = defaultdict(lambda: Extractor(inception))
+    # Made once for each row: each puts the network onto the devices.
+    extractors: dict[str, Extractor] = {}
     done = 0
     for pair in tqdm(pairs, total=count, unit="picture", desc="evaluating"):
         latent = pair_latent(model, pair)
@@ -123,6 +122,8 @@ def evaluate(
                 values.setdefault(row, {}).setdefault(name, []).append(value)
         if inception is not None:
             for row, image in {**rows, ORIGINAL: pair.image}.items():
+                if row not in extractors:
+                    extractors[row] = Extractor(inception)
                 extractors[row].add(image)
         if done < GRID_ROWS:
             for title, picture in _shown(rows, pair).items():
@@ -143,6 +144,8 @@ def _distances(extractors: dict[str, Extractor]) -> dict[str, float]:
     """FID of every row against the originals."""
     known = {row: statistics(extractor.features().pool) for row, extractor in extractors.items()}
     original = known.pop(ORIGINAL, None)
+    if original is None:
+        return {}
     return {row: frechet_distance(stats, original) for row, stats in known.items()}
 
 

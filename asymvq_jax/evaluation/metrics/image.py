@@ -48,23 +48,23 @@ def ssim_map(image: np.ndarray, original: np.ndarray) -> np.ndarray:
         return np.full(image.shape[:2], np.nan)
     window = _ssim_window(image)
     _, full = structural_similarity(original, image, channel_axis=-1, full=True, win_size=window, data_range=255)
-    return full.mean(-1)
+    return np.asarray(full.mean(-1))
 
 
 def _ssim_window(image: np.ndarray) -> int:
-    return min(7, (min(image.shape[:2]) - 1) // 2 * 2 + 1)
+    return int(min(7, (min(image.shape[:2]) - 1) // 2 * 2 + 1))
 
 
 def within_kept(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """The pixels whose SSIM window holds kept pixels only, (h, w) bool: what is under the mask plays no part there."""
     reach = _ssim_window(image) // 2
     apart = cv2.dilate((~kept).astype(np.uint8), np.ones((2 * reach + 1, 2 * reach + 1), np.uint8))
-    return apart == 0
+    return np.asarray(apart == 0)
 
 
 def boundary_band(mask: np.ndarray, width: int = BOUNDARY) -> np.ndarray:
     """The pixels within `width` px of the mask's edge, on both sides of it: (h, w) bool."""
-    return np.logical_or(*rings(mask[..., 0] > 0.5, width))
+    return np.asarray(np.logical_or(*rings(mask[..., 0] > 0.5, width)))
 
 
 def boundary_error(image: np.ndarray, original: np.ndarray, mask: np.ndarray) -> float:
