@@ -515,7 +515,7 @@ def test_command_on_an_original_checkpoint(pipelines, tmp_path, monkeypatch, cap
     tokenizer = ("--tokenizer", pipelines.root / "tokenizer")
     assert run(*inputs, *tokenizer) == 0
     assert images.read(out).shape == (32, 32, 3)
-    monkeypatch.setattr("asymvq_jax.diffusion.pipeline.read_tensors", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("asymvq_jax.files.stored.StoredTensor.read", lambda *_: pytest.fail("weights were read"))
     for options, message in (
         ((), "has no tokenizer: name one by --tokenizer"),
         (("--tokenizer", tmp_path), "no tokenizer at"),
@@ -591,7 +591,7 @@ def set_json(file, **values):
 @pytest.mark.parametrize(
     ("task", "change", "message"),
     [
-        ("text", lambda f: [shutil.rmtree(p) for p in f.iterdir()], "is no diffusers pipeline folder"),
+        ("text", lambda f: [shutil.rmtree(p) for p in f.iterdir()], "is not a diffusers pipeline folder"),
         ("text", lambda f: shutil.rmtree(f / "tokenizer"), "is not complete for 'text': missing tokenizer"),
         ("inpaint", lambda f: shutil.rmtree(f / "text_encoder"), "missing text_encoder/config.json"),
         ("edit", lambda f: shutil.rmtree(f / "image_encoder"), "missing image_encoder/config.json"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, VQModel
 from oracles import nchw, nhwc, numpy_state, perturb_norms, relative_error
+from safetensors.numpy import load_file, save_file
 
 from asymvq_jax import inference
 from asymvq_jax.commands.convert import main
@@ -259,15 +260,29 @@ def test_an_original_checkpoint_is_told_how_its_latent_is_scaled(tmp_path, capsy
     told = ["--scaling-factor=0.3611", "--shift-factor=0.1159"]
     for arguments, message in (
         (["--to=diffusers"], "AsymmetricAutoencoderKL cannot hold model.shift_factor=0.1159; --to ldm"),
-        (["--to=ldm"], "cannot say model.scaling_factor=0.3611 (taken for 0.18215) and model.shift_factor=0.1159"),
-        (told, "scaling_factor and shift_factor: only original checkpoints have to be told"),
+        (
+            ["--scaling-factor=0.5", "--shift-factor=0"],
+            "scaling_factor and shift_factor: only original checkpoints have to be told; "
+            f"{source} has a configuration that says scaling_factor=0.3611, not 0.5 and shift_factor=0.1159, not 0.0",
+        ),
     ):
         assert main([source, original, *arguments]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "original.safetensors").exists()
     assert main([source, original, "--to=ldm", *told]) == 0
-    assert main([original, back, *told]) == 0
+    assert main([original, back]) == 0
     _same(load_model(back), model)
+    # Other programs' files have no such metadata.
+    save_file(load_file(original), original)
+    again = str(tmp_path / "again")
+    for arguments, message in (
+        ([], "scales its latents of 16 channels; give --scaling-factor and --shift-factor (Stable Diffusion 3: 1.5305"),
+        (told[:1], "scales its latents of 16 channels; give --shift-factor"),
+    ):
+        assert main([original, again, *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert main([original, again, *told]) == 0
+    _same(load_model(again), model)
 
 
 def test_a_full_mask_is_the_text_to_image_decoder():

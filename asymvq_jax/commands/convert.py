@@ -12,16 +12,17 @@ from asymvq_jax.commands.entry import command
 class Convert:
     """Convert weights between this package, diffusers and the original PyTorch files."""
 
-    # A run, a model of this package, a diffusers folder, or an original .ckpt or .safetensors file.
+    # A run, a model of this package, a diffusers folder, or a file of weights: safetensors or PyTorch's.
     checkpoint: str
-    # What to write: a folder, or for ldm a .safetensors file. Must not exist.
+    # What to write: a folder, or for ldm a .safetensors or .ckpt file. Must not exist.
     out: str
     # The form of what is written.
     to: Literal["jax", "diffusers", "ldm"] = "jax"
-    # Of the latent of an original checkpoint, which does not say; by default Stable Diffusion 1's 0.18215, and 1 for a
-    # model with a codebook.
+    # How a diffusion model scales the model's latents, (latent - shift) * scaling, where the source does not say it.
+    # Files tell by metadata, their scale_factor, or the diffusion model in them; where none does, a line says what is
+    # taken, or the command asks.
     scaling_factor: float | None = None
-    # Of the latent of an original checkpoint, which does not say; by default 0.
+    # The shift of the same.
     shift_factor: float | None = None
 
 

@@ -33,6 +33,10 @@ class Evaluate:
     checkpoint: str
     # The decoder that came with the encoder, in any of the same forms; by default the configuration's run.init_from.
     plain: str | None = None
+    # How a diffusion model scales the models' latents, (latent - shift) * scaling, where a file does not say it.
+    scaling_factor: float | None = None
+    # The shift of the same.
+    shift_factor: float | None = None
     # A folder of name.png and name_mask.png (white = generate); by default the configuration's held-out pictures.
     pairs: str | None = None
     # Weights of the Inception network, pytorch-fid's or torch-fidelity's .pth file: adds FID.
@@ -118,7 +122,9 @@ def _inpainting(options: Evaluate, config: Config) -> tuple[dict[str, Any], Resu
     pictures = _whole_pictures(options, config) if options.seam else []
     pairs, count = _pairs(options, config) if not options.pictures else (None, 0)
     model, plain, inception = _load(options, config)
-    harmonised = _read(options.harmonised, f"--harmonised {options.harmonised}", config) if options.harmonised else None
+    harmonised = (
+        _read(options.harmonised, f"--harmonised {options.harmonised}", options, config) if options.harmonised else None
+    )
     models = Models(model, plain, harmonised)
     if options.seam:
         models.check()
@@ -185,23 +191,25 @@ def _measure_seam(path: str, against: str, pictures: list[Picture], models: Mode
 
 def _load(options: Evaluate, config: Config) -> tuple[Autoencoder, Autoencoder | None, Params | None]:
     """Our model, the plain one and FID's network, the latter two where there are any."""
-    from asymvq_jax.convert.convert import read_model
+    from asymvq_jax.convert.convert import as_told, read_model
     from asymvq_jax.evaluation.metrics.inception import load_inception
 
     inception = load_inception(options.inception) if options.inception else None
-    model = read_model(options.checkpoint, dtype=config.model.dtype)
+    told = as_told(options.scaling_factor, options.shift_factor)
+    model = read_model(options.checkpoint, told, dtype=config.model.dtype)
     path = options.plain or config.run.init_from
     wanted = f"--plain {path}" if options.plain else f"run.init_from={path!r} of the config (or name one by --plain)"
-    plain = _read(path, f"{wanted}, the plain autoencoder", config) if path else None
+    plain = _read(path, f"{wanted}, the plain autoencoder", options, config) if path else None
     return model, plain, inception
 
 
-def _read(path: str, name: str, config: Config) -> Autoencoder:
+def _read(path: str, name: str, options: Evaluate, config: Config) -> Autoencoder:
     """Reads a model; messages call it `name`."""
-    from asymvq_jax.convert.convert import read_model
+    from asymvq_jax.convert.convert import as_told, read_model
 
+    told = as_told(options.scaling_factor, options.shift_factor)
     try:
-        return read_model(path, dtype=config.model.dtype)
+        return read_model(path, told, dtype=config.model.dtype)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
 

@@ -12,7 +12,7 @@ from asymvq_jax.config import Dtype
 class Export:
     """Write the decoder as one file that serves with JAX alone, without this package."""
 
-    # A run, one of its steps, or a model that `asymvq convert` wrote.
+    # The model: a run, or anything that `asymvq convert` reads.
     checkpoint: str
     # The file to write, *.jax.
     out: str
@@ -20,20 +20,24 @@ class Export:
     size: str = "512x512"
     # Pictures a call.
     batch: int = 1
+    # How a diffusion model scales the model's latents, (latent - shift) * scaling, where its file does not say it.
+    scaling_factor: float | None = None
+    # The shift of the same.
+    shift_factor: float | None = None
     # Compute type; by default the checkpoint's.
     dtype: Dtype | None = None
 
 
 def work(options: Export) -> None:
     """Writes the file and prints what it takes."""
+    from asymvq_jax.convert.convert import as_told, read_model
     from asymvq_jax.files import images
     from asymvq_jax.files.outputs import check_writable, write_bytes
     from asymvq_jax.inference.export import PLATFORMS, SUFFIX, export_decoder
-    from asymvq_jax.models.checkpoints import load_model
 
     check_writable(options.out, (SUFFIX,))
     size = images.parse_size("--size", options.size)
-    model = load_model(options.checkpoint, **({"dtype": options.dtype} if options.dtype else {}))
+    model = read_model(options.checkpoint, as_told(options.scaling_factor, options.shift_factor), dtype=options.dtype)
     program = export_decoder(model, options.batch, size)
     data = bytes(program.serialize())
     write_bytes(options.out, data)

@@ -50,6 +50,10 @@ class Inpaint:
     # For a picture that one device's memory cannot hold, or of more pixels than are read otherwise. strips: in strips
     # of rows on one device, which is slower; devices: its rows split over all devices.
     large: Literal["strips", "devices"] | None = None
+    # How a diffusion model scales the model's latents, (latent - shift) * scaling, where its file does not say it.
+    scaling_factor: float | None = None
+    # The shift of the same.
+    shift_factor: float | None = None
     # Compute type; by default the checkpoint's.
     dtype: Dtype | None = None
 

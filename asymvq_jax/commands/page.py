@@ -26,6 +26,10 @@ class Page:
     # The decoder that came with the encoder, in any of the same forms; by default, and only beside `make demo`'s model,
     # the one that `make demo` trains.
     plain: str | None = None
+    # How a diffusion model scales the models' latents, (latent - shift) * scaling, where a file does not say it.
+    scaling_factor: float | None = None
+    # The shift of the same.
+    shift_factor: float | None = None
     # The address to listen at; 0.0.0.0 lets other machines in.
     host: str = "127.0.0.1"
     # The port to listen at.
@@ -51,7 +55,7 @@ def work(options: Page) -> None:
 
 def _load(options: Page) -> tuple[Autoencoder, Autoencoder | None]:
     """Our model, and the plain one where there is one."""
-    from asymvq_jax.convert.convert import read_model
+    from asymvq_jax.convert.convert import as_told, read_model
     from asymvq_jax.evaluation.rows import check_same_encoder
     from asymvq_jax.inference import check_condition
     from asymvq_jax.models.checkpoints import find_step
@@ -65,11 +69,12 @@ def _load(options: Page) -> tuple[Autoencoder, Autoencoder | None]:
             raise CheckpointError(
                 f"no checkpoint at {checkpoint}: run `make demo`, which trains one, or name yours by --checkpoint"
             ) from None
-    model = read_model(checkpoint, dtype=options.dtype)
+    told = as_told(options.scaling_factor, options.shift_factor)
+    model = read_model(checkpoint, told, dtype=options.dtype)
     check_condition(model.config, f"--checkpoint {checkpoint}")
     if plain is None:
         return model, None
-    other = read_model(plain, dtype=options.dtype)
+    other = read_model(plain, told, dtype=options.dtype)
     check_same_encoder(model, other)
     return model, other
 

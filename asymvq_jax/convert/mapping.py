@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from asymvq_jax.config import ModelConfig
+from asymvq_jax.files.stored import Shaped
 from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.parameters import merge, split
 
 Format = Literal["diffusers", "ldm"]
-
-
-class Shaped(Protocol):
-    """An array, or its shape alone."""
-
-    shape: tuple[int, ...]
 
 
 class Row(NamedTuple):
@@ -78,9 +74,6 @@ TABLE: list[Row] = [
     Row("decoder.condition.layers.{i}", "decoder.condition_encoder.layers.{i}", "decoder.encoder.layers.{i}"),
 ]
 
-# Names that diffusers wrote before 0.18 (Stable Diffusion's published VAE folders have them), read only.
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
 
 class Weight(NamedTuple):
     """One parameter: its name in our model, its shape there, and its name and shape in a PyTorch file."""
@@ -93,12 +86,17 @@ class Weight(NamedTuple):
 
 def weights(config: ModelConfig, form: Format) -> list[Weight]:
     """All parameters of the model that `config` describes, with their names in `form`."""
+    return list(_weights(config, form))
+
+
+@functools.cache
+def _weights(config: ModelConfig, form: Format) -> tuple[Weight, ...]:
     levels = len(config.encoder_channels)
     named = name_parameters(structure(config)[1], TABLE, form, lambda i: {"u": levels - 1 - i.get("i", 0)})
     if form == "ldm":
-        return named
+        return tuple(named)
     # diffusers' attention has linear layers where ours and the original have 1x1 convolutions.
-    return [w._replace(torch_shape=w.torch_shape[:2]) if ".attentions." in w.name else w for w in named]
+    return tuple(w._replace(torch_shape=w.torch_shape[:2]) if ".attentions." in w.name else w for w in named)
 
 
 def name_parameters(
@@ -129,7 +127,7 @@ def name_parameters(
 
 def _name(
     ours: str,
-    patterns: Sequence[tuple[re.Pattern, Row]],
+    patterns: Sequence[tuple[re.Pattern[str], Row]],
     form: str,
     derive: Callable[[dict[str, int]], dict[str, int]],
     suffix: str = "",
@@ -169,7 +167,13 @@ def model_from_tensors(config: ModelConfig, tensors: Mapping[str, np.ndarray], f
     return merge(structure(config)[0], params)
 
 
+def dump_each(model: Autoencoder, form: Format) -> Iterator[tuple[str, np.ndarray]]:
+    """The parameters of `model` as PyTorch tensors with their names, one at a time."""
+    _, params = split(model)
+    for weight in weights(model.config, form):
+        yield weight.name, to_torch(weight, np.asarray(params[weight.path]))
+
+
 def dump_tensors(model: Autoencoder, form: Format) -> dict[str, np.ndarray]:
     """All parameters of `model` as PyTorch tensors, by name."""
-    _, params = split(model)
-    return {w.name: to_torch(w, np.asarray(params[w.path])) for w in weights(model.config, form)}
+    return dict(dump_each(model, form))

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from asymvq_jax import inference
 from asymvq_jax.config import MeshConfig, ModelConfig
-from asymvq_jax.convert.convert import read_model
+from asymvq_jax.convert.convert import as_told, read_model
 from asymvq_jax.devices import cluster, sharding
 from asymvq_jax.diffusion import sampling
 from asymvq_jax.diffusion.jobs import Inputs, Job, list_jobs, read_inputs
@@ -91,13 +91,14 @@ def _describe(options: Generate) -> Description:
     path, task = options.pipeline, options.task
     # Options that edit does not have.
     told = {name: getattr(options, name, None) for name in ("tokenizer", "prediction_type")}
+    scale = as_told(options.scaling_factor, options.shift_factor)
     if is_checkpoint(path):
-        return describe_checkpoint(path, task, scheduler=options.scheduler, **told)
+        return describe_checkpoint(path, task, scheduler=options.scheduler, told=scale, **told)
     for name, value in told.items():
         if value is not None:
             option = name.replace("_", "-")
             raise GenerateError(f"--{option}: is for original checkpoints; {path} says itself what it has")
-    return describe(path, task, options.scheduler)
+    return describe(path, task, options.scheduler, scale)
 
 
 def _read_decoder(own: ModelConfig, options: Generate) -> Autoencoder | None:
@@ -111,7 +112,8 @@ def _read_decoder(own: ModelConfig, options: Generate) -> Autoencoder | None:
         if options.decode in ("asymmetric", "both") and not own.condition:
             raise GenerateError(f"--decode {options.decode}: name the asymmetric decoder's checkpoint by --checkpoint")
         return None
-    decoder = read_model(options.checkpoint, dtype=options.dtype)
+    told = as_told(options.scaling_factor, options.shift_factor)
+    decoder = read_model(options.checkpoint, told, dtype=options.dtype)
     if isinstance(options, Painting) and options.keep == "model":
         inference.check_condition(decoder.config, f"--checkpoint {options.checkpoint}")
     fields = ("latent_channels", "downsampling", "scaling_factor", "shift_factor")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-import numpy as np
+from collections.abc import Sequence
 
 from asymvq_jax.convert.mapping import Row, Weight, name_parameters
 from asymvq_jax.diffusion.clip import ImageEncoder, TextEncoder
 from asymvq_jax.diffusion.unet import UNet
+from asymvq_jax.files.stored import Table
 from asymvq_jax.models.parameters import split
 
 
@@ -154,22 +153,14 @@ def image_weights(model: ImageEncoder) -> list[Weight]:
     return name_parameters(split(model)[1], IMAGE, "diffusers")
 
 
-def flatten_projections(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The 1x1 convolutions around a UNet's transformers (Stable Diffusion 1) as the linear layers that they are."""
-    return {
-        name: x[:, :, 0, 0] if name.endswith(("proj_in.weight", "proj_out.weight")) and x.shape[2:] == (1, 1) else x
-        for name, x in tensors.items()
-    }
-
-
-def split_joint(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def split_joint(tensors: Table) -> Table:
     """OpenCLIP's joint projections to query, key and value, each by itself."""
-    result = {}
-    for name, value in tensors.items():
+    result: Table = {}
+    for name, tensor in tensors.items():
         prefix, joint, kind = name.rpartition("attn.in_proj_")
-        if joint:
-            for part, array in zip(("q_proj", "k_proj", "v_proj"), np.split(value, 3), strict=True):
-                result[f"{prefix}attn.{part}.{kind}"] = array
+        if joint and tensor.ndim:
+            parts = ("q_proj", "k_proj", "v_proj")
+            result |= {f"{prefix}attn.{part}.{kind}": tensor.part(i, 3) for i, part in enumerate(parts)}
         else:
-            result[name] = value
+            result[name] = tensor
     return result

@@ -27,6 +27,10 @@ class Generate:
     folder: str | None = None
     # An asymmetric decoder: a run, or anything that `asymvq convert` reads.
     checkpoint: Annotated[str | None, tyro.conf.arg(aliases=["--decoder"])] = None
+    # How latents are scaled, (latent - shift) * scaling, where the pipeline's or the checkpoint's file does not say it.
+    scaling_factor: float | None = None
+    # The shift of the same.
+    shift_factor: float | None = None
     # What to decode with: plain is the decoder that came with the pipeline, both puts the two side by side; by default
     # asymmetric if there is one.
     decode: Literal["plain", "asymmetric", "both"] | None = None

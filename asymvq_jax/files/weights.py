@@ -1,156 +1,215 @@
-"""Tensors in files: safetensors without torch, pickled checkpoints with it, and never any code from a file."""
+"""Weights in files: what each holds before any of it is read, folders of them, and targets written whole or not."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import pickle
+import os
 import re
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import jax
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.flax import load_file
-from safetensors.numpy import save_file
+from etils import epath
 
-from asymvq_jax.errors import TensorFileError
+from asymvq_jax.errors import OutputError, TensorFileError
+from asymvq_jax.files import pickles, safe_tensors
+from asymvq_jax.files.kinds import kind_of
+from asymvq_jax.files.outputs import try_out
+from asymvq_jax.files.stored import Table
 
-PICKLES = (".ckpt", ".pth", ".pt", ".bin")
+SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+# Parts of names that wrappers of a model add: DistributedDataParallel, torch.compile, FSDP, DeepSpeed, checkpointing.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_forward_module", "_checkpoint_wrapped_module"}
+# What dictionaries of tensors are called in a training's file.
+CONTAINERS = ("state_dict", "model_state_dict", "model", "params", "params_ema", "net", "weights", "ema")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a weights file holds, or a folder's files together; no tensor has been read."""
+
+    path: Path
+    tensors: Table
+    # Of safetensors its metadata; of a pickle the numbers and texts beside the tensors.
+    metadata: Mapping[str, str]
+
+
+def open_weights(path: str | Path) -> Weights:
+    """Looks into a weights file, safetensors or PyTorch's; its first bytes tell which, and not its name.
+
+    Names are without what wrappers of the model add to them.
+
+    Raises:
+        TensorFileError: the file is missing, no weights file, damaged, or a pickle that would run code; the message
+            says what it is and what to do.
+    """
+    path = Path(path)
+    try:
+        tensors, metadata = safe_tensors.read_head(path) if kind_of(path) == "safetensors" else pickles.read(path)
+    except OSError as error:
+        raise TensorFileError(f"{path} cannot be read: {error.strerror or error}") from None
+    if not tensors:
+        raise TensorFileError(f"{path} holds no tensors")
+    return Weights(path, unwrapped(tensors, path), metadata)
+
+
+def unwrapped(tensors: Table, path: Path) -> Table:
+    """The tensors without the parts of their names that wrappers add.
+
+    Raises:
+        TensorFileError: two have the same name then.
+    """
+    result: Table = {}
+    for name, tensor in tensors.items():
+        bare = ".".join(part for part in name.split(".") if part not in WRAPPERS) or name
+        if bare in result:
+            raise TensorFileError(f"{path} holds two tensors {bare}, of which one has a wrapper's name before it")
+        result[bare] = tensor
+    return result
 
 
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads all tensors of a .safetensors file, or of a pickled .ckpt, .pth, .pt or .bin file, as float32.
+    """Reads all tensors of a weights file, those with floating-point numbers as float32.
+
+    Of a training's checkpoint, the ones of its state_dict (or what else it calls the model's), by their names there.
 
     Raises:
-        TensorFileError: the file is missing, of another kind, broken, or a pickle that holds more than tensors.
+        TensorFileError: as `open_weights`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise TensorFileError(f"no weights file at {path}")
-    if path.suffix == ".safetensors":
-        try:
-            tensors = {name: np.asarray(value) for name, value in load_file(path).items()}
-        except SafetensorError as error:
-            raise TensorFileError(f"{path} is no safetensors file, or a truncated one: {error}") from None
-    elif path.suffix in PICKLES:
-        tensors = _read_pickle(path)
-    else:
-        raise TensorFileError(f"{path}: expected a name that ends in .safetensors, {', '.join(PICKLES)}")
-    return {name: _float32(value) for name, value in tensors.items()}
-
-
-def read_shapes(path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Names and shapes of a .safetensors file's tensors, as float32, from its head alone.
-
-    Raises:
-        TensorFileError: the file is missing or broken.
-    """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {n: jax.ShapeDtypeStruct(file.get_slice(n).get_shape(), np.float32) for n in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise TensorFileError(f"{path} is no safetensors file, or a truncated one: {error}") from None
-
-
-def _float32(value: np.ndarray) -> np.ndarray:
-    # Half precision widens exactly. Integers (step counters) are left alone.
-    return value.astype(np.float32) if value.dtype.name in ("float16", "bfloat16", "float64") else value
-
-
-def _read_pickle(path: Path) -> dict[str, np.ndarray]:
-    try:
-        import torch
-    except ImportError:
-        raise TensorFileError(
-            f"{path} is a PyTorch pickle, which only torch reads: pip install torch, or convert it to .safetensors"
-        ) from None
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch's own words advise to load it all the same.
-        if "Unsupported operand" in str(error):
-            raise TensorFileError(f"{path} is no PyTorch checkpoint") from None
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise TensorFileError(
-            f"{path} holds more than tensors, such as code that would run on loading, and is refused"
-            f"{f' (it names {named[1]})' if named else ''}; get it as .safetensors, or from another source"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        # torch's longer words are about its own insides.
-        reason = str(error).split(". ")[0] if isinstance(error, RuntimeError | OSError) else type(error).__name__
-        raise TensorFileError(f"{path} is no PyTorch checkpoint, or a truncated one ({reason})") from None
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    if not isinstance(content, Mapping):
-        raise TensorFileError(f"{path} holds a {type(content).__name__}; expected a dictionary of tensors")
-    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
-    if not tensors:
-        raise TensorFileError(f"{path} holds no tensors")
-    return {name: value.to(torch.float32).numpy() if value.is_floating_point() else value.numpy()
-            for name, value in tensors.items()}  # fmt: skip
-
-
-# Endings of a Hugging Face folder's weights, and of the list of their shards; half precision is called a variant.
-WEIGHT_SUFFIXES = {
-    ".safetensors": ".safetensors.index.json",
-    ".fp16.safetensors": ".safetensors.index.fp16.json",
-    ".bin": ".bin.index.json",
-    ".fp16.bin": ".bin.index.fp16.json",
-}
+    tensors = open_weights(path).tensors
+    for container in CONTAINERS:
+        if inside := {n.removeprefix(f"{container}."): x for n, x in tensors.items() if n.startswith(f"{container}.")}:
+            tensors = inside
+            break
+    return {name: tensor.read() for name, tensor in tensors.items()}
 
 
 def weight_files(folder: Path, *stems: str) -> list[Path]:
-    """The files of a Hugging Face folder's weights: whole, of half precision, or in shards; safetensors before pickles.
+    """The files of a Hugging Face folder's weights, whole or in shards.
+
+    Safetensors go before pickles, plain files before variants. A variant's name is between: model.fp16.safetensors,
+    diffusion_pytorch_model.non_ema.bin.
 
     Args:
         folder: the folder.
         stems: what their names may begin with.
 
     Raises:
-        TensorFileError: there are none, or shards are missing.
+        TensorFileError: there are none, shards are missing, or there are several variants and nothing else.
     """
-    for (suffix, index), stem in itertools.product(WEIGHT_SUFFIXES.items(), stems):
-        if (file := folder / (stem + index)).is_file():
-            mapped = read_json(file).get("weight_map")
-            shards = [folder / name for name in sorted(set(mapped.values()))] if isinstance(mapped, dict) else []
-            if absent := [shard.name for shard in shards if not shard.is_file()]:
-                raise TensorFileError(f"{file} names files that are not there: {', '.join(absent)}")
-            return shards
-        if (folder / (stem + suffix)).is_file():
-            return [folder / (stem + suffix)]
-    raise TensorFileError(f"{folder} has a config.json but no {stems[0]}.safetensors")
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    for suffix in (".safetensors", ".bin"):
+        for stem in stems:
+            index = re.compile(rf"{re.escape(stem)}{re.escape(suffix)}\.index(\.\w+)?\.json|"
+                               rf"{re.escape(stem)}\.\w+{re.escape(suffix)}\.index\.json")  # fmt: skip
+            whole = re.compile(rf"{re.escape(stem)}(\.\w+)?{re.escape(suffix)}")
+            # Plain ones have the shorter names; fp16 goes before other variants.
+            found = sorted((n for n in names if whole.fullmatch(n)), key=lambda n: (len(n), "fp16" not in n))
+            indexes = sorted((n for n in names if index.fullmatch(n)), key=len)
+            plain = [n for n in (f"{stem}{suffix}.index.json", f"{stem}{suffix}") if n in names]
+            if chosen := [*plain, *indexes, *_only_variant(folder, found)][:1]:
+                return _shards(folder / chosen[0]) if chosen[0].endswith(".json") else [folder / chosen[0]]
+    there = [name for name in names if name.endswith((*SUFFIXES, ".msgpack", ".h5", ".onnx"))]
+    raise TensorFileError(
+        f"{folder} has a config.json but no {stems[0]}.safetensors"
+        + (f"; there is {', '.join(there)}, and no weights of a kind that is read" if there else "")
+    )
 
 
-def read_folder(folder: Path, *stems: str) -> dict[str, np.ndarray]:
-    """All tensors of a Hugging Face folder, as `read_tensors` reads them, from the files that `weight_files` finds."""
-    return {name: value for file in weight_files(folder, *stems) for name, value in read_tensors(file).items()}
+def _only_variant(folder: Path, found: list[str]) -> list[str]:
+    """Of several variants the one whose numbers are the model's: fp16 and bf16 are, an average may not be."""
+    rounded = [name for name in found if re.search(r"\.(fp16|bf16|fp32)\.", name)]
+    if len(found) > 1 and not rounded:
+        raise TensorFileError(f"{folder} holds several variants: {', '.join(found)}; keep the one that is wanted")
+    return [*rounded, *found]
 
 
-def misfits(tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What is wrong with `tensors`, a line each, where `expected` has the name and shape of every one."""
-    missing = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in tensors]
-    unexpected = [f"unexpected: {name} {value.shape}" for name, value in tensors.items() if name not in expected]
-    misshapen = [
-        f"misshapen: {name} {tensors[name].shape}, expected {shape}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    return missing + unexpected + misshapen
+def _shards(index: Path) -> list[Path]:
+    mapped = read_json(index).get("weight_map")
+    names = sorted({str(name) for name in mapped.values()}) if isinstance(mapped, dict) else []
+    if not names:
+        raise TensorFileError(f"{index} has no weight_map, which says in which file each tensor is")
+    shards = [index.parent / name for name in names]
+    if absent := [shard.name for shard in shards if not shard.is_file()]:
+        raise TensorFileError(f"{index} names files that are not there: {', '.join(absent)}")
+    return shards
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a .safetensors file, or a .ckpt as torch.save({"state_dict": ...}), which needs torch."""
+def open_folder(folder: Path, *stems: str) -> Weights:
+    """Looks into a Hugging Face folder's weights, in the files that `weight_files` finds."""
+    files = [open_weights(path) for path in weight_files(folder, *stems)]
+    tensors: Table = {}
+    for file in files:
+        if twice := tensors.keys() & file.tensors.keys():
+            raise TensorFileError(f"{file.path} and another shard both hold {min(twice)}")
+        tensors |= file.tensors
+    return Weights(files[0].path if len(files) == 1 else folder, tensors, files[0].metadata)
+
+
+def write_tensors(
+    path: Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    shapes: Mapping[str, tuple[int, ...]],
+    **beside: float,
+) -> None:
+    """Writes float32 tensors one at a time, to a .safetensors file, or a .ckpt as torch.save({"state_dict": ...}).
+
+    Args:
+        path: the file.
+        tensors: names and values, in the order of `shapes`.
+        shapes: of all of them.
+        beside: numbers for the file's metadata, or beside the state_dict.
+    """
     if path.suffix == ".safetensors":
-        save_file(dict(tensors), path, metadata={"format": "pt"})
-        return
+        safe_tensors.write(path, tensors, shapes, **{name: repr(value) for name, value in beside.items()})
+    else:
+        pickles.write(path, tensors, shapes, **beside)
+
+
+def check_target(target: Path) -> None:
+    """For a check before long work: makes the directory that `target` is to be in, and tries it out.
+
+    Raises:
+        OutputError: something is there already, or nothing can be written there.
+    """
     try:
-        import torch
-    except ImportError:
-        raise TensorFileError(f"{path}: writing a pickle needs torch; name a .safetensors file instead") from None
-    torch.save({"state_dict": {name: torch.from_numpy(value.copy()) for name, value in tensors.items()}}, path)
+        if target.exists() or target.is_symlink():
+            raise OutputError(f"{target} exists already; choose another target or remove it first")
+        try_out(epath.Path(target.parent))
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written: {error.strerror or error}") from None
+
+
+def check_space(target: Path, needed: int) -> None:
+    """Raises OutputError where the disk of `target` has fewer than `needed` bytes left."""
+    free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise OutputError(
+            f"{target} cannot be written: no space left on the device, which has {free / 1e6:.1f} MB free where "
+            f"{needed / 1e6:.1f} MB are needed"
+        )
+
+
+def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a path beside `target`, and renames it when all is written.
+
+    Raises:
+        OutputError: it cannot be written; nothing is left of it.
+    """
+    beside: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        write(beside / target.name)
+        os.rename(beside / target.name, target)
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written: {error.strerror or error}") from None
+    finally:
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -160,8 +219,8 @@ def read_json(path: Path) -> dict[str, object]:
         TensorFileError: the file is missing or no JSON object.
     """
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise TensorFileError(f"{path} is not readable as JSON: {error}") from None
     if not isinstance(content, dict):
         raise TensorFileError(f"{path}: expected a JSON object")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import jax
 
-from asymvq_jax.convert.convert import read_model
+from asymvq_jax.convert.convert import as_told, read_model
 from asymvq_jax.devices import sharding
 from asymvq_jax.errors import InputError
 from asymvq_jax.files.formats import HEAD, picture_format
@@ -48,6 +48,7 @@ class Task:
         invert_mask: whether black is to be generated.
         keep, blend, band: see `inpainting.inpaint`.
         large: how a picture is decoded that one device's memory cannot hold; such pictures are also read.
+        scaling_factor, shift_factor: how a diffusion model scales the latents; None: the checkpoint's file says it.
         dtype: the compute type; None: the checkpoint's.
     """
 
@@ -65,6 +66,8 @@ class Task:
     blend: Blend = "feather"
     band: int = BAND
     large: Large | None = None
+    scaling_factor: float | None = None
+    shift_factor: float | None = None
     dtype: Any = None
 
 
@@ -85,7 +88,7 @@ def run(task: Task) -> str:
     if mask.empty:
         _give_back(task, picture)
         return f"{task.out}: {picture.size[1]} x {picture.size[0]} px, {mask.describe()}: the picture as it was"
-    model = read_model(task.checkpoint, dtype=task.dtype)
+    model = read_model(task.checkpoint, as_told(task.scaling_factor, task.shift_factor), dtype=task.dtype)
     if task.keep == "model":
         check_condition(model.config, f"--checkpoint {task.checkpoint}")
     if latent is not None:

@@ -15,7 +15,7 @@ from jax.sharding import SingleDeviceSharding
 
 from asymvq_jax import config as configs
 from asymvq_jax.config import ModelConfig
-from asymvq_jax.errors import CheckpointError, first_line
+from asymvq_jax.errors import CheckpointError, OutputError, first_line
 from asymvq_jax.files.addresses import check_address
 from asymvq_jax.files.threads import quiet_threads
 from asymvq_jax.models.autoencoder import Autoencoder, structure
@@ -36,6 +36,7 @@ def save_model(path: str | Path, model: Autoencoder) -> None:
 
     Raises:
         CheckpointError: `path` exists already; nothing is overwritten.
+        OutputError: it cannot be written.
     """
     target = checkpoint_path(path)
     if target.exists():
@@ -44,8 +45,15 @@ def save_model(path: str | Path, model: Autoencoder) -> None:
         config=ocp.args.JsonSave({"model": dataclasses.asdict(model.config)}),
         model=ocp.args.StandardSave(split(model)[1]),
     )
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(target, args=items)
+    with quiet_threads():
+        try:
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+                checkpointer.save(target, args=items)
+        # Orbax's threads raise what TensorStore does, a ValueError where a disk is full.
+        except (OSError, ValueError, RuntimeError) as error:
+            full = "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
+            reason = "No space left on device" if full else first_line(error)
+            raise OutputError(f"{target} cannot be written: {reason}") from None
 
 
 def load_model(path: str | Path, **changes: Any) -> Autoencoder:

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from asymvq_jax.errors import InceptionError
-from asymvq_jax.files.weights import misfits, read_tensors
+from asymvq_jax.files.stored import misfits
+from asymvq_jax.files.weights import read_tensors
 from asymvq_jax.models.parameters import Params
 
 SIZE = 299

@@ -1,0 +1,295 @@
+"""Reads an autoencoder of any kind: described from names and shapes first; then its own tensors alone are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from asymvq_jax.config import ModelConfig
+from asymvq_jax.convert.diffusers import KINDS, WEIGHTS, diffusers_to_config
+from asymvq_jax.convert.families import family_of
+from asymvq_jax.convert.finding import Found, find_autoencoder, groups
+from asymvq_jax.convert.mapping import Format, Weight, from_torch, weights
+from asymvq_jax.convert.scaling import scale_of
+from asymvq_jax.convert.sources import in_bucket, locate
+from asymvq_jax.errors import CheckpointError, ConvertError, UserError
+from asymvq_jax.files.stored import Shaped, Table, fitted, misfits
+from asymvq_jax.files.weights import Weights, open_folder, open_weights, read_json
+from asymvq_jax.models.autoencoder import Autoencoder, in_dtype, structure
+from asymvq_jax.models.checkpoints import find_step, load_model
+from asymvq_jax.models.embedded import is_embedded
+from asymvq_jax.models.parameters import Params, merge
+
+log = logging.getLogger(__name__)
+
+# In a folder's file, but no part of the model; anything else there that does not fit is an error.
+HARMLESS = ("loss.", "model_ema.", "decoder.up_layers.")
+
+
+@dataclass(frozen=True)
+class Described:
+    """An autoencoder in PyTorch's files, complete and of the right shapes, its tensors not read yet."""
+
+    path: Path
+    config: ModelConfig
+    form: Format
+    tensors: Table = field(repr=False)
+
+    def load(self) -> Autoencoder:
+        """Reads the tensors.
+
+        Raises:
+            UserError: a tensor that is not finite or cannot be read.
+        """
+        named = weights(self.config, self.form)
+        return merge(structure(self.config)[0], fill(named, self.tensors, self.path, ConvertError))
+
+
+def read_model(source: str | Path, told: Mapping[str, float] | None = None, *, dtype: str | None = None) -> Autoencoder:
+    """Reads a model of any kind that `convert` knows.
+
+    Args:
+        source: as for `convert`; a JAX checkpoint may also be in a bucket (gs://).
+        told: `scaling_factor` and `shift_factor`, where the source does not say them.
+        dtype: in which it computes; by default as its config says.
+
+    Raises:
+        UserError: there is nothing, or nothing that is known, or it is incomplete.
+    """
+    here = not in_bucket(source) and not is_embedded(source)
+    described = describe(source, told) if here else None
+    if described is None:
+        model = load_model(locate(source) if here else source)
+        _check_told(source, told or {}, model.config)
+    else:
+        model = described.load()
+    return model if dtype is None else in_dtype(model, dtype)
+
+
+def as_told(scaling_factor: float | None, shift_factor: float | None) -> dict[str, float]:
+    """The `told` of `read_model`: those of the two that the user says.
+
+    Raises:
+        ConvertError: no scale of anything.
+    """
+    for name, value, good in (
+        ("--scaling-factor", scaling_factor, scaling_factor is None or 0 < scaling_factor < math.inf),
+        ("--shift-factor", shift_factor, shift_factor is None or math.isfinite(shift_factor)),
+    ):
+        if not good:
+            raise ConvertError(f"{name} {value}: expected a{' positive' if 'scaling' in name else ''} number")
+    given = {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def describe(source: str | Path, told: Mapping[str, float] | None = None) -> Described | None:
+    """Looks into a source on this machine, and checks that all is there that its model needs; reads no weights.
+
+    Returns:
+        None for a JAX checkpoint, or a model that the package holds.
+
+    Raises:
+        UserError: as `read_model`.
+    """
+    if is_embedded(source):
+        return None
+    path, told = locate(source), told or {}
+    if path.is_file():
+        beside = path.parent / "config.json"
+        if (
+            re.match(rf"{WEIGHTS}(\.|-)", path.name)
+            and beside.is_file()
+            and read_json(beside).get("_class_name") in KINDS
+        ):
+            log.info("%s: read with the config.json beside it", path)
+            return _describe_folder(path.parent, told, open_weights(path))
+        return describe_weights(open_weights(path), told)
+    for folder in (path, path / "vae", path / "vqvae"):
+        if (folder / "config.json").is_file():
+            return _describe_folder(folder, told)
+    if (path / "model_index.json").is_file():
+        kind = str(read_json(path / "model_index.json").get("_class_name"))
+        raise ConvertError(
+            f"{path} is a diffusers pipeline ({family_of(kind)}) without an autoencoder in vae/ or vqvae/"
+        )
+    try:
+        find_step(path)
+    except CheckpointError as error:
+        files = sorted(p.name for p in path.iterdir() if p.is_file()) if path.is_dir() else []
+        hint = next((f"; did you mean {path / n}?" for n in files if n.endswith((".safetensors", ".ckpt", ".pt"))), "")
+        raise ConvertError(
+            f"{error}; or a diffusers folder (with a config.json), or an original checkpoint{hint}"
+        ) from None
+    log.info("%s: a JAX checkpoint", path)
+    return None
+
+
+def _describe_folder(folder: Path, told: Mapping[str, float], opened: Weights | None = None) -> Described:
+    """A diffusers folder, or one file of it (`opened`)."""
+    file = folder / "config.json"
+    stored = read_json(file)
+    config = diffusers_to_config(stored, file)
+    if told:
+        if stored.get("scaling_factor") is None:
+            config = _rescaled(config, **told)
+        _check_told(folder, told, config)
+    found = find_autoencoder(opened or open_folder(folder, WEIGHTS))
+    unexpected = {n: x for n, x in found.rest.items() if not n.startswith(HARMLESS)} if opened is None else {}
+    log.info("%s: diffusers' %s", folder, stored["_class_name"])
+    return _described(config, found, folder, unexpected)
+
+
+def describe_weights(opened: Weights, told: Mapping[str, float]) -> Described:
+    """The autoencoder of a file that has no configuration beside it, and may be that of a whole diffusion model.
+
+    Args:
+        opened: the file.
+        told: `scaling_factor` and `shift_factor`, as far as the user says them.
+
+    Raises:
+        ConvertError: there is no autoencoder, or none of ours; or something has to be told.
+    """
+    found = find_autoencoder(opened)
+    if found.rest:
+        log.info(
+            "%s: %d tensors are no part of the autoencoder and are not read: %s",
+            opened.path,
+            len(found.rest),
+            groups(found.rest),
+        )
+    return describe_found(found, opened, told)
+
+
+def describe_found(found: Found, opened: Weights, told: Mapping[str, float]) -> Described:
+    """As `describe_weights`, of what `find_autoencoder` has found in it."""
+    config = sizes(found, opened)
+    scale = scale_of(opened, found.rest, config.latent_channels, bool(config.codebook_size), told)
+    config = _rescaled(config, scaling_factor=scale.scaling, shift_factor=scale.shift)
+    log.info(
+        "%s: an autoencoder under %s names%s",
+        opened.path,
+        "diffusers'" if found.form == "diffusers" else "the original",
+        "" if config.condition else ", without condition branch",
+    )
+    return _described(config, found, opened.path)
+
+
+def sizes(found: Found, opened: Weights) -> ModelConfig:
+    """Reads the sizes off the tensors of an autoencoder; those of its scale are the default's.
+
+    Raises:
+        ConvertError: tensors that every autoencoder has are missing.
+    """
+    tensors = found.tensors
+    down, up, block, q = (
+        ("down_blocks", "up_blocks", "resnets", "to_q") if found.form == "diffusers" else ("down", "up", "block", "q")
+    )
+    attention = "attentions" if found.form == "diffusers" else "attn"
+
+    def channels(half: str) -> tuple[int, ...]:
+        pattern = re.compile(rf"{half}\.(\d+)\.{block}\.0\.conv1\.weight")
+        widths = {int(m[1]): v.shape[0] for name, v in tensors.items() if (m := pattern.fullmatch(name))}
+        return tuple(widths[level] for level in sorted(widths))
+
+    def blocks(half: str) -> int:
+        return sum(bool(re.fullmatch(rf"{half}\.0\.{block}\.\d+\.conv1\.weight", name)) for name in tensors)
+
+    needed = [f"{half}.conv_in.weight" for half in ("encoder", "decoder")]
+    needed += [f"{half}.0.{block}.0.conv1.weight" for half in (f"encoder.{down}", f"decoder.{up}")]
+    if missing := [name for name in needed if name not in tensors]:
+        halves = [half for half in ("encoder", "decoder") if any(name.startswith(f"{half}.") for name in tensors)]
+        raise ConvertError(
+            f"{opened.path} holds no autoencoder of a kind that is supported: missing {', '.join(missing)}, under the "
+            f"original names or diffusers'{f'; only its {halves[0]} is there' if len(halves) == 1 else ''}"
+        )
+    encoder, decoder = channels(f"encoder.{down}"), channels(f"decoder.{up}")
+    middle = "mid_block.attentions.0" if found.form == "diffusers" else "mid.attn_1"
+    branch = "decoder.condition_encoder." if found.form == "diffusers" else "decoder.encoder."
+    groups = opened.metadata.get("norm_groups", "")
+    codes = tensors.get("quantize.embedding.weight")
+    return ModelConfig(
+        image_channels=tensors["encoder.conv_in.weight"].shape[1],
+        latent_channels=tensors["decoder.conv_in.weight"].shape[1],
+        encoder_channels=encoder,
+        decoder_channels=decoder[::-1] if found.form == "diffusers" else decoder,
+        encoder_blocks=blocks(f"encoder.{down}"),
+        decoder_blocks=blocks(f"decoder.{up}") - 1,
+        attention_levels=tuple(
+            i for i in range(len(encoder)) if f"encoder.{down}.{i}.{attention}.0.{q}.weight" in tensors
+        ),
+        mid_attention=f"encoder.{middle}.{q}.weight" in tensors,
+        quant_conv="quant_conv.weight" in tensors,
+        codebook_size=0 if codes is None else codes.shape[0],
+        condition=any(name.startswith(branch) for name in tensors),
+        norm_groups=int(groups) if groups.isdigit() else ModelConfig().norm_groups,
+    )
+
+
+def _rescaled(config: ModelConfig, **scale: float) -> ModelConfig:
+    changes: dict[str, Any] = dict(scale)
+    return dataclasses.replace(config, **changes)
+
+
+def _check_told(source: str | Path, told: Mapping[str, float], config: ModelConfig) -> None:
+    """Raises ConvertError where a source has a configuration that says something else than the user."""
+    if wrong := [f"{n}={getattr(config, n)}, not {value}" for n, value in told.items() if getattr(config, n) != value]:
+        raise ConvertError(
+            f"{' and '.join(told)}: only original checkpoints have to be told; {source} has a configuration that says "
+            f"{' and '.join(wrong)}"
+        )
+
+
+def _described(
+    config: ModelConfig, found: Found, path: Path, unexpected: Mapping[str, Shaped] | None = None
+) -> Described:
+    expected = {w.name: w.torch_shape for w in weights(config, found.form)}
+    tensors = fitted(found.tensors, expected)
+    if problems := misfits({**tensors, **(unexpected or {})}, expected):
+        raise ConvertError(f"{path}: {len(problems)} tensors do not fit the model:\n  " + "\n  ".join(problems))
+    return Described(path, config, found.form, tensors)
+
+
+def fill(
+    named: Sequence[Weight],
+    tensors: Table,
+    path: Path | str,
+    error: type[UserError],
+    dtype: Callable[[str], DTypeLike | None] = lambda name: None,
+) -> Params:
+    """Reads tensors into a model's parameters, one at a time.
+
+    Args:
+        named: the parameters.
+        tensors: all of them by their names in PyTorch, of the right shapes.
+        path: the file or folder, for messages.
+        error: what to raise.
+        dtype: what each parameter is kept in, by our name; None: as it is read.
+
+    Raises:
+        UserError: of type `error`, where some are not finite.
+    """
+    params: dict[str, jax.Array] = {}
+    broken = []
+    for weight in named:
+        array = from_torch(weight, tensors[weight.name].read())
+        if not np.isfinite(array).all():
+            broken.append(f"{weight.name} ({np.count_nonzero(~np.isfinite(array))} of {array.size})")
+        params[weight.path] = jnp.asarray(array, dtype(weight.path))
+    if broken:
+        more = f" and {len(broken) - 8} more" if len(broken) > 8 else ""
+        raise error(
+            f"{path}: {len(broken)} tensors have NaN or infinity in them, with which pictures are black: "
+            f"{', '.join(broken[:8])}{more}; get the file anew, or in float32"
+        )
+    return params
