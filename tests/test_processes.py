@@ -20,11 +20,11 @@ from test_training import MODEL, ROOT
 
 from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, OptimizerConfig, RunConfig
 from asymvq_jax.devices import cluster
-from asymvq_jax.errors import ConfigError
+from asymvq_jax.errors import ConfigError, ExitCode
 from asymvq_jax.files import images
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.checkpoints import load_parameters, save_model
-from asymvq_jax.training.loop import EXIT_LOST_PEER, EXIT_PREEMPTED, train
+from asymvq_jax.training.loop import train
 
 DEADLINE = 300
 # Starts train.py, whose collectives listen on the host's own name otherwise; FILE_SIZE stands for a full disk.
@@ -151,7 +151,7 @@ def test_runs_that_were_stopped_killed_or_out_of_space_resume_to_identical_param
     run = Started(folder, "broken")
     run.wait_for("devices (data")
     run.processes[1].send_signal(signal.SIGTERM)
-    assert run.codes() == [EXIT_PREEMPTED] * 2, run.texts()
+    assert run.codes() == [ExitCode.SAVED] * 2, run.texts()
     saved = {re.search(r"told to stop: saved step (\d+)", text)[1] for text in run.texts()}
     assert saved == _steps(folder, "broken")
     assert saved <= set("12345")
@@ -166,8 +166,8 @@ def test_runs_that_were_stopped_killed_or_out_of_space_resume_to_identical_param
         codes = run.codes()
         assert codes[victim] == -signal.SIGKILL
         # JAX's own watchdog may notice first, and abort with a message of its own.
-        assert codes[1 - victim] in (EXIT_LOST_PEER, -signal.SIGABRT), run.texts()
-        if codes[1 - victim] == EXIT_LOST_PEER:
+        assert codes[1 - victim] in (ExitCode.LOST_PEER, -signal.SIGABRT), run.texts()
+        if codes[1 - victim] == ExitCode.LOST_PEER:
             text = run.texts()[1 - victim]
             assert "error: a computation of all processes failed: " in text
             assert f"resume from the last checkpoint in {folder / 'broken'}" in text
