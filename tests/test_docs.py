@@ -64,8 +64,8 @@ def test_marked_python_runs(block):
 
 
 def synopsis(block):
-    """A block of the shell without the brackets around what may be left out; CONFIG stands for any config."""
-    return re.sub(r"[\[\]]", "", block.text).replace("--config CONFIG", "--config demo")
+    """A block of the shell without the brackets around what may be left out."""
+    return re.sub(r"[\[\]]", "", block.text)
 
 
 class Parsed(BaseException):
