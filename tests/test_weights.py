@@ -158,7 +158,7 @@ def test_code_in_a_pickle_is_refused_and_never_run(attack, form, tmp_path):
         path.write_bytes(pickle.dumps({"extra": content["extra"]}, 4))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(TensorFileError, match="holds more than tensors, such as code that would run.*it names"):
+    with pytest.raises(TensorFileError, match=r"holds more than tensors, such as code that would run.*it names"):
         open_weights(path)
     assert not trace.exists()
 
@@ -360,6 +360,16 @@ def damaged(rng, path, whole):
     path.write_bytes(data)
 
 
+def read_or_refused(path):
+    """The error's message, or None."""
+    try:
+        for tensor in open_weights(path).tensors.values():
+            assert tensor.read().size < 1000
+    except TensorFileError as error:
+        return str(error)
+    return None
+
+
 @pytest.mark.parametrize("form", ["safetensors", "zip", "before 1.6", "ours"])
 def test_damaged_files_are_read_or_refused_in_one_line(form, tmp_path):
     """Seeded: 100 of each form. Whatever is damaged, there is a tensor or an error for the user, and no other end."""
@@ -375,11 +385,7 @@ def test_damaged_files_are_read_or_refused_in_one_line(form, tmp_path):
     content, refused = whole.read_bytes(), 0
     for seed in range(100):
         damaged(np.random.default_rng(seed), path, content)
-        try:
-            for tensor in open_weights(path).tensors.values():
-                assert tensor.read().size < 1000
-        except TensorFileError as error:
-            assert str(path) in str(error)
-            assert "\n" not in str(error)
-            refused += 1
+        said = read_or_refused(path)
+        refused += said is not None
+        assert said is None or (str(path) in said and "\n" not in said)
     assert 25 <= refused <= 100

@@ -371,7 +371,7 @@ def _data_offset(path: Path, entry: zipfile.ZipInfo) -> int:
     if len(head) < 30 or head[:4] != b"PK\x03\x04":
         raise TensorFileError(f"{path} is damaged: {entry.filename} has no head")
     names, extra = struct.unpack("<HH", head[26:30])
-    return entry.header_offset + 30 + names + extra
+    return int(entry.header_offset + 30 + names + extra)
 
 
 def _read_pickles(path: Path) -> Any:
