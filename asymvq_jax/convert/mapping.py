@@ -135,7 +135,7 @@ def _name(
     for pattern, row in patterns:
         if match := pattern.fullmatch(ours):
             indices = {k: int(v) for k, v in match.groupdict().items()}
-            return getattr(row, form).format(**indices, **derive(indices)) + suffix
+            return str(getattr(row, form)).format(**indices, **derive(indices)) + suffix
     return None
 
 

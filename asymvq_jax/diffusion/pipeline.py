@@ -124,7 +124,8 @@ def _build(
         raise PipelineError(f"{source}: {len(problems)} tensors do not fit the model:\n  " + "\n  ".join(problems))
     kept = (".kernel", ".embedding")
     params = fill(named, tensors, source, PipelineError, lambda path: dtype if path.endswith(kept) else None)
-    return merge(split(abstract)[0], params)
+    model: M = merge(split(abstract)[0], params)
+    return model
 
 
 def read_unet(folder: Path, dtype: str = "float32") -> UNet:
