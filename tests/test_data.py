@@ -19,7 +19,7 @@ from PIL import Image
 
 from asymvq_jax.config import DataConfig
 from asymvq_jax.data import sources
-from asymvq_jax.data.pipeline import REPORTED, SkippedFiles, held_out, open_inputs, training_batches
+from asymvq_jax.data.pipeline import REPORTED, Inputs, SkippedFiles, held_out, open_inputs, training_batches
 from asymvq_jax.data.sources import open_source, open_sources
 from asymvq_jax.errors import DataError, ImageError
 from asymvq_jax.files import images
@@ -196,6 +196,57 @@ def test_held_out_half_of_a_folder(tmp_path):
     assert examples["image"].shape == (5, 16, 16, 3)
     assert ((examples["mask"].mean((1, 2, 3)) > 0) & (examples["mask"].mean((1, 2, 3)) < 1)).all()
     np.testing.assert_array_equal(held_out(config, 5, seed=0)["mask"], examples["mask"])
+
+
+class Ramps:
+    """One picture whose red is the row and whose green is the column, and the same half as large."""
+
+    def __len__(self):
+        return 1
+
+    def name(self, index):
+        return "ramp"
+
+    def read(self, index):
+        rows, columns = np.mgrid[:120, :200].astype(np.uint8)
+        return np.stack([rows, columns, rows], -1)
+
+
+def _edges(images: np.ndarray) -> np.ndarray:
+    """Top, left, height and width of the crops of a ramp, by their smallest and largest values: (n, 4)."""
+    low, high = images[..., :2].min((1, 2)).astype(int), images[..., :2].max((1, 2)).astype(int)
+    return np.concatenate([low, high - low + 1], -1)
+
+
+def test_crops_have_the_share_and_lie_anywhere():
+    config = DataConfig(image_size=60, batch_size=50, crop=(0.5, 0.5))
+    inputs = Inputs(Ramps(), Ramps(), ())
+    images_ = next(training_batches(config, 0, process_index=0, process_count=1, inputs=inputs))["image"]
+    tops, lefts, heights, widths = _edges(images_).T
+    # Half of the shorter side, at their own scale.
+    assert set(heights) == set(widths) == {60}
+    assert (tops.min(), lefts.min()) < (8, 15)
+    assert tops.max() > 52
+    assert lefts.max() > 125
+    wide = dataclasses.replace(config, crop=(0.25, 1.0), image_size=16)
+    images_ = next(training_batches(wide, 0, process_index=0, process_count=1, inputs=inputs))["image"]
+    heights = _edges(images_)[:, 2]
+    assert heights.min() < 45
+    assert heights.max() > 100
+
+
+def test_held_out_crops_follow_the_config_after_the_centre():
+    config = DataConfig(image_size=60, batch_size=1, crop=(0.5, 0.5))
+    centre, *others = _edges(held_out(config, 12, 0, Inputs(Ramps(), Ramps(), ()))["image"])
+    # The centre square: all of the height, and the middle of the width.
+    np.testing.assert_allclose(centre, [0, 40, 120, 120], atol=2)
+    assert all((height, width) == (60, 60) for _, _, height, width in others)
+    assert len({(top, left) for top, left, _, _ in others}) > 8
+
+
+def test_held_out_pictures_are_not_below_the_least_side():
+    config = DataConfig(image_size=16, batch_size=1, min_side=47)
+    assert (held_out(config, 3, 0, Inputs(Mostly(), Mostly(), ()))["image"] == 49).all()
 
 
 def _names(sources) -> tuple[set[str], set[str]]:

@@ -21,9 +21,15 @@ from asymvq_jax.errors import ConfigError
 from asymvq_jax.losses.lpips import load_lpips
 from asymvq_jax.models.parameters import split
 from asymvq_jax.training import state as states
-from asymvq_jax.training.optimizer import autoencoder_optimizer, learning_rate
+from asymvq_jax.training.optimizer import (
+    autoencoder_optimizer,
+    autoencoder_schedule,
+    discriminator_optimizer,
+    discriminator_schedule,
+    learning_rate,
+)
 from asymvq_jax.training.state import create_state, make_blueprint, starting_parameters
-from asymvq_jax.training.step import _gradients, _penalty_weights, compiled_step, train_step
+from asymvq_jax.training.step import _gradients, _penalty_weights, compiled_step, eval_step, train_step
 
 SIZE = 32
 
@@ -155,6 +161,13 @@ def test_step_equals_torch():
         assert np.all(difference <= 1e-2 * rate), name
         compared += certain.sum()
     assert compared > 0.9 * sum(gradient.size for gradient in decoder.values())
+    # The discriminator's own Adam, whose schedule begins when it does.
+    for name, gradient in grads.discriminator.items():
+        parameter = torch.nn.Parameter(torch.from_numpy(np.array(state.discriminator[name])))
+        parameter.grad = torch.from_numpy(np.array(gradient))
+        torch.optim.Adam([parameter], lr=peak, betas=(0.5, 0.9)).step()
+        difference = np.abs(np.asarray(after.discriminator[name]) - parameter.detach().numpy())
+        assert np.all(difference[np.abs(gradient) > _noise(grads.discriminator)] <= 1e-2 * peak), name
     assert after.step == 1
     assert not set(after.frozen) & set(after.params)
 
@@ -388,6 +401,46 @@ def test_learning_rate_is_the_reference_schedule():
         np.testing.assert_allclose(schedule(n), expected, rtol=1e-4)
 
 
+def test_a_constant_schedule_stays_at_the_peak():
+    config = _config(optimizer=OptimizerConfig(base_learning_rate=1e-4, warmup_steps=10, schedule="constant"))
+    schedule = autoencoder_schedule(config)
+    np.testing.assert_allclose(
+        [schedule(n) for n in (0, 5, 10, 99, 1000)], [2e-6, 1.01e-4, 2e-4, 2e-4, 2e-4], rtol=1e-5
+    )
+
+
+def test_the_discriminators_schedule_ends_with_the_run():
+    loss = LossConfig(gan_start=90)
+    config = _config(
+        loss=loss, optimizer=OptimizerConfig(base_learning_rate=1e-4, warmup_steps=2, min_learning_rate=1e-6)
+    )
+    schedule = discriminator_schedule(config)
+    # Ten of the hundred steps are left, of which two are the warm-up.
+    np.testing.assert_allclose([schedule(n) for n in (0, 2, 6, 10)], [2e-6, 2e-4, 1.005e-4, 1e-6], rtol=1e-4)
+    optimizer, params = discriminator_optimizer(config), {"kernel": jnp.ones(())}
+    state, sizes = optimizer.init(params), []
+    for _ in range(11):
+        # Adam turns a constant gradient into steps of the rate.
+        updates, state = optimizer.update(params, state, params)
+        sizes.append(-updates["kernel"])
+    np.testing.assert_allclose(sizes, [schedule(n) for n in range(11)], rtol=1e-4)
+
+
+def test_preservation_is_taken_over_the_preserved_pixels():
+    config = _config(loss=LossConfig(perceptual_weight=0.0))
+    blueprint = make_blueprint(config)
+    state = create_state(blueprint, _one_device(config))
+    batch = _batch(2)
+    evaluate = jax.jit(partial(eval_step, blueprint=blueprint, pictures=2))
+    metrics, recon = evaluate({**state.params, **state.frozen}, {}, batch)
+    squares = np.square(np.asarray(recon) - (batch["image"] / np.float32(127.5) - 1)).mean(-1, keepdims=True)
+    kept = squares[batch["mask"] == 0].mean()
+    assert abs(kept - squares[batch["mask"] == 1].mean()) > 0.01 * kept
+    np.testing.assert_allclose(metrics["preservation"], kept, rtol=1e-5)
+    all_masked = {**batch, "mask": np.ones_like(batch["mask"])}
+    assert evaluate({**state.params, **state.frozen}, {}, all_masked)[0]["preservation"] == 0
+
+
 def test_pretrained_parameters_take_a_share_of_the_rate():
     params = {"decoder.conv_in.kernel": jnp.ones(3), "decoder.condition.layers.0.kernel": jnp.ones(3)}
     optimizer = autoencoder_optimizer(_config(optimizer=OptimizerConfig(pretrained_scale=0.1, warmup_steps=0)), params)
@@ -406,11 +459,21 @@ def test_starting_parameters_take_the_decoder_only_where_the_sizes_agree():
     other = dataclasses.replace(TINY, latent_channels=16)
     with pytest.raises(ConfigError, match=r"another encoder: model\.latent_channels=4 \(there 16\)"):
         starting_parameters(_config(), other, params)
+    for field in ("scaling_factor", "shift_factor"):
+        with pytest.raises(ConfigError, match=rf"another encoder: model\.{field}="):
+            starting_parameters(_config(), dataclasses.replace(TINY, **{field: 0.5}), params)
 
 
 @pytest.mark.parametrize(
     ("mesh", "message"),
-    [(MeshConfig(data=3), "does not fit 8 device"), (MeshConfig(data=-1, fsdp=3), "does not fit 8 device")],
+    [
+        (MeshConfig(data=3), "does not fit 8 device.*set --mesh.data=-1 to let the data axis take"),
+        (MeshConfig(data=-1, fsdp=3), "does not fit 8 device.*choose mesh.fsdp so that the product divides 8"),
+        (
+            MeshConfig(data=2, fsdp=2, tensor=3),
+            "choose mesh.data x mesh.fsdp x mesh.tensor so that the product divides",
+        ),
+    ],
 )
 def test_mesh_that_does_not_fit(mesh, message):
     with pytest.raises(ConfigError, match=message):

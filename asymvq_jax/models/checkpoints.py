@@ -20,9 +20,11 @@ from asymvq_jax.files.addresses import check_address
 from asymvq_jax.files.threads import quiet_threads
 from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.embedded import embedded_parameters, is_embedded
-from asymvq_jax.models.parameters import Params, merge, split
+from asymvq_jax.models.parameters import Params, fingerprint, merge, split
 
 STEPS = "checkpoints"
+# Among the JSON beside arrays: the fingerprint of each item that holds some.
+FINGERPRINTS = "fingerprints"
 
 
 def checkpoint_path(path: str | Path, field: str = "") -> epath.Path:
@@ -41,10 +43,9 @@ def save_model(path: str | Path, model: Autoencoder) -> None:
     target = checkpoint_path(path)
     if target.exists():
         raise CheckpointError(f"{target} exists already; choose another target or remove it first")
-    items = ocp.args.Composite(
-        config=ocp.args.JsonSave({"model": dataclasses.asdict(model.config)}),
-        model=ocp.args.StandardSave(split(model)[1]),
-    )
+    params = split(model)[1]
+    stored = {"model": dataclasses.asdict(model.config), FINGERPRINTS: {"model": int(fingerprint(params))}}
+    items = ocp.args.Composite(config=ocp.args.JsonSave(stored), model=ocp.args.StandardSave(params))
     with quiet_threads():
         try:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
@@ -116,8 +117,19 @@ def _read(step: epath.Path) -> tuple[ModelConfig, Params]:
             with ocp.StandardCheckpointer(multiprocessing_options=alone) as reader:
                 averaged = reader.metadata(step / "ema").item_metadata.tree
             items["ema"] = ocp.args.StandardRestore({k: abstract[k] for k in averaged})
+        if (step / "progress").exists():
+            items["progress"] = ocp.args.JsonRestore()
         restored = checkpointer.restore(step, args=ocp.args.Composite(**items))
+        arrays = {name: restored[name] for name in ("model", "ema") if name in items}
+        check_fingerprints(arrays, (restored.get("progress") or stored).get(FINGERPRINTS, {}))
     return config, {**restored["model"], **(restored.get("ema") or {})}
+
+
+def check_fingerprints(arrays: dict[str, Any], stored: dict[str, int]) -> None:
+    """Raises ValueError for an item whose numbers are not those that were written; older checkpoints say nothing."""
+    for name, tree in arrays.items():
+        if stored.get(name) not in (None, int(fingerprint(tree))):
+            raise ValueError(f"the numbers in its item {name!r} are not those that were written")
 
 
 def _advice(step: epath.Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 Params = dict[str, jax.Array]
@@ -38,3 +39,26 @@ def merge(graphdef: nnx.GraphDef[M], params: dict[str, Any]) -> M:
     """The inverse of `split`."""
     flat = [(tuple(int(p) if p.isdigit() else p for p in name.split(".")), value) for name, value in params.items()]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every number in a tree of arrays is finite."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
+
+
+@jax.jit
+def fingerprint(tree: Any) -> jax.Array:
+    """A uint32 that changes with any bit of a tree of arrays, computed where they lie, the same on every mesh.
+
+    Checkpoints keep it, because TensorStore's checksums cover its indices and not the numbers (Nov 2026).
+    """
+    total = jnp.uint32(0)
+    for x in jax.tree.leaves(tree):
+        unsigned = {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[x.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+        # Odd factors lose no bit modulo 2**32; those of the last axis are enough to tell neighbours apart.
+        place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, x.ndim - 1) if x.ndim else jnp.uint32(0)
+        total = total * jnp.uint32(31) + jnp.sum(bits * (place * jnp.uint32(2) + jnp.uint32(1)), dtype=jnp.uint32)
+    return total

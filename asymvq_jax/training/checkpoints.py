@@ -17,7 +17,6 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -30,8 +29,10 @@ from asymvq_jax.errors import CheckpointError, ConfigError, OutputError, first_l
 from asymvq_jax.files.locks import only_owner
 from asymvq_jax.files.outputs import try_out
 from asymvq_jax.models.checkpoints import (
+    FINGERPRINTS,
     STEPS,
     CannotReadError,
+    check_fingerprints,
     checkpoint_path,
     find_step,
     load_model,
@@ -39,6 +40,7 @@ from asymvq_jax.models.checkpoints import (
     reading,
     save_model,
 )
+from asymvq_jax.models.parameters import all_finite, fingerprint
 
 if TYPE_CHECKING:
     from asymvq_jax.training.state import TrainState
@@ -144,14 +146,12 @@ class RunCheckpoints:
         step = int(jax.device_get(state.step))
         if step in self._manager.all_steps():
             return
+        progress = {**progress, FINGERPRINTS: {name: int(fingerprint(x)) for name, x in _arrays(state).items()}}
         items = {
             "config": ocp.args.JsonSave(dataclasses.asdict(self._config)),
-            "model": ocp.args.StandardSave({**state.params, **state.frozen}),
-            "training": ocp.args.StandardSave(_training_items(state)),
+            **{name: ocp.args.StandardSave(arrays) for name, arrays in _arrays(state).items()},
             "progress": ocp.args.JsonSave({**progress, "digest": _digest(progress)}),
         }
-        if state.ema:
-            items["ema"] = ocp.args.StandardSave(state.ema)
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
         self._unchecked = True
@@ -213,13 +213,8 @@ class RunCheckpoints:
         stored = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
         config = configs.from_dict(Config, stored)
         _check_resumable(config, self._config)
-        items = {
-            "model": ocp.args.StandardRestore({**abstract.params, **abstract.frozen}),
-            "training": ocp.args.StandardRestore(_training_items(abstract)),
-            "progress": ocp.args.JsonRestore(),
-        }
-        if abstract.ema:
-            items["ema"] = ocp.args.StandardRestore(abstract.ema)
+        items = {name: ocp.args.StandardRestore(arrays) for name, arrays in _arrays(abstract).items()}
+        items["progress"] = ocp.args.JsonRestore()
         read = self._manager.restore(step, args=ocp.args.Composite(**items))
         state = abstract._replace(
             **read["training"],
@@ -231,6 +226,7 @@ class RunCheckpoints:
         # Releases before 0.2 wrote none.
         if progress.pop("digest", None) not in (None, _digest(progress)):
             raise ValueError("its item 'progress' does not match its digest")
+        check_fingerprints(_arrays(state), progress.pop(FINGERPRINTS, {}))
         if not bool(all_finite(state)):
             raise ValueError("its parameters are not finite")
         return Resumed(state, progress, config)
@@ -277,19 +273,15 @@ class RunCheckpoints:
             ) from error
 
 
-@jax.jit
-def all_finite(state: Any) -> jax.Array:
-    """Whether every number in a tree of arrays is finite."""
-    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
-
-
 def _digest(progress: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _training_items(state: TrainState) -> dict[str, Any]:
-    return {k: v for k, v in state._asdict().items() if k not in ("params", "frozen", "ema")}
+def _arrays(state: TrainState) -> dict[str, Any]:
+    """The items of a step that hold arrays."""
+    training = {k: v for k, v in state._asdict().items() if k not in ("params", "frozen", "ema")}
+    items = {"model": {**state.params, **state.frozen}, "training": training}
+    return items | ({"ema": state.ema} if state.ema else {})
 
 
 # What may differ between the two halves of a resumed run, by the beginning of its name.

@@ -35,8 +35,8 @@ from asymvq_jax.files.threads import quiet_threads
 from asymvq_jax.losses.lpips import load_lpips
 from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.checkpoints import load_parameters
-from asymvq_jax.models.parameters import Params, merge, split
-from asymvq_jax.training.checkpoints import Resumed, RunCheckpoints, all_finite, owned
+from asymvq_jax.models.parameters import Params, all_finite, merge, split
+from asymvq_jax.training.checkpoints import Resumed, RunCheckpoints, owned
 from asymvq_jax.training.logs import RunLog
 from asymvq_jax.training.optimizer import autoencoder_schedule
 from asymvq_jax.training.signals import told_to_stop
