@@ -156,6 +156,11 @@ def steps_in(folder: epath.Path) -> list[epath.Path]:
 def find_step(path: str | Path) -> epath.Path:
     """The directory that holds the items `config` and `model`: `path` itself, or its last step if it is a run."""
     root = checkpoint_path(path)
+    if root.is_file() or (root / "config.json").exists() or (root / "model_index.json").exists():
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this package, but another program's weights; convert it first: "
+            f"asymvq convert {path} TARGET (in Python: asymvq_jax.convert), and name TARGET"
+        )
     if not root.is_dir():
         raise CheckpointError(
             f"no checkpoint at {path}: expected a run's directory, one of its steps, or what `asymvq convert` wrote"
