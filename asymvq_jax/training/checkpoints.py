@@ -130,7 +130,8 @@ class RunCheckpoints:
 
     def latest_step(self) -> int | None:
         """The last complete step; None in a new run."""
-        return self._manager.latest_step()
+        step: int | None = self._manager.latest_step()
+        return step
 
     def save(self, state: TrainState, progress: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Begins to write `state`; the arrays are copied before this returns, so that the step may reuse them.

@@ -7,6 +7,8 @@ condition branch and target stay clean.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -53,7 +55,8 @@ def _with_tone(image: jax.Array, key: jax.Array, config: HarmoniseConfig) -> jax
     x = jnp.linspace(-1, 1, w)[None, :, None]
     mean = image.mean((0, 1), keepdims=True)
     gradient = y * rows[None, None] + x * columns[None, None]
-    return mean + factor[None, None] * (image - mean) + offset[None, None] + gradient
+    moved: jax.Array = mean + factor[None, None] * (image - mean) + offset[None, None] + gradient
+    return moved
 
 
 def _with_grain(image: jax.Array, key: jax.Array, config: HarmoniseConfig) -> jax.Array:
@@ -77,8 +80,9 @@ def _region(mask: jax.Array, key: jax.Array, edge: int) -> jax.Array:
     return jnp.where(jax.random.bernoulli(soft), blur(region, float(max(edge, 1))), region)
 
 
-def _extreme(mask: jax.Array, size: int, function: jax.custom_jvp, start: float) -> jax.Array:
-    return jax.lax.reduce_window(mask, start, function, (size, size, 1), (1, 1, 1), "SAME")
+def _extreme(mask: jax.Array, size: int, function: Any, start: float) -> jax.Array:
+    extreme: jax.Array = jax.lax.reduce_window(mask, start, function, (size, size, 1), (1, 1, 1), "SAME")
+    return extreme
 
 
 # Taps on each side of the Gaussian; it is cut off there.
@@ -101,6 +105,6 @@ def blur(image: jax.Array, sigma: jax.Array | float) -> jax.Array:
 def halo(mask: jax.Array, width: int) -> jax.Array:
     """The band within `width` px of the mask's edge, on both sides: (b, h, w, 1) of 0 and 1."""
     window, strides = (1, 2 * width + 1, 2 * width + 1, 1), (1, 1, 1, 1)
-    near = jax.lax.reduce_window(mask, -jnp.inf, jax.lax.max, window, strides, "SAME")
-    inside = jax.lax.reduce_window(mask, jnp.inf, jax.lax.min, window, strides, "SAME")
+    near: jax.Array = jax.lax.reduce_window(mask, -jnp.inf, jax.lax.max, window, strides, "SAME")
+    inside: jax.Array = jax.lax.reduce_window(mask, jnp.inf, jax.lax.min, window, strides, "SAME")
     return (near - inside > 0).astype(jnp.float32)

@@ -29,11 +29,11 @@ class RunLog:
         self._file = directory / "metrics.jsonl"
         with writing(self._file):
             lines = self._file.read_bytes().splitlines() if self._file.exists() else []
-        steps = [_step(line) for line in lines]
+        done = [_step(line) for line in lines]
         # A run that was killed has logged steps beyond its last checkpoint, which are about to be done again.
-        self._lines = [line.decode() for line, at in zip(lines, steps, strict=True) if at is not None and at <= step]
+        self._lines = [line.decode() for line, at in zip(lines, done, strict=True) if at is not None and at <= step]
         # The last line of a killed run may be cut off; any other has been damaged since.
-        if damaged := sum(at is None for at in steps[:-1]):
+        if damaged := sum(at is None for at in done[:-1]):
             log.warning("%s: %d damaged lines are left out", self._file, damaged)
         self.flush()
         # An unbounded queue: its reader ends at an error of the disk, and a full queue would then block for ever.

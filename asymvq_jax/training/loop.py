@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -358,7 +358,7 @@ class Run:
         """Pictures of the first held-out batch: `image` is that batch on the devices, `recon` its first few decoded."""
         first = {name: x[: len(recon)] for name, x in self.held_out.items()}
         original, ours = first["image"], images.to_uint8(recon)
-        columns = [("input", original)]
+        columns: list[tuple[str, Any]] = [("input", original)]
         if self.config.model.condition:
             columns.append(("masked", np.where(first["mask"] > 0, np.uint8(127), original)))
         if self.plain is not None:
@@ -387,7 +387,8 @@ def _share(mesh: Mesh) -> tuple[int, int]:
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows: dict[int, set[int]] = {}
-    for device, (row,) in sharding.batch_sharding(mesh).devices_indices_map((ways,)).items():
+    places: Mapping[Any, Any] = sharding.batch_sharding(mesh).devices_indices_map((ways,))
+    for device, (row,) in places.items():
         rows.setdefault(device.process_index, set()).add(row.start or 0)
     parts = sorted({tuple(sorted(r)) for r in rows.values()})
     if sum(map(len, parts)) != ways:

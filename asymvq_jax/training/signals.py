@@ -54,6 +54,7 @@ def told_to_stop() -> Iterator[Callable[[], ExitCode | None]]:
             return None
         return ExitCode.INTERRUPTED if told else ExitCode.SAVED
 
+    handlers: dict[int, Callable[[int, FrameType | None], None]]
     handlers = {signal.SIGINT: interrupt} if several else {signal.SIGINT: interrupt, signal.SIGTERM: terminate}
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:

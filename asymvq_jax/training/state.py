@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,8 @@ def init_state(blueprint: Blueprint) -> TrainState:
 
 def abstract_state(blueprint: Blueprint, mesh: Mesh) -> TrainState:
     """The state's shapes, types and shardings; allocates nothing."""
-    return sharding.placed_shapes(jax.eval_shape(lambda: init_state(blueprint)), mesh)
+    state: TrainState = sharding.placed_shapes(jax.eval_shape(lambda: init_state(blueprint)), mesh)
+    return state
 
 
 def create_state(blueprint: Blueprint, mesh: Mesh, initial: Params | None = None) -> TrainState:
@@ -114,7 +115,7 @@ def create_state(blueprint: Blueprint, mesh: Mesh, initial: Params | None = None
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(blueprint, mesh))
     with jax.set_mesh(mesh):
-        state = jax.jit(lambda: init_state(blueprint), out_shardings=shardings)()
+        state: TrainState = jax.jit(lambda: init_state(blueprint), out_shardings=shardings)()
     if initial:
         places = {**shardings.params, **shardings.frozen}
         # Copies: the step donates the state's buffers, and the caller keeps its own (`place` may alias them).
@@ -159,7 +160,7 @@ def starting_parameters(config: Config, source: ModelConfig, params: Params) -> 
     decoder = all(
         getattr(source, name) == getattr(config.model, name) for name in ("decoder_channels", "decoder_blocks")
     )
-    taken = {
+    taken: dict[str, Any] = {
         name: value
         for name, value in params.items()
         if not name.startswith("decoder.")

@@ -8,8 +8,9 @@ cotangents at the image.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from asymvq_jax.devices.sharding import constrain_activation, replicated
 from asymvq_jax.files.images import to_float
 from asymvq_jax.losses.adversarial import adaptive_weight, discriminator_hinge, generator_term
 from asymvq_jax.losses.reconstruction import reconstruction_loss
-from asymvq_jax.models.codebook import usage
+from asymvq_jax.models.codebook import Quantized, usage
 from asymvq_jax.models.discriminator import BatchStat
 from asymvq_jax.models.parameters import Params, merge, state_of
 from asymvq_jax.training.corruption import corrupt, halo
@@ -105,7 +106,7 @@ def compiled_step(blueprint: Blueprint, state: TrainState, mesh: Mesh) -> jax.st
 
 
 def _accumulate(
-    gradients: partial, stats: Params, image: jax.Array, mask: jax.Array, key: jax.Array, count: int
+    gradients: partial[Any], stats: Params, image: jax.Array, mask: jax.Array, key: jax.Array, count: int
 ) -> tuple[Gradients, Params, Metrics]:
     """Means over `count` micro-batches; each takes every count-th sample, so that no sample changes its device."""
 
@@ -119,7 +120,7 @@ def _accumulate(
         )
         return stats, (grads, metrics)
 
-    def summed(carry: tuple, slices: tuple[jax.Array, ...]) -> tuple[tuple, None]:
+    def summed(carry: tuple[Any, Params], slices: tuple[jax.Array, ...]) -> tuple[tuple[Any, Params], None]:
         total, stats = carry
         stats, result = body(stats, slices)
         return (jax.tree.map(jnp.add, total, result), stats), None
@@ -155,7 +156,8 @@ def _gradients(
         latent = model.encode(seen)
         condition = (image, mask) if config.model.condition else (None, None)
         features = model.decode_features(latent.sample(key), *condition)
-        shares = {} if model.codebook is None else {CODE_SHARES: model.codebook.shares(latent.codes)}
+        codes = latent.codes if isinstance(latent, Quantized) else None
+        shares = {} if model.codebook is None or codes is None else {CODE_SHARES: model.codebook.shares(codes)}
         return (model.decoder.to_image(features), latent.penalties()), (features, shares)
 
     (recon, penalties), pull_params, (features, shares) = jax.vjp(reconstruct, state.params, has_aux=True)
@@ -200,7 +202,7 @@ def _penalty_weights(config: Config, elements: int) -> dict[str, float]:
     }
 
 
-def _last_layer(blueprint: Blueprint, state: TrainState, features: jax.Array) -> jax.tree_util.Partial:
+def _last_layer(blueprint: Blueprint, state: TrainState, features: jax.Array) -> Callable[[jax.Array], jax.Array]:
     """The map from a cotangent at the image to the gradient of the last convolution's kernel."""
 
     def to_image(kernel: jax.Array) -> jax.Array:
@@ -208,7 +210,12 @@ def _last_layer(blueprint: Blueprint, state: TrainState, features: jax.Array) ->
         return model.decoder.to_image(features, kernel)
 
     _, pull = jax.vjp(to_image, state.params[LAST_KERNEL])
-    return lambda cotangent: pull(cotangent)[0]
+
+    def at_kernel(cotangent: jax.Array) -> jax.Array:
+        (gradient,) = pull(cotangent)
+        return jnp.asarray(gradient)
+
+    return at_kernel
 
 
 def _adversarial(
