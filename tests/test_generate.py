@@ -26,6 +26,7 @@ from diffusers.loaders import single_file_utils
 from diffusers.pipelines.deprecated.paint_by_example import PaintByExamplePipeline
 from flax import nnx
 from oracles import asymmetric, nchw, nhwc, perturb_norms
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 from test_diffusion import TEXTS, torch_image_encoder
 from test_processes import DEADLINE
@@ -45,6 +46,7 @@ from asymvq_jax.diffusion.unet import UNet, UNetConfig
 from asymvq_jax.errors import PipelineError, TensorFileError, TokenizerError
 from asymvq_jax.evaluation.pairs import list_pairs, read_pairs
 from asymvq_jax.files import images
+from asymvq_jax.files.pictures import read_picture
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.checkpoints import save_model
 from asymvq_jax.models.parameters import split
@@ -400,6 +402,71 @@ def test_ctrl_c_is_no_traceback(pipelines, tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().err.splitlines()[-1] == message
 
 
+def test_pictures_masks_and_prompts_as_people_have_them(pipelines, tmp_path, monkeypatch, capsys):
+    """Hidden companions, other endings, a byte order mark, strokes of one colour, grey and 16 bits; kept exactly by the
+    plain decoder."""
+    folder, out = tmp_path / "pairs", tmp_path / "out"
+    folder.mkdir()
+    image, mask = picture_and_mask((32, 32), 1)
+    mask[:] = 0
+    mask[0, 9:15, 9:15] = 1
+    grey = image[0, ..., 0].astype(np.uint16) * 257
+    Image.fromarray(grey).save(folder / "a.png")
+    Image.fromarray(image[0]).save(folder / "b.jfif", format="JPEG")
+    red = (mask[0] * np.array([255, 0, 0])).astype(np.uint8)
+    for name in "ab":
+        Image.fromarray(red).save(folder / f"{name}_mask.png")
+        (folder / f"{name}.txt").write_bytes(b"\xef\xbb\xbfa fox\r\n")
+        (folder / f"._{name}.png").write_bytes(b"\0\5\x16\7")
+    prompts = []
+    inpaint = sampling.inpaint
+
+    def spy(pipeline, texts, pictures, masks, *rest, **options):
+        prompts.extend(texts)
+        return inpaint(pipeline, texts, pictures, masks, *rest, **options)
+
+    monkeypatch.setattr(sampling, "inpaint", spy)
+    shared = ("--steps", 1, "--batch", 2, "--dtype", "float32")
+    exact = ("--keep", "exact", "--band", 0, "--decode", "plain")
+    assert run("inpaint", pipelines.root / "inpaint", "--folder", folder, "--out", out, *shared, *exact) == 0
+    log = capsys.readouterr().err
+    assert prompts == ["a fox", "a fox"]
+    assert "left out: 2 hidden (the name begins with a dot)" in log
+    assert "mask from red on black, 3.52% generated" in log or "mask from red on black, 4% generated" in log
+    kept = mask[0, ..., 0] == 0
+    made = read_picture(out / "a.png")
+    np.testing.assert_array_equal(made.colour[..., 0][kept], grey[kept])
+    assert made.colour.dtype == np.uint16
+    assert (made.colour[..., 0][~kept] != grey[~kept]).any()
+    np.testing.assert_array_equal(images.read(out / "b.png")[kept], images.read(folder / "b.jfif")[kept])
+    # Nothing to generate.
+    Image.new("L", (32, 32)).save(tmp_path / "black.png")
+    single = ("--image", folder / "a.png", "--prompt", "a fox", "--out", tmp_path / "o.png")
+    assert (
+        run("inpaint", pipelines.root / "inpaint", *single, "--mask", tmp_path / "black.png", *shared[:2], "--batch", 1)
+        == 0
+    )
+    np.testing.assert_array_equal(read_picture(tmp_path / "o.png").colour[..., 0], grey)
+    assert "is black: nothing of" in capsys.readouterr().err
+
+
+def test_a_spot_between_the_latent_s_samples_is_painted(pipelines):
+    ours = load(describe(pipelines.root / "inpaint", "inpaint"))
+    image, _ = picture_and_mask((32, 32), 1)
+    spot, grey = np.zeros((1, 32, 32, 1), np.uint8), image.copy()
+    spot[0, 9:15, 9:15] = 1
+    grey[spot[..., 0] == 1] = 127
+    seen = sampling.inpaint(ours, PROMPTS[:1], image, spot, [1], steps=1)
+    unseen = sampling.inpaint(ours, PROMPTS[:1], grey, spot * 0, [1], steps=1)
+    assert np.abs(seen - unseen).max() > 1e-2
+    for wrong in (spot * 255, spot.astype(np.float32) - 1):
+        with pytest.raises(sampling.SamplingError, match=r"expected 0 \(preserve\) to 1"):
+            sampling.inpaint(ours, PROMPTS[:1], image, wrong, [1], steps=1)
+    np.testing.assert_array_equal(sampling.inpaint(ours, PROMPTS[:1], image, spot.astype(bool), [1], steps=1), seen)
+    with pytest.raises(sampling.SamplingError, match="image of type float32"):
+        sampling.inpaint(ours, PROMPTS[:1], image / np.float32(255), spot, [1], steps=1)
+
+
 def test_command_edit(pipelines, tmp_path):
     image, mask = picture_and_mask((32, 32))
     images.write(tmp_path / "image.png", image[0])
@@ -657,6 +724,9 @@ def test_bad_input(pipelines, tmp_path, monkeypatch, capsys):
         ((*text, *prompt, "--out", tmp_path / "d", "--seed", 2**32 - 2, "--count", 3), "expected 0 to 4294967293"),
         ((*text, *prompt, *out, "--guidance", "nan"), "--guidance nan: expected 0 to 100"),
         ((*text, *prompt, *out, "--guidance", -3), "--guidance -3.0: expected 0 to 100"),
+        ((*text, *prompt, *out, "--negative", "red", "--guidance", 1), "--negative does nothing with --guidance 1"),
+        ((*pairs, *prompt, *picture, "--mask", tmp_path / "image.png", "--out", tmp_path / "image.png"), "overwritten"),
+        ((*pairs, *prompt, *picture, "--mask", tmp_path / "image.png", "--out", "o.jpg", "--keep", "exact"), "JPEG"),
         ((*pairs, *many, "--size", "32x32", "--save-latents", tmp_path / "twice"), "not of the size of the pictures"),
         ((*pairs, *many), "twice/a.jpg and a.png have the same name but for the ending"),
     ):

@@ -119,6 +119,21 @@ def test_what_we_do_not_have(stored, message):
     assert "pipeline/scheduler/scheduler_config.json" in str(error.value)
 
 
+def test_a_spacing_that_another_class_stored_is_not_dropped():
+    """diffusers' from_config keeps it for the sampler that knows it; the others never had it."""
+    stored = {
+        "_class_name": "EulerDiscreteScheduler",
+        **STABLE_DIFFUSION,
+        "use_karras_sigmas": True,
+        "clip_sample": False,
+    }
+    with pytest.raises(SchedulerError, match=r"use_karras_sigmas=True .*--scheduler ddim or --scheduler pndm runs"):
+        read_config(stored, "file", "dpm++")
+    for kind in ("ddim", "pndm"):
+        read_config(stored, "file", kind)
+    read_config(stored | {"use_karras_sigmas": False}, "file", "dpm++")
+
+
 @pytest.mark.parametrize("steps", [0, 1001])
 def test_number_of_steps(steps):
     with pytest.raises(SchedulerError, match="expected 1 to 99"):

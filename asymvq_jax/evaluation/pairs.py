@@ -142,5 +142,5 @@ def pair_latent(model: Autoencoder, pair: Pair) -> jax.Array | Array:
     except InputError as error:
         raise EvaluationError(f"the latent beside {pair.name}: {error}") from None
     if not reading.scaled and pair.latent_scaled is None:
-        log.warning("the latent beside %s is taken as not scaled (%s)", pair.name, reading.reason)
+        log.warning("the latent beside %s is taken as unscaled (%s)", pair.name, reading.reason)
     return reading.latent

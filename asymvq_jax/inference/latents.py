@@ -46,7 +46,7 @@ class Reading:
 
     def describe(self) -> str:
         """Such as "latent: channels first, scaled (as the picture's own latent outside the mask)"."""
-        scale = "scaled" if self.scaled else "not scaled"
+        scale = "scaled" if self.scaled else "unscaled"
         return f"latent: {self.layout.replace('-', ' ')}, {scale} ({self.reason})"
 
 

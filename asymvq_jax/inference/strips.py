@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from asymvq_jax.inference.whole import check_condition, pad
+from asymvq_jax.inference.whole import check_condition, check_pixels, pad
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.blocks import Attention, Conv, GroupNorm, ResBlock, channel_moments
 from asymvq_jax.models.decoder import Decoder, blend
@@ -45,6 +45,7 @@ class Condition(NamedTuple):
 
 def encode_in_strips(model: Autoencoder, image: jax.Array | np.ndarray, strip_pixels: int = STRIP_PIXELS) -> jax.Array:
     """As `inference.encode`, in the host's memory but for a strip at a time; see `decode_in_strips`."""
+    check_pixels(image, model.config)
     encoder, sweep = model.encoder, partial(_sweep, strip_pixels=strip_pixels)
     x = sweep(FeatureMap(np.asarray(pad(image, model.config.downsampling)), None), encoder.conv_in)
     for level in encoder.levels:

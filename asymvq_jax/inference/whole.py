@@ -84,6 +84,8 @@ def decode(
         InputError: the pictures or masks are of another form or type, or the batch, or the latent's rows, cannot be
             split evenly over the mesh.
     """
+    if (image is None) != (mask is None):
+        raise InputError("a picture without a mask, or a mask without a picture: expected both or neither")
     if image is not None and mask is not None:
         check_pixels(image, model.config)
         check_masks(mask, image)
