@@ -64,6 +64,8 @@ def list_pairs(folder: str) -> list[tuple[epath.Path, epath.Path]]:
         raise EvaluationError(
             f"--pairs {folder}: {without[0]}.npy is missing; expected a latent of every picture or none"
         )
+    if names[0] in latents:
+        log.info("%d edited latents beside the pictures, such as %s", len(names), latents[names[0]].name)
     texts = [path for path in listing.others if path.suffix.lower() == ".txt"]
     if rest := listing.describe_rest(used=[*latents.values(), *texts]):
         log.info("%s", rest)
