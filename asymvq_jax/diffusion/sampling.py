@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -184,10 +185,10 @@ def edit(
     """
     _check(pipeline, "edit", len(examples), seeds, mesh)
     masked, small = _masked_latent(pipeline, image, mask, len(seeds), mesh)
-    encoder = pipeline.image_encoder
-    features = _encode(encoder, jnp.stack([prepare_example(example, pipeline.example) for example in examples]))[
-        :, None
-    ]
+    encoder, preparation = pipeline.image_encoder, pipeline.example
+    assert encoder is not None, "a pipeline that is loaded for this task has it"
+    assert preparation is not None, "a pipeline that is loaded for this task has it"
+    features = _encode(encoder, jnp.stack([prepare_example(example, preparation) for example in examples]))[:, None]
     if guidance > 1:
         nothing = jnp.broadcast_to(encoder.unconditional[...].astype(features.dtype)[None], features.shape)
         features = jnp.concatenate([nothing, features], 1)
@@ -283,6 +284,8 @@ def _encode(encoder: TextEncoder | ImageEncoder, inputs: jax.Array) -> jax.Array
 def _texts(pipeline: Pipeline, prompts: Sequence[str], negative: str, *, guided: bool) -> jax.Array:
     """(b, 2 or 1, n, d); nothing's features come first."""
     rows = [[negative, prompt] if guided else [prompt] for prompt in prompts]
+    assert pipeline.tokenizer is not None, "a pipeline that is loaded for this task has it"
+    assert pipeline.text_encoder is not None, "a pipeline that is loaded for this task has it"
     tokens = pipeline.tokenizer([text for row in rows for text in row])
     features = _encode(pipeline.text_encoder, jnp.asarray(tokens))
     return features.reshape(len(rows), -1, *features.shape[1:])
@@ -332,4 +335,6 @@ def _run(
         noise, context, fixed = jax.device_put((noise, context, fixed), sharding.batch_sharding(mesh))
         solver, scale = jax.device_put((solver, scale), sharding.replicated(mesh))
         unet = inference.place(unet, mesh)
-    return denoise(unet, solver, noise, context, fixed, scale, mesh=mesh)
+    # Flax 0.12 types a jitted function with options as a decorator.
+    sample: Callable[..., jax.Array] = cast(Any, denoise)
+    return sample(unet, solver, noise, context, fixed, scale, mesh=mesh)

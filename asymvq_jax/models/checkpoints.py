@@ -120,7 +120,7 @@ def _read(step: epath.Path) -> tuple[ModelConfig, Params]:
         if (step / "progress").exists():
             items["progress"] = ocp.args.JsonRestore()
         restored = checkpointer.restore(step, args=ocp.args.Composite(**items))
-        arrays = {name: restored[name] for name in ("model", "ema") if name in items}
+        arrays: dict[str, Any] = {name: restored[name] for name in ("model", "ema") if name in items}
         check_fingerprints(arrays, (restored.get("progress") or stored).get(FINGERPRINTS, {}))
     return config, {**restored["model"], **(restored.get("ema") or {})}
 

@@ -54,7 +54,7 @@ def fingerprint(tree: Any) -> jax.Array:
 
     Checkpoints keep it, because TensorStore's checksums cover its indices and not the numbers (Nov 2026).
     """
-    total = jnp.uint32(0)
+    total: jax.Array = jnp.uint32(0)
     for x in jax.tree.leaves(tree):
         unsigned = {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[x.dtype.itemsize]
         bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
