@@ -16,9 +16,9 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from test_training import MODEL, ROOT
+from test_training import ROOT
 
-from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, OptimizerConfig, RunConfig
+from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 from asymvq_jax.devices import cluster
 from asymvq_jax.errors import ConfigError, ExitCode
 from asymvq_jax.files import images
@@ -27,6 +27,8 @@ from asymvq_jax.models.checkpoints import load_parameters, save_model
 from asymvq_jax.training.loop import train
 
 DEADLINE = 300
+# Large enough that a step takes more space than a picture does.
+MODEL = ModelConfig(encoder_channels=(32, 32), decoder_channels=(32, 32), encoder_blocks=1, decoder_blocks=1)
 # Starts train.py, whose collectives listen on the host's own name otherwise; FILE_SIZE stands for a full disk.
 LAUNCHER = """
 import functools, os, resource, runpy, sys

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -312,9 +312,9 @@ class Run:
             if bad:
                 self._stop_diverged(at, bad)
         means = {name: float(np.mean([m[name] for m in values])) for name in values[-1]}
-        speed, waiting = clock.lap(len(values))
-        remaining = (self.config.run.steps - step) / speed
-        per_second = speed * self.config.data.batch_size
+        lap = clock.lap(len(values))
+        remaining = (self.config.run.steps - step) / lap.steps_per_second
+        per_second = lap.steps_per_second * self.config.data.batch_size
         rate = float(self.schedule(step - 1))
         note = ", ".join(
             f"{n} {means[n]:.4g}" for n in ("l1", "lpips", "adaptive_weight", "discriminator") if n in means
@@ -325,11 +325,11 @@ class Run:
                 **means,
                 "learning_rate": rate,
                 "images_per_second": per_second,
-                "input_wait_share": waiting,
-                "seconds": clock.total,
+                "input_wait_share": lap.waiting,
+                "seconds": lap.total,
             },
             f"step {step}/{self.config.run.steps}: {note}, learning rate {rate:.3g}; "
-            f"{per_second:.1f} images/s, ETA {_hms(remaining)}, {waiting:.0%} of the time waiting for input",
+            f"{per_second:.1f} images/s, ETA {_hms(remaining)}, {lap.waiting:.0%} of the time waiting for input",
         )
 
     def _parameters(self) -> Params:
@@ -399,6 +399,15 @@ def _share(mesh: Mesh) -> tuple[int, int]:
     return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 
 
+class _Lap(NamedTuple):
+    """What was done since the lap before, and the elapsed time."""
+
+    steps_per_second: float
+    # Share of the time in which the step waited for input.
+    waiting: float
+    total: float
+
+
 class _Clock:
     """Elapsed time over all of the run's starts; speed and share of waiting since the last lap."""
 
@@ -426,12 +435,12 @@ class _Clock:
         yield
         self._lap += time.perf_counter() - begin
 
-    def lap(self, steps: int) -> tuple[float, float]:
-        """Steps per second and the share of waiting since the last call."""
+    def lap(self, steps: int) -> _Lap:
+        """Ends a lap of so many steps."""
         now = time.perf_counter()
         spent, waited = max(now - self._lap, 1e-9), self._waited
         self._lap, self._waited = now, 0.0
-        return steps / spent, waited / spent
+        return _Lap(steps / spent, waited / spent, self._before + now - self._begin)
 
 
 def _hms(seconds: float) -> str:
