@@ -191,6 +191,9 @@ def test_unets_that_we_do_not_have(changes, message):
 def test_encoders_that_we_do_not_have():
     with pytest.raises(CLIPError, match="model_type is 't5'; expected 'clip_text_model'"):
         read_text_config({"model_type": "t5"}, "text_encoder/config.json")
+    with pytest.raises(CLIPError, match=r"hidden_size='768' \(expected a whole number above 0\)"):
+        read_text_config({"model_type": "clip_text_model", "hidden_size": "768"}, "text_encoder/config.json")
+    assert read_text_config({"model_type": "clip_text_model", "hidden_size": None}, "").transformer.channels == 512
     with pytest.raises(CLIPError, match="hidden_act='relu'"):
         read_image_config({"model_type": "clip_vision_model", "hidden_act": "relu"}, "image_encoder/config.json")
 

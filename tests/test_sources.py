@@ -121,6 +121,17 @@ def test_diffusers_names_in_one_file(original, theirs, tmp_path):
     assert describe(tmp_path / WEIGHTS).config.scaling_factor == 0.5
 
 
+def test_a_shard_stands_for_all_of_them(original, theirs, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config_to_diffusers(CONFIG)))
+    files = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    mapped = {name: files[i % 2] for i, name in enumerate(theirs)}
+    for file in files:
+        save_file({n: x for n, x in theirs.items() if mapped[n] == file}, tmp_path / file)
+    (tmp_path / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": mapped}))
+    for source in (tmp_path, tmp_path / files[1]):
+        assert_same(describe(source), original, theirs)
+
+
 def one(*shape):
     return np.ones(shape, np.float32)
 

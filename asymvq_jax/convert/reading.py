@@ -113,7 +113,8 @@ def describe(source: str | Path, told: Mapping[str, float] | None = None) -> Des
             and read_json(beside).get("_class_name") in KINDS
         ):
             log.info("%s: read with the config.json beside it", path)
-            return _describe_folder(path.parent, told, open_weights(path))
+            # A shard stands for all of them.
+            return _describe_folder(path.parent, told, None if "-of-" in path.name else open_weights(path))
         return describe_weights(open_weights(path), told)
     for folder in (path, path / "vae", path / "vqvae"):
         if (folder / "config.json").is_file():

@@ -15,6 +15,7 @@ from PIL import Image
 
 from asymvq_jax.diffusion.layers import ACTIVATIONS, FeedForward, LayerNorm, MultiHeadAttention, linear
 from asymvq_jax.errors import CLIPError
+from asymvq_jax.files.fields import COUNT, NUMBER, TEXT, without_nulls, wrong_fields
 from asymvq_jax.models.blocks import Conv
 
 
@@ -74,6 +75,15 @@ IMAGE_DEFAULTS = {
 }  # fmt: skip
 
 
+# What the fields of both hold.
+TYPES = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), COUNT),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings", "image_size", "patch_size", "projection_dim"), COUNT),
+    "hidden_act": TEXT,
+    "layer_norm_eps": NUMBER,
+}
+
+
 def read_text_config(stored: Mapping[str, Any], name: str) -> TextConfig:
     """Translates the config.json of a transformers CLIPTextModel; `name` is its path, for messages.
 
@@ -126,7 +136,9 @@ def prepare_example(image: np.ndarray, config: ExampleConfig) -> np.ndarray:
 def _check(stored: Mapping[str, Any], name: str, kind: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
     if stored.get("model_type") != kind:
         raise CLIPError(f"{name}: model_type is {stored.get('model_type')!r}; expected {kind!r}")
-    values = {**defaults, **stored}
+    values = {**defaults, **without_nulls(stored)}
+    if wrong := wrong_fields(values, TYPES):
+        raise CLIPError(f"{name}: {', '.join(wrong)}")
     if values["hidden_act"] not in ACTIVATIONS:
         raise CLIPError(f"{name}: hidden_act={values['hidden_act']!r} (there is {', '.join(ACTIVATIONS)})")
     return values
