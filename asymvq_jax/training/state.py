@@ -20,6 +20,7 @@ from asymvq_jax.losses.lpips import LPIPS
 from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.discriminator import BatchStat, Discriminator
 from asymvq_jax.models.growth import grow_decoder
+from asymvq_jax.models.initialization import wavelet
 from asymvq_jax.models.parameters import Params, split
 from asymvq_jax.training.optimizer import autoencoder_optimizer, discriminator_optimizer
 
@@ -83,6 +84,8 @@ def init_state(blueprint: Blueprint) -> TrainState:
     config = blueprint.config
     key = jax.random.key(config.run.seed)
     _, params = split(Autoencoder(config.model, rngs=nnx.Rngs(jax.random.fold_in(key, 0))))
+    if config.run.initialization == "wavelet":
+        params = wavelet(params, config.model, config.run.initial_log_variance)
     rngs = nnx.Rngs(jax.random.fold_in(key, 1))
     _, discriminator, stats = split(Discriminator(config.loss, config.model, rngs=rngs), nnx.Param, BatchStat)
     trained = {name: value for name, value in params.items() if is_trained(config, name)}

@@ -170,6 +170,7 @@ def _gradients(
         lpips,
         config.loss.perceptual_weight,
         config.loss.reduction,
+        config.loss.squared_weight,
         emphasis=1 + harmonise.halo_weight * halo(mask, harmonise.halo_width) if harmonise.halo_weight else None,
         pasted=mask if harmonise.composite else None,
     )
@@ -274,7 +275,9 @@ def eval_step(
     model = merge(blueprint.autoencoder, params)
     recon = model.decode(model.encode(image).mode(), *((image, mask) if config.model.condition else (None, None)))
     lpips = None if blueprint.lpips is None else merge(blueprint.lpips, perceptual)
-    nll, parts = reconstruction_loss(recon, image, lpips, config.loss.perceptual_weight, config.loss.reduction)
+    nll, parts = reconstruction_loss(
+        recon, image, lpips, config.loss.perceptual_weight, config.loss.reduction, config.loss.squared_weight
+    )
     keep = jnp.broadcast_to(1.0 - mask, image.shape)
     error = jnp.sum(keep * jnp.square(recon - image)) / jnp.maximum(jnp.sum(keep), 1.0)
     return {"nll": nll, **parts, "preservation": error}, recon[:pictures]
