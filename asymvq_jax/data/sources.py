@@ -140,7 +140,7 @@ TRAIN_PHOTOS = {
     "sklearn": ("china.jpg",),
 }
 HELD_OUT_PHOTOS = {"skimage": ("coffee.png",), "sklearn": ("flower.jpg",)}
-_PHOTO_FOLDERS = {"skimage": "data", "sklearn": "datasets/images"}
+PHOTO_FOLDERS = {"skimage": "data", "sklearn": "datasets/images"}
 
 
 def _photos(train: bool) -> list[epath.Path]:
@@ -149,7 +149,7 @@ def _photos(train: bool) -> list[epath.Path]:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise DataError(f"data.source='photos' needs {package}; install it with: pip install -r requirements.txt")
-        folder = Path(spec.submodule_search_locations[0]) / _PHOTO_FOLDERS[package]
+        folder = Path(spec.submodule_search_locations[0]) / PHOTO_FOLDERS[package]
         paths += [epath.Path(folder / name) for name in names]
     return paths
 

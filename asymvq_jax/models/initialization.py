@@ -86,9 +86,9 @@ def _encoder(params: Params, config: ModelConfig, log_variance: float) -> None:
     if config.quant_conv:
         _hand_on(params, "quant_conv", latent)
         _hand_on(params, "post_quant_conv", latent)
-        params["quant_conv.kernel"] = params["quant_conv.kernel"].at[..., latent:].set(0.0)
+        params["quant_conv.kernel"] *= (np.arange(2 * latent) < latent).astype(np.float32)[None, None, None]
     outputs = "quant_conv.bias" if config.quant_conv else "encoder.conv_out.bias"
-    params[outputs] = params[outputs].at[latent:].set(log_variance)
+    params[outputs] = jnp.repeat(jnp.array([0.0, log_variance]), latent)
 
 
 def _decoder(params: Params, config: ModelConfig) -> None:
@@ -107,14 +107,15 @@ def _decoder(params: Params, config: ModelConfig) -> None:
 def _read(params: Params, name: str, outputs: list) -> None:
     """The first outputs of a convolution, each from (input, weight or pattern of weights, where it begins) alone."""
     name = f"{name}.kernel"
-    kernel = params[name]
+    # In NumPy: dozens of small updates would take XLA minutes to compile.
+    fixed = np.zeros(params[name].shape, np.float32)
     for output, taps in enumerate(outputs):
-        kernel = kernel.at[..., output].set(0.0)
         for source, pattern, begin in taps:
             pattern = np.atleast_2d(pattern)
             rows, columns = (slice(begin, begin + n) for n in pattern.shape)
-            kernel = kernel.at[rows, columns, source, output].set(pattern)
-    params[name] = kernel
+            fixed[rows, columns, source, output] = pattern
+    others = np.arange(fixed.shape[-1]) >= len(outputs)
+    params[name] = params[name] * others.astype(np.float32)[None, None, None] + fixed
 
 
 def _hand_on(params: Params, name: str, channels: int) -> None:
@@ -125,12 +126,12 @@ def _hand_on(params: Params, name: str, channels: int) -> None:
 
 def _through_norm(params: Params, half: str, before: str, factors: Sequence[float]) -> None:
     """The first pairs of channels through the last normalisation and SiLU of a half and out, each times its factor."""
-    bias = params[f"{before}.bias"]
-    signs = jnp.where(jnp.arange(bias.shape[0]) // 2 % 2 == 0, 1.0, -1.0)
-    params[f"{before}.bias"] = _CONSTANT * signs
-    params[f"{half}.norm_out.bias"] = _MIDDLE - signs
-    kernel = jnp.zeros_like(params[f"{half}.conv_out.kernel"])
-    for i, factor in enumerate(factors):
-        weight = factor * _CONSTANT / (2 * _SLOPE)
-        kernel = kernel.at[1, 1, 2 * i : 2 * i + 2, i].set(jnp.array([weight, -weight]))
-    params[f"{half}.conv_out.kernel"] = kernel
+    width = params[f"{before}.bias"].shape[0]
+    signs = np.where(np.arange(width) // 2 % 2 == 0, 1, -1).astype(np.float32)
+    params[f"{before}.bias"] = jnp.asarray(_CONSTANT * signs)
+    params[f"{half}.norm_out.bias"] = jnp.asarray(_MIDDLE - signs)
+    weights = [factor * _CONSTANT / (2 * _SLOPE) for factor in factors]
+    kernel = np.zeros(params[f"{half}.conv_out.kernel"].shape, np.float32)
+    for i, weight in enumerate(weights):
+        kernel[1, 1, 2 * i : 2 * i + 2, i] = weight, -weight
+    params[f"{half}.conv_out.kernel"] = jnp.asarray(kernel)

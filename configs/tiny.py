@@ -1,0 +1,41 @@
+"""asymvq-tiny: an asymmetric decoder, one and a half times as wide, on the encoder of configs/tiny_first_stage.py.
+
+Command: python train.py --config configs/tiny.py --data.path=FOLDER --data.eval_path=HELD_OUT, after the first stage
+Data: as the first stage's.
+Hardware: 1 CPU core. Time and result: not yet measured.
+"""
+
+from asymvq_jax.config import Config, DataConfig, LossConfig, MaskConfig, ModelConfig, OptimizerConfig, RunConfig
+
+
+def get_config() -> Config:
+    return Config(
+        run=RunConfig(
+            directory="runs/tiny/asymmetric",
+            init_from="runs/tiny/first_stage",
+            # From the plain decoder's weights, which leave only the condition branch to begin at random.
+            grow_decoder=True,
+            steps=2_500,
+            log_every=100,
+            eval_every=500,
+            eval_pictures=32,
+            keep=2,
+        ),
+        model=ModelConfig(
+            latent_channels=8,
+            norm_groups=4,
+            encoder_channels=(16, 32, 64, 64),
+            decoder_channels=(24, 48, 96, 96),
+            encoder_blocks=1,
+            decoder_blocks=1,
+        ),
+        loss=LossConfig(gan_start=-1, perceptual_weight=0.0, squared_weight=5.0),
+        # Few full masks, which teach nothing about copying.
+        data=DataConfig(
+            source="folder", path="photos", image_size=64, crop=(0.2, 0.4), mirror=0.5, recolour=0.2, batch_size=4,
+            keep_decoded=True, max_corrupt_share=0.0, mask=MaskConfig(full_probability=0.1),
+        ),
+        optimizer=OptimizerConfig(
+            base_learning_rate=7.5e-5, pretrained_scale=0.5, warmup_steps=50, min_learning_rate=1e-5, ema_decay=0.995
+        ),
+    )  # fmt: skip
