@@ -1,6 +1,6 @@
 """Gathers photographs to train a small model from: out of Debian packages, Python packages and folders of your own.
 
-python -m asymvq_jax.data.photographs TARGET [--folder PICTURES] writes JPEG copies, 512 px at the shorter side, into
+asymvq benchmark photographs --out TARGET [--folder PICTURES] writes JPEG copies, 512 px at the shorter side, into
 TARGET/train, and every third picture of PICTURES into TARGET/held_out, with the photographs inside scikit-image and
 scikit-learn. The Debian packages are fetched by apt-get (200 MB) and unpacked into TARGET/packages; nothing is
 installed. Each package's copyright file there names authors and licences.
@@ -8,19 +8,19 @@ installed. Each package's copyright file there names authors and licences.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 from etils import epath
 
-from asymvq_jax import images
-from asymvq_jax.commands import command
-from asymvq_jax.data.sources import HELD_OUT_PHOTOS, PHOTO_FOLDERS, TRAIN_PHOTOS, DataError, list_pictures
+from asymvq_jax.commands.entry import command
+from asymvq_jax.data.sources import HELD_OUT_PHOTOS, PHOTO_FOLDERS, TRAIN_PHOTOS, list_pictures
+from asymvq_jax.errors import DataError
+from asymvq_jax.files import images
 
 SIDE = 512
 QUALITY = 97
@@ -59,26 +59,31 @@ PYTHON = {
 }
 
 
-@command
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after an error message, or 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m asymvq_jax.data.photographs", description=__doc__)
-    parser.add_argument("target", type=Path, help="the folder to write into")
-    parser.add_argument("--folder", help="photographs of your own; every third is held out")
-    options = parser.parse_args(arguments)
-    train, held_out = options.target / "train", options.target / "held_out"
+@dataclass(frozen=True, kw_only=True)
+class Photographs:
+    """Gather photographs to train a small model from, as copies of 512 px at the shorter side."""
+
+    # The folder to write train/, held_out/ and packages/ into.
+    out: str
+    # A folder of photographs of your own, of which every third is held out.
+    folder: str | None = None
+
+
+def work(options: Photographs) -> None:
+    """Writes the copies, and prints how many there are."""
+    target = Path(options.out)
+    train, held_out = target / "train", target / "held_out"
     for folder in (train, held_out):
         folder.mkdir(parents=True, exist_ok=True)
     own = list_pictures(options.folder, "--folder") if options.folder else []
     for i, path in enumerate(own):
         copy(path, held_out if i % HELD_OUT_EVERY == 0 else train)
-    for path in (*_debian(options.target / "packages"), *_python(PYTHON)):
+    for path in (*_debian(target / "packages"), *_python(PYTHON)):
         copy(path, train)
     for names in (TRAIN_PHOTOS, HELD_OUT_PHOTOS):
         for path in _python({p: tuple(f"{PHOTO_FOLDERS[p]}/{n}" for n in files) for p, files in names.items()}):
             copy(path, held_out)
     print(f"{len(list(train.iterdir()))} photographs in {train}, {len(list(held_out.iterdir()))} in {held_out}")
-    return 0
 
 
 def copy(path: Path | epath.Path, folder: Path) -> None:
@@ -121,5 +126,4 @@ def _python(packages: dict[str, tuple[str, ...]]) -> Iterator[Path]:
             yield from (Path(spec.submodule_search_locations[0]) / name for name in names)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = command("asymvq benchmark photographs", Photographs, work)
