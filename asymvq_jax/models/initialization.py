@@ -10,6 +10,7 @@ best linear code of photographs; the decoder interpolates the colours linearly.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -87,8 +88,8 @@ def _encoder(params: Params, config: ModelConfig, log_variance: float) -> None:
         _hand_on(params, "quant_conv", latent)
         _hand_on(params, "post_quant_conv", latent)
         params["quant_conv.kernel"] *= (np.arange(2 * latent) < latent).astype(np.float32)[None, None, None]
-    outputs = "quant_conv.bias" if config.quant_conv else "encoder.conv_out.bias"
-    params[outputs] = jnp.repeat(jnp.array([0.0, log_variance]), latent)
+    last_bias = "quant_conv.bias" if config.quant_conv else "encoder.conv_out.bias"
+    params[last_bias] = jnp.repeat(jnp.array([0.0, log_variance]), latent)
 
 
 def _decoder(params: Params, config: ModelConfig) -> None:
@@ -104,7 +105,7 @@ def _decoder(params: Params, config: ModelConfig) -> None:
     _through_norm(params, "decoder", final, [1.0] * len(back))
 
 
-def _read(params: Params, name: str, outputs: list) -> None:
+def _read(params: Params, name: str, outputs: Sequence[Sequence[tuple[int, Any, int]]]) -> None:
     """The first outputs of a convolution, each from (input, weight or pattern of weights, where it begins) alone."""
     name = f"{name}.kernel"
     # In NumPy: dozens of small updates would take XLA minutes to compile.
