@@ -15,7 +15,7 @@ def get_config() -> Config:
             init_from="runs/tiny/first_stage",
             # From the plain decoder's weights, which leave only the condition branch to begin at random.
             grow_decoder=True,
-            steps=2_500,
+            steps=5_000,
             log_every=100,
             eval_every=500,
             eval_pictures=32,
@@ -23,6 +23,8 @@ def get_config() -> Config:
         ),
         model=ModelConfig(
             latent_channels=8,
+            # One over the standard deviation of the latents of its training pictures.
+            scaling_factor=0.39,
             norm_groups=4,
             encoder_channels=(16, 32, 64, 64),
             decoder_channels=(24, 48, 96, 96),

@@ -1,8 +1,11 @@
 """The first stage of asymvq-tiny: a small encoder with its plain decoder, of Stable Diffusion's structure.
 
-Command: python train.py --config configs/tiny_first_stage.py --data.path=FOLDER --data.eval_path=HELD_OUT
-Data: a folder of photographs, of about 512 px a side so that they are read fast.
-Hardware: 1 CPU core. Time and result: not yet measured.
+Command: python -m asymvq_jax.data.photographs photos --folder PICTURES, then
+    python train.py --config configs/tiny_first_stage.py --data.path=photos/train --data.eval_path=photos/held_out
+Data: 61 photographs, 512 px at the shorter side; every picture is seen about 330 times, each time another crop.
+Hardware: one thread of a 2-core CPU, 20 pictures/s when it has the thread alone: 17 minutes (33 with the cores shared).
+Result: 29.0 dB mean PSNR on 19 unseen whole photographs of 256 px (31.0 on nine wallpapers, 27.3 on the ten inside
+    scikit-image and scikit-learn; the averages of 8 x 8 pixels, interpolated cubically, give 27.4 and 22.8).
 """
 
 from asymvq_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig, RunConfig
@@ -22,6 +25,8 @@ def get_config() -> Config:
         ),
         model=ModelConfig(
             latent_channels=8,
+            # One over the standard deviation of the latents of its training pictures.
+            scaling_factor=0.39,
             norm_groups=4,
             encoder_channels=(16, 32, 64, 64),
             decoder_channels=(16, 32, 64, 64),
