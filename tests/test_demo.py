@@ -25,7 +25,7 @@ from asymvq_jax.evaluation import page
 from asymvq_jax.evaluation.page import Decoded, compare, describe, load, read_painting
 from asymvq_jax.files import images
 from asymvq_jax.models.autoencoder import Autoencoder
-from asymvq_jax.models.checkpoints import save_model
+from asymvq_jax.models.checkpoints import load_model, save_model
 from asymvq_jax.models.parameters import merge, split
 
 CONFIG = ModelConfig(encoder_channels=(32, 32, 32), decoder_channels=(32, 32, 32), encoder_blocks=1, decoder_blocks=1)
@@ -167,13 +167,10 @@ def served(monkeypatch):
     return calls
 
 
-def test_command_line_finds_what_the_demo_left(models, checkpoints, served, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main([]) == 2
-    assert "no checkpoint at runs/demo/asymmetric: run `make demo`" in capsys.readouterr().err
-    (tmp_path / "runs" / "demo").mkdir(parents=True)
-    shutil.copytree(checkpoints[0], tmp_path / "runs/demo/asymmetric")
-    shutil.copytree(checkpoints[1], tmp_path / "runs/demo/first_stage")
+def test_command_line_opens_with_the_models_inside_the_package(models, checkpoints, served, monkeypatch, tmp_path):
+    places = {"tiny": checkpoints[0], "tiny-plain": checkpoints[1]}
+    monkeypatch.setattr("asymvq_jax.convert.reading.is_embedded", lambda source: source in places)
+    monkeypatch.setattr("asymvq_jax.convert.reading.load_model", lambda name: load_model(places[name]))
     assert main(["--port=1234", "--dtype=bfloat16"]) == 0
     model, plain, *address = served.pop()
     assert address == ["127.0.0.1", 1234]

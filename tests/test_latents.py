@@ -154,6 +154,16 @@ def test_a_shape_of_two_layouts():
         understand(own, CONFIG, (32, 32), own=lambda: own, mask=np.ones_like(mask))
     with pytest.raises(InputError, match="nothing tells which"):
         understand(own, CONFIG, (32, 32))
+    # Alike in both: symmetric in its axes.
+    same = np.indices((4, 4, 4)).sum(0).astype(np.float32)
+    with pytest.raises(InputError, match="nothing tells which"):
+        understand(same, CONFIG, (32, 32), own=lambda: same[None], mask=mask)
+    # Of another picture altogether.
+    other = np.random.default_rng(4).normal(size=(4, 4, 4)).astype(np.float32)
+    reading = understand(other, CONFIG, (32, 32), own=lambda: own, mask=mask)
+    assert reading.layout == "channels-first"
+    assert "read with the channels first" in reading.warning
+    assert "--latent-layout" in reading.warning
 
 
 def test_bfloat16_in_a_safetensors_file_of_numpy(tmp_path):

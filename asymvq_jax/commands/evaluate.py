@@ -29,8 +29,8 @@ class Evaluate:
 
     # A published configuration by its name, such as x2, or a Python file that defines get_config().
     config: str
-    # The model: a run, or anything that `asymvq convert` reads.
-    checkpoint: str
+    # The model: a run, or anything that `asymvq convert` reads; by default the small model inside the package.
+    checkpoint: str = "tiny"
     # The decoder that came with the encoder, in any of the same forms; by default the configuration's run.init_from.
     plain: str | None = None
     # How a diffusion model scales the models' latents, (latent - shift) * scaling, where a file does not say it.

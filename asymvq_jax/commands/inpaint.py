@@ -19,10 +19,11 @@ class Inpaint:
     # A picture of the same size: white = generate, black = preserve. Strokes of one colour, transparency and erased
     # pictures are understood too; what was understood is said.
     mask: str
-    # The model: a run, or anything that `asymvq convert` reads.
-    checkpoint: str
     # The picture to write: .png, .jpg or .webp.
     out: str
+    # The model: a run, or anything that `asymvq convert` reads. tiny, tiny-paper and tiny-plain are small models inside
+    # the package, for trying things out.
+    checkpoint: str = "tiny"
     # An edited latent from a diffusion model (.npy, .npz, .safetensors, .pt, ComfyUI's .latent); by default the
     # picture's own.
     latent: str | None = None

@@ -8,23 +8,23 @@ from typing import TYPE_CHECKING
 
 from asymvq_jax.commands.entry import command
 from asymvq_jax.config import Dtype
-from asymvq_jax.errors import CheckpointError, ConfigError
+from asymvq_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from asymvq_jax.models.autoencoder import Autoencoder
 
-# What `make demo` leaves.
-CHECKPOINT, FIRST_STAGE = "runs/demo/asymmetric", "runs/demo/first_stage"
+# The models inside the package.
+CHECKPOINT, PLAIN = "tiny", "tiny-plain"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
     """Serve a web page on which masks are painted and three ways of decoding are compared."""
 
-    # The model: a run, or anything that `asymvq convert` reads; by default the one that `make demo` trains.
-    checkpoint: str | None = None
-    # The decoder that came with the encoder, in any of the same forms; by default, and only beside `make demo`'s model,
-    # the one that `make demo` trains.
+    # The model: a run, or anything that `asymvq convert` reads; by default the small model inside the package.
+    checkpoint: str = CHECKPOINT
+    # The decoder that came with the encoder, in any of the same forms; by default, and only beside that small model,
+    # the one inside the package.
     plain: str | None = None
     # How a diffusion model scales the models' latents, (latent - shift) * scaling, where a file does not say it.
     scaling_factor: float | None = None
@@ -58,17 +58,8 @@ def _load(options: Page) -> tuple[Autoencoder, Autoencoder | None]:
     from asymvq_jax.convert.convert import as_told, read_model
     from asymvq_jax.evaluation.rows import check_same_encoder
     from asymvq_jax.inference import check_condition
-    from asymvq_jax.models.checkpoints import find_step
 
-    checkpoint, plain = options.checkpoint, options.plain
-    if checkpoint is None:
-        checkpoint, plain = CHECKPOINT, plain or FIRST_STAGE
-        try:
-            find_step(checkpoint)
-        except CheckpointError:
-            raise CheckpointError(
-                f"no checkpoint at {checkpoint}: run `make demo`, which trains one, or name yours by --checkpoint"
-            ) from None
+    checkpoint, plain = options.checkpoint, options.plain or (PLAIN if options.checkpoint == CHECKPOINT else None)
     told = as_told(options.scaling_factor, options.shift_factor)
     model = read_model(checkpoint, told, dtype=options.dtype)
     check_condition(model.config, f"--checkpoint {checkpoint}")

@@ -69,6 +69,8 @@ def read_model(source: str | Path, told: Mapping[str, float] | None = None, *, d
     """
     here = not in_bucket(source) and not is_embedded(source)
     described = describe(source, told) if here else None
+    if is_embedded(source):
+        log.info("%s: a small model inside the package, for trying things out; --checkpoint names another", source)
     if described is None:
         model = load_model(locate(source) if here else source)
         _check_told(source, told or {}, model.config)

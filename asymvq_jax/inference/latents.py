@@ -22,6 +22,8 @@ LAYOUTS: tuple[str, ...] = get_args(Layout)
 CERTAIN = 0.9
 # Below this one the latent is probably of another picture.
 FOREIGN = 0.3
+# A layout is found from this correlation on, if that of the other is less by so much.
+ALIKE, DISTINCT = 0.5, 0.2
 # Fewer of the latent's pixels outside the mask say nothing.
 ENOUGH = 12
 
@@ -109,7 +111,8 @@ def understand(
         scaled: whether it is (z - shift_factor) * scaling_factor, as diffusion models have it; None: found, or scaled.
 
     Raises:
-        InputError: it does not fit the picture, or fits in two layouts and nothing tells which.
+        InputError: it does not fit the picture; or it fits in two layouts, and there is nothing to compare it with or it
+            is alike in both.
     """
     fitting = check_latent(array, config, size, layout)
     inner = np.asarray(array)
@@ -124,20 +127,25 @@ def understand(
             fits = {name: _fit(way[kept], z) for name, way in ways.items()}
     best = max(fits, key=lambda name: fits[name][0]) if fits else fitting[0]
     correlation, slope = fits.get(best, (0.0, 0.0))
-    if len(fitting) > 1:
-        others = [fits[name][0] for name in fits if name != best]
-        if not fits or correlation < 0.5 or correlation - max(others) < 0.2:
-            raise InputError(
-                f"the latent's shape {np.shape(array)} fits with the channels first and last, and nothing tells which: "
-                f"say it (--latent-layout {' or '.join(LAYOUTS)})"
-            )
     reason, warning = "told" if told else "by default; nothing tells", ""
+    if len(fitting) > 1:
+        both = f"the latent's shape {np.shape(array)} fits with the channels first and last"
+        option = f"--latent-layout {' or '.join(LAYOUTS)}"
+        others = [fits[name][0] for name in fits if name != best]
+        if not fits or (correlation >= ALIKE and correlation - max(others) < DISTINCT):
+            raise InputError(f"{both}, and nothing tells which: say it ({option})")
+        if correlation < ALIKE:
+            best = "channels-first"
+            warning = (
+                f"{both}, and outside the mask it is like the picture's own latent in neither: read with the channels "
+                f"first, as PyTorch's pipelines write latents; {option} says otherwise"
+            )
     if scaled is None:
         scaled = True
         if correlation >= CERTAIN and slope > 0:
             scaled = abs(np.log(slope / config.scaling_factor)) <= abs(np.log(slope))
             reason = "as the picture's own latent outside the mask"
-    if fits and correlation < FOREIGN:
+    if fits and correlation < FOREIGN and not warning:
         warning = "outside the mask the latent is not like the picture's own: is it of another picture or autoencoder?"
     latent = ways[best]
     if scaled:
