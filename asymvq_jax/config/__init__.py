@@ -2,19 +2,18 @@
 
 from asymvq_jax.config.fields import (
     DTYPES,
-    MASK_PRESETS,
     Config,
     DataConfig,
     Dtype,
     HarmoniseConfig,
     LossConfig,
-    MaskConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
 )
 from asymvq_jax.config.loading import Settings, flatten, from_dict, load_config, override, to_json
+from asymvq_jax.config.masks import MASK_PRESETS, MaskConfig
 from asymvq_jax.errors import ConfigError, UserError
 
 __all__ = [

@@ -14,7 +14,8 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from asymvq_jax.config import command_line
-from asymvq_jax.config.fields import MASK_PRESETS, Config, MaskConfig
+from asymvq_jax.config.fields import Config
+from asymvq_jax.config.masks import MASK_PRESETS, MaskConfig
 from asymvq_jax.errors import ConfigError
 
 T = TypeVar("T")
