@@ -111,8 +111,8 @@ def understand(
         scaled: whether it is (z - shift_factor) * scaling_factor, as diffusion models have it; None: found, or scaled.
 
     Raises:
-        InputError: it does not fit the picture; or it fits in two layouts, and there is nothing to compare it with or it
-            is alike in both.
+        InputError: it does not fit the picture; or it fits in two layouts, with nothing to compare it with, or alike in
+            both.
     """
     fitting = check_latent(array, config, size, layout)
     inner = np.asarray(array)
