@@ -30,9 +30,9 @@ DEMO := runs/demo
 
 # Each line is a command that a user would type; training that is already done is not repeated.
 demo: .venv/runtime
-	$(BIN)/python train.py --config configs/demo_first_stage.py
 	$(BIN)/python train.py --config configs/demo.py
 	$(BIN)/python eval.py --config configs/demo.py --checkpoint $(DEMO)/asymmetric \
+		--data.image_size=256 --data.crop=1,1 --data.mask.full_probability=0 --run.eval_pictures=6 \
 		--json $(DEMO)/table.json --picture $(DEMO)/picture.png
 	rm -rf $(DEMO)/diffusers $(DEMO)/from_diffusers
 	$(BIN)/asymvq convert --checkpoint $(DEMO)/asymmetric --out $(DEMO)/diffusers --to diffusers

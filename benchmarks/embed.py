@@ -33,10 +33,13 @@ class Embed:
     photos: str
     # The runs, or checkpoints, of the plain autoencoder, the asymmetric decoder as published, and the harmonising one.
     plain: str = "runs/tiny/first_stage"
-    paper: str = "runs/tiny/paper"
+    paper: str = "runs/tiny/asymmetric"
     harmonised: str = "runs/tiny/harmonised"
     # The photographs' shorter side, to which they are reduced; the square in the middle is measured. px.
     size: int = 256
+    # The models' scaling factor: one over the standard deviation of their latents, which is known only after the first
+    # stage's training; by default the runs'.
+    scaling_factor: float | None = None
     # Only measure, what the package holds.
     measure: bool = False
 
@@ -48,11 +51,13 @@ def work(options: Embed) -> None:
         folder = FOLDER if options.measure else Path(temporary)
         if not options.measure:
             runs = {"tiny-plain": options.plain, "tiny-paper": options.paper, "tiny": options.harmonised}
-            size = write_embedded({name: load_model(run) for name, run in runs.items()}, folder)
+            scale = {} if options.scaling_factor is None else {"scaling_factor": options.scaling_factor}
+            size = write_embedded({name: load_model(run, **scale) for name, run in runs.items()}, folder)
             print(f"{size / 1e6:.2f} MB")
         rows = [[name, *(f"{value:.2f}" for value in measure(name, folder, pictures))] for name in MODELS]
         print(markdown(["", "PSNR, dB", "worst", "with a mask: kept", "masked"], rows))
         if not options.measure:
+            FOLDER.mkdir(exist_ok=True)
             for file in folder.iterdir():
                 shutil.copy(file, FOLDER / file.name)
 

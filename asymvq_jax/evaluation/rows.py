@@ -37,7 +37,9 @@ PLAIN = "plain"
 PLAIN_OURS = "plain (ours, no condition)"
 GRID_ROWS = 8
 # What `Results.grid` shows of each picture.
-GRID_COLUMNS = 6
+GRID_COLUMNS = 8
+# How much the pieces of the mask's edge are enlarged there.
+ENLARGED = 4
 
 
 @dataclass
@@ -192,7 +194,30 @@ def _shown(rows: dict[str, np.ndarray], pair: Pair) -> dict[str, np.ndarray]:
         "ours": ours,
         "plain, error x 4": images.error_map(plain, pair.image),
         "ours, error x 4": images.error_map(ours, pair.image),
+        f"paste, edge x {ENLARGED}": edge_of(rows["paste"], pair.mask),
+        f"ours + paste, edge x {ENLARGED}": edge_of(rows["ours + paste"], pair.mask),
     }
+
+
+def edge_of(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A piece of a picture around the mask's edge, enlarged to the picture's size; the whole without an edge.
+
+    Args:
+        image: (h, w, 3) uint8.
+        mask: (h, w, 1), 1 = generate.
+    """
+    inside = (mask[..., 0] > 0.5).astype(np.uint8)
+    rows, columns = np.nonzero(inside - cv2.erode(inside, np.ones((3, 3), np.uint8), borderValue=1))
+    if not rows.size:
+        return image
+    h, w = inside.shape
+    height, width = max(1, h // ENLARGED), max(1, w // ENLARGED)
+    # The edge's pixel that lies nearest to the picture's middle, so that the piece is not of its border.
+    i = int(np.argmin((rows - h / 2) ** 2 + (columns - w / 2) ** 2))
+    top = int(np.clip(rows[i] - height // 2, 0, h - height))
+    left = int(np.clip(columns[i] - width // 2, 0, w - width))
+    piece = image[top : top + height, left : left + width]
+    return cv2.resize(piece, (w, h), interpolation=cv2.INTER_NEAREST)
 
 
 def hard_paste(image: np.ndarray, original: np.ndarray, mask: np.ndarray) -> np.ndarray:
