@@ -18,7 +18,7 @@ from asymvq_jax.config import MeshConfig, ModelConfig
 from asymvq_jax.convert.convert import as_told, read_model
 from asymvq_jax.devices import cluster, sharding
 from asymvq_jax.diffusion import sampling
-from asymvq_jax.diffusion.jobs import Inputs, Job, list_jobs, read_inputs
+from asymvq_jax.diffusion.jobs import MODELS_OWN, Inputs, Job, Original, list_jobs, read_inputs
 from asymvq_jax.diffusion.pipeline import (
     Description,
     Pipeline,
@@ -29,7 +29,7 @@ from asymvq_jax.diffusion.pipeline import (
     place,
 )
 from asymvq_jax.diffusion.schedulers import make_solver
-from asymvq_jax.diffusion.settings import Generate, Painting, Prompted
+from asymvq_jax.diffusion.settings import Generate, Inpaint, Painting, Prompted, Text
 from asymvq_jax.errors import GenerateError, ImageError
 from asymvq_jax.files import images
 from asymvq_jax.files.decoding import Array
@@ -136,7 +136,9 @@ def _decoders(pipeline: Pipeline, decoder: Autoencoder | None, options: Generate
             log.warning("--checkpoint %s was trained with another encoder than the pipeline's", options.checkpoint)
     elif own.config.condition:
         decoder = own
-    way = options.decode or ("plain" if decoder is None else "asymmetric")
+    if decoder is None:
+        return {"plain": own}
+    way = options.decode or "asymmetric"
     both = {"plain": own, "asymmetric": decoder}
     return both if way == "both" else {way: both[way]}
 
@@ -144,7 +146,7 @@ def _decoders(pipeline: Pipeline, decoder: Autoencoder | None, options: Generate
 def _sized(jobs: Sequence[Job], described: Description, options: Generate) -> list[Job]:
     """The jobs, those without a size in the one that the UNet was trained on; by size, for batches."""
     side = described.unet.sample_size * described.autoencoder.downsampling
-    jobs = [replace(job, size=job.size or (side, side)) for job in jobs]
+    jobs = [replace(job, size=(side, side)) if job.size == MODELS_OWN else job for job in jobs]
     if options.task == "text":
         for job in jobs:
             sampling.check_size(described.unet, described.autoencoder, job.size)
@@ -229,18 +231,15 @@ def _make_batch(
 ) -> list[str]:
     """Makes and writes the pictures of at most `batch` inputs of one size; returns a line for each that failed."""
     filled = [*inputs, *[inputs[-1]] * (batch - len(inputs))]
-    image = mask = pixels = None
-    if options.task != "text":
-        image = np.stack([each.picture.to_uint8() for each in filled])
-        mask = np.stack([each.mask.values for each in filled]).astype(np.float32)
-        pixels = np.stack([each.picture.to_float() for each in filled])
-    latent = np.asarray(_latents(pipeline, filled, image, mask, options, mesh))
+    originals = [each.original for each in filled if each.original is not None]
+    latent = np.asarray(_latents(pipeline, [each.job for each in filled], originals, options, mesh))
     finite = np.isfinite(latent).all((1, 2, 3))
     latent = np.where(finite[:, None, None, None], latent, 0)
     decoded = {}
     for title, model in decoders.items():
         # A pipeline's own asymmetric autoencoder decodes plainly without the picture.
-        seen = (None, None) if title == "plain" or not model.config.condition else (pixels, mask)
+        blind = title == "plain" or not model.config.condition or not originals
+        seen = () if blind else (np.stack([each.picture.to_float() for each in originals]), _masks(originals))
         decoded[title] = sampling.decode_float(model, latent, *seen, size=inputs[0].job.size, mesh=mesh)
     failed = []
     for i, each in enumerate(inputs):
@@ -263,22 +262,30 @@ def _batches(jobs: Sequence[Job], batch: int) -> Iterator[Sequence[Job]]:
 
 def _latents(
     pipeline: Pipeline,
-    inputs: Sequence[Inputs],
-    image: Array | None,
-    mask: Array | None,
+    jobs: Sequence[Job],
+    originals: Sequence[Original],
     options: Generate,
     mesh: jax.sharding.Mesh | None,
 ) -> jax.Array:
-    """Of a batch, by the task."""
-    jobs = [each.job for each in inputs]
+    """The latents of a batch, by the task."""
     prompts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
-    shared = {"guidance": options.guidance, "steps": options.steps, "mesh": mesh}
-    if options.task == "edit":
-        return sampling.edit(pipeline, [each.example for each in inputs], image, mask, seeds, **shared)
-    shared["negative"] = options.negative
-    if options.task == "inpaint":
-        return sampling.inpaint(pipeline, prompts, image, mask, seeds, **shared)
-    return sampling.text_to_image(pipeline, prompts, seeds, jobs[0].size, **shared)
+    guidance, steps = options.guidance, options.steps
+    if isinstance(options, Text):
+        return sampling.text_to_image(
+            pipeline, prompts, seeds, jobs[0].size, negative=options.negative, guidance=guidance, steps=steps, mesh=mesh
+        )
+    image, mask = np.stack([each.picture.to_uint8() for each in originals]), _masks(originals)
+    if isinstance(options, Inpaint):
+        return sampling.inpaint(
+            pipeline, prompts, image, mask, seeds, negative=options.negative, guidance=guidance, steps=steps, mesh=mesh
+        )
+    examples = [each.example for each in originals]
+    return sampling.edit(pipeline, examples, image, mask, seeds, guidance=guidance, steps=steps, mesh=mesh)
+
+
+def _masks(originals: Sequence[Original]) -> Array:
+    """(b, h, w, 1) float32."""
+    return np.stack([each.mask.values for each in originals]).astype(np.float32)
 
 
 def _write(inputs: Inputs, latent: Array, decoded: dict[str, Array], options: Generate) -> None:
@@ -298,9 +305,9 @@ def _write(inputs: Inputs, latent: Array, decoded: dict[str, Array], options: Ge
 
 def _finished(inputs: Inputs, decoded: Array, options: Generate) -> Picture:
     """A picture of what was decoded, (h, w, 3) float32, with all that its original has."""
-    picture, mask = inputs.picture, inputs.mask
-    if picture is None or mask is None or not isinstance(options, Painting):
+    if inputs.original is None or not isinstance(options, Painting):
         return Picture(images.to_uint8(decoded))
+    picture, mask = inputs.original.picture, inputs.original.mask
     if mask.empty:
         return picture
     values = mask.values.astype(np.float32)

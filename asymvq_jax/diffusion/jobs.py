@@ -26,6 +26,8 @@ NEEDED = {"text": ("prompt",), "inpaint": ("prompt", "image", "mask"), "edit": (
 PARTS = {"prompt": "name.txt", "image": "name.png", "mask": "name_mask.png", "example": "name_example.png"}
 # JAX's keys tell no more seeds apart.
 SEEDS = 2**32
+# The size of a job whose options name none: that on which the model was trained.
+MODELS_OWN = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -39,19 +41,23 @@ class Job:
     image: str = ""
     mask: str = ""
     example: str = ""
-    # Height and width, px; None: the size that the model was trained on.
-    size: tuple[int, int] | None = None
+    # Height and width, px.
+    size: tuple[int, int] = MODELS_OWN
+
+
+class Original(NamedTuple):
+    """The picture that a job changes: picture and mask at the job's size, and the example, (h, w, 3) uint8, of edit."""
+
+    picture: Picture
+    mask: Mask
+    example: Any
 
 
 class Inputs(NamedTuple):
-    """What a job's files hold."""
+    """A job, and what its files hold; text has no original."""
 
     job: Job
-    # Both at the job's size.
-    picture: Picture | None = None
-    mask: Mask | None = None
-    # (h, w, 3) uint8.
-    example: Any = None
+    original: Original | None = None
 
 
 def list_jobs(options: Generate) -> list[Job]:
@@ -160,7 +166,7 @@ def _with_size(job: Job, size: tuple[int, int] | None, options: Generate) -> Job
         read_size(job.example)
     if size is not None:
         check_fits(job.out, size)
-    return replace(job, size=size)
+    return job if size is None else replace(job, size=size)
 
 
 def read_inputs(job: Job, options: Generate) -> Inputs:
@@ -183,9 +189,8 @@ def read_inputs(job: Job, options: Generate) -> Inputs:
         log.warning("%s is black: nothing of %s is generated, it is given back as it is", job.mask, job.image)
     elif warning := mask.warning(job.mask):
         log.warning("%s", warning)
-    assert job.size is not None
     example = images.read(job.example) if job.example else None
-    return Inputs(job, _scaled(picture, job.size), resized(mask, job.size), example)
+    return Inputs(job, Original(_scaled(picture, job.size), resized(mask, job.size), example))
 
 
 def _scaled(picture: Picture, size: tuple[int, int]) -> Picture:
