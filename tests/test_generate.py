@@ -366,7 +366,11 @@ def test_what_fails_is_named_and_the_rest_is_made(pipelines, tmp_path, monkeypat
     options = ("inpaint", pipelines.root / "inpaint", "--folder", folder, "--out", out, "--steps", 1, "--batch", 2)
     assert run(*options) == 2
     log = capsys.readouterr().err
-    for message in ("b_mask.png is black: nothing of", "c.TXT is empty", "error: 1 of 3 pictures could not be made:\n"):
+    for message in (
+        "b_mask.png is black: nothing is generated",
+        "c.TXT is empty",
+        "error: 1 of 3 pictures could not be made:\n",
+    ):
         assert message in log
     assert log.rstrip().splitlines()[-1].startswith(f"  {folder}/a.png is not a readable picture")
     assert sorted(p.name for p in out.glob("*.png")) == ["b.png", "c.png"]
@@ -447,7 +451,7 @@ def test_pictures_masks_and_prompts_as_people_have_them(pipelines, tmp_path, mon
         == 0
     )
     np.testing.assert_array_equal(read_picture(tmp_path / "o.png").colour[..., 0], grey)
-    assert "is black: nothing of" in capsys.readouterr().err
+    assert "is black: nothing is generated" in capsys.readouterr().err
 
 
 def test_a_spot_between_the_latent_s_samples_is_painted(pipelines):
@@ -586,7 +590,7 @@ def test_command_on_an_original_checkpoint(pipelines, tmp_path, monkeypatch, cap
     for options, message in (
         ((), "has no tokenizer: name one by --tokenizer"),
         (("--tokenizer", tmp_path), "no tokenizer at"),
-        ((*tokenizer, "--decode", "both"), "name the asymmetric decoder's checkpoint by --checkpoint"),
+        ((*tokenizer, "--decode", "both"), "needs an asymmetric decoder: name its checkpoint by --checkpoint"),
         ((*tokenizer, "--size", "33x64"), "expected multiples of 16 px"),
         ((*tokenizer, "--steps", 1000), "steps=1000: expected 1 to 999"),
     ):
@@ -634,7 +638,7 @@ def test_old_folders_of_the_hub(pipelines, tmp_path, caplog):
     shutil.copytree(pipelines.root / "text", tmp_path / "old")
     age(tmp_path / "old")
     new, old = (describe(path, "text") for path in (pipelines.root / "text", tmp_path / "old"))
-    assert "sample_size=32 is taken for 64" in caplog.text
+    assert "sample_size=32 is read as 64" in caplog.text
     assert old.unet == dataclasses.replace(new.unet, sample_size=64)
     assert old.scheduler == new.scheduler
     expected, read = load(new), load(old)
@@ -702,7 +706,7 @@ def test_bad_input(pipelines, tmp_path, monkeypatch, capsys):
     text, pairs = ("text", pipelines.root / "text"), ("inpaint", pipelines.root / "inpaint")
     picture = ("--image", tmp_path / "image.png")
     for arguments, message in (
-        ((*pairs, *prompt, *out, *picture, "--mask", tmp_path / "mask.png"), "must be of one size"),
+        ((*pairs, *prompt, *out, *picture, "--mask", tmp_path / "mask.png"), "must have the same size"),
         ((*pairs, *prompt, *out, *picture), "inpaint needs --mask, or --folder"),
         ((*pairs, *prompt, *out, *picture, "--mask", tmp_path / "none.png"), "no picture at"),
         ((*text, *out), "text needs --prompt, or --folder"),
@@ -715,8 +719,8 @@ def test_bad_input(pipelines, tmp_path, monkeypatch, capsys):
         ((*text, *prompt, *out, "--steps", 1000), "steps=1000: expected 1 to 999, for 1000 timesteps"),
         ((*text, *prompt, *out, "--tokenizer", tmp_path), "is for original checkpoints"),
         ((*text, *prompt, *out, "--prediction-type", "epsilon"), "is for original checkpoints"),
-        ((*text, *prompt, *out, "--folder", tmp_path), "takes the place of --prompt"),
-        ((*text, "--out", tmp_path / "d", "--folder", tmp_path, "--count", 2), "goes without --folder"),
+        ((*text, *prompt, *out, "--folder", tmp_path), f"--folder {tmp_path} replaces --prompt: give only one of them"),
+        ((*text, "--out", tmp_path / "d", "--folder", tmp_path, "--count", 2), "--count 2 does not go with --folder"),
         ((*text, "--out", tmp_path / "d", "--folder", tmp_path / "latin"), "a.txt is not readable text (UTF-8)"),
         ((*text, "--out", tmp_path / "d", "--folder", tmp_path / "prompts"), "holds no name.txt"),
         (("text", tmp_path / "none", *prompt, *out), "no pipeline at"),
@@ -724,10 +728,16 @@ def test_bad_input(pipelines, tmp_path, monkeypatch, capsys):
         ((*text, *prompt, "--out", tmp_path / "d", "--seed", 2**32 - 2, "--count", 3), "expected 0 to 4294967293"),
         ((*text, *prompt, *out, "--guidance", "nan"), "--guidance nan: expected 0 to 100"),
         ((*text, *prompt, *out, "--guidance", -3), "--guidance -3.0: expected 0 to 100"),
-        ((*text, *prompt, *out, "--negative", "red", "--guidance", 1), "--negative does nothing with --guidance 1"),
+        (
+            (*text, *prompt, *out, "--negative", "red", "--guidance", 1),
+            "--negative has no effect with --guidance 1: expected",
+        ),
         ((*pairs, *prompt, *picture, "--mask", tmp_path / "image.png", "--out", tmp_path / "image.png"), "overwritten"),
         ((*pairs, *prompt, *picture, "--mask", tmp_path / "image.png", "--out", "o.jpg", "--keep", "exact"), "JPEG"),
-        ((*pairs, *many, "--size", "32x32", "--save-latents", tmp_path / "twice"), "not of the size of the pictures"),
+        (
+            (*pairs, *many, "--size", "32x32", "--save-latents", tmp_path / "twice"),
+            "latents do not have the size of the pictures there",
+        ),
         ((*pairs, *many), "twice/a.jpg and a.png have the same name but for the ending"),
     ):
         assert run(*arguments) == 2
@@ -777,8 +787,8 @@ def test_long_text_is_cut_with_a_warning(pipelines, caplog):
     config = clip.TextConfig(clip.TransformerConfig(8, 8, 1, 1, "gelu", 1e-5), vocabulary=62, length=20)
     tokens = read_tokenizer(pipelines.root / "tokenizer", config)(["a fox", "a tree " * 12 + "red"])
     assert tokens.shape == (2, 20)
-    assert "is cut: lost is" in caplog.text
-    with pytest.raises(TokenizerError, match="has 62 tokens, and the text encoder knows 50"):
+    assert "is cut; left out: " in caplog.text
+    with pytest.raises(TokenizerError, match="has 62 tokens; the text encoder has only 50"):
         read_tokenizer(pipelines.root / "tokenizer", dataclasses.replace(config, vocabulary=50))
     with pytest.raises(TokenizerError, match="expected a folder with"):
         read_tokenizer(pipelines.root / "text", config)

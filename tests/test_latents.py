@@ -127,7 +127,7 @@ def test_what_is_told_is_taken():
     for scaled in (True, False):
         reading = understand(OWN, CONFIG, SIZE, own=never, mask=MASK, scaled=scaled)
         np.testing.assert_allclose(reading.latent, OWN / CONFIG.scaling_factor if scaled else OWN, rtol=1e-5)
-        assert reading.reason == "told"
+        assert reading.reason == "as given"
 
 
 def test_a_latent_of_another_picture_is_told_and_taken_as_scaled():
@@ -150,13 +150,13 @@ def test_a_shape_of_two_layouts():
         np.testing.assert_allclose(reading.latent, own, rtol=1e-5)
         told = understand(stored, CONFIG, (32, 32), layout=layout, scaled=False)
         np.testing.assert_allclose(told.latent, own, rtol=1e-5)
-    with pytest.raises(InputError, match="nothing tells which: say it"):
+    with pytest.raises(InputError, match="its values do not show which: give --latent-layout"):
         understand(own, CONFIG, (32, 32), own=lambda: own, mask=np.ones_like(mask))
-    with pytest.raises(InputError, match="nothing tells which"):
+    with pytest.raises(InputError, match="its values do not show which"):
         understand(own, CONFIG, (32, 32))
     # Alike in both: symmetric in its axes.
     same = np.indices((4, 4, 4)).sum(0).astype(np.float32)
-    with pytest.raises(InputError, match="nothing tells which"):
+    with pytest.raises(InputError, match="its values do not show which"):
         understand(same, CONFIG, (32, 32), own=lambda: same[None], mask=mask)
     # Of another picture altogether.
     other = np.random.default_rng(4).normal(size=(4, 4, 4)).astype(np.float32)

@@ -71,7 +71,7 @@ def test_user_weights_replace_the_embedded_ones(tmp_path):
         loaded = split(load_lpips("alexnet", str(tmp_path / name)))[1]
         np.testing.assert_array_equal(loaded["convs.2.kernel"], 2 * params["convs.2.kernel"])
         np.testing.assert_array_equal(loaded["heads.3"], params["heads.3"])
-    with pytest.raises(UserError, match=r"features\.0\.weight has another shape than torchvision"):
+    with pytest.raises(UserError, match=r"features\.0\.weight does not have the shape that torchvision's"):
         load_lpips("vgg16", str(tmp_path / "alexnet.pth"))
     with pytest.raises(UserError, match="no weights file at"):
         load_lpips("vgg16", str(tmp_path / "none.pth"))

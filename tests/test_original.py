@@ -123,7 +123,7 @@ def test_what_is_of_no_use_is_counted(vae, caplog):
     shapes = vae | shapes_of_unet(768, linear=False) | shapes_of_text(768, 2, open_clip=False)
     shapes |= {"embedding_manager.initial.weight": (3,), "model_ema.decay": (), "first_stage_model.loss.logvar": ()}
     find_parts(opened(shapes), {})
-    assert "3 tensors are of no use here and are not read" in caplog.text
+    assert "3 tensors are not needed and are not read" in caplog.text
     assert "embedding_manager.*" in caplog.text
 
 
@@ -137,7 +137,7 @@ def test_what_the_network_predicts_where_the_file_says_it(vae):
 @pytest.mark.parametrize(
     ("beside", "message"),
     [
-        ("model.diffusion_model.joint_blocks.0.x", "is Stable Diffusion 3; Stable Diffusion 1 and 2"),
+        ("model.diffusion_model.joint_blocks.0.x", "is Stable Diffusion 3; only Stable Diffusion 1 and 2"),
         ("model.diffusion_model.double_blocks.0.x", "is FLUX or a transformer of its kind"),
         ("model.diffusion_model.label_emb.0.0.weight", "is Stable Diffusion XL"),
         ("conditioner.embedders.1.model.ln_final.weight", "is Stable Diffusion XL"),

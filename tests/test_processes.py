@@ -228,7 +228,7 @@ def test_all_processes_refuse_bad_input_with_one_line(folder, overrides, message
     [
         ({"JAX_COORDINATOR_ADDRESS": "localhost"}, "'localhost' is not host:port. Set JAX_COORDINATOR_ADDRESS"),
         ({"JAX_COORDINATOR_ADDRESS": "localhost:70000"}, "'localhost:70000' is not host:port"),
-        ({"JAX_COORDINATOR_ADDRESS": "localhost:{used}"}, "port {used} of this machine, process 0, cannot be listened"),
+        ({"JAX_COORDINATOR_ADDRESS": "localhost:{used}"}, "process 0 cannot listen on port {used} of this machine"),
         ({"JAX_PROCESS_ID": "first"}, "invalid literal for int"),
     ],
 )
@@ -283,7 +283,10 @@ def test_share_of_independent_processes(variables, expected, monkeypatch):
             ],
         ),
         # Open MPI 5 does not set the variable by which JAX recognises it.
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, ["error: there are 2 processes, which JAX cannot find: set JAX_COORDINATOR"]),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "2"},
+            ["error: there are 2 processes, and JAX cannot find the others: set JAX_COORDINATOR"],
+        ),
     ],
 )
 def test_a_process_that_cannot_find_the_others_says_what_it_needs(folder, variables, messages):

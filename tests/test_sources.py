@@ -161,17 +161,17 @@ def test_the_scale_is_what_the_file_tells(beside, metadata, scale, original, tmp
     told = {"scaling_factor": 0.75, "shift_factor": 0.0}
     assert describe(tmp_path / "x.safetensors", told).config.scaling_factor == 0.75
     if "double_blocks" not in str(beside):
-        assert f"are taken as told; the file has {scale[0]}" in caplog.text
+        assert f"as given; the file has {scale[0]}" in caplog.text
 
 
 def test_a_default_scale_is_said(original, tmp_path, caplog):
     save_file(original, tmp_path / "vae.safetensors")
     assert describe(tmp_path / "vae.safetensors").config.scaling_factor == 0.18215
     (line,) = [r.message for r in caplog.records if r.levelno == logging.WARNING]
-    assert "nothing in the file tells how latents are scaled" in line
+    assert "the file does not say how latents are scaled" in line
     assert "0.13025" in line
     (tmp_path / "vae.safetensors").rename(tmp_path / "sdxl_vae.safetensors")
-    with pytest.raises(ConvertError, match=r"name speaks of Stable Diffusion XL.*give --scaling-factor 0\.13025"):
+    with pytest.raises(ConvertError, match=r"name mentions Stable Diffusion XL.*give --scaling-factor 0\.13025"):
         describe(tmp_path / "sdxl_vae.safetensors")
     assert describe(tmp_path / "sdxl_vae.safetensors", {"scaling_factor": 0.5}).config.scaling_factor == 0.5
 
@@ -240,7 +240,7 @@ def test_autoencoders_that_are_not_ours(original, tmp_path):
 
 def test_sources_that_have_to_be_downloaded(original, tmp_path):
     for source, message in (
-        ("https://host/org/name/x.safetensors", "is an address (URL), and nothing is downloaded here: download it"),
+        ("https://host/org/name/x.safetensors", "is a URL, and nothing is downloaded here: download it"),
         ("org-of/some-model", "model's id on the Hugging Face hub, download it first: hf download org-of/some-model"),
         (tmp_path / "none", "no checkpoint at"),
     ):

@@ -262,8 +262,8 @@ def test_an_original_checkpoint_is_told_how_its_latent_is_scaled(tmp_path, capsy
         (["--to=diffusers"], "AsymmetricAutoencoderKL cannot hold model.shift_factor=0.1159; --to ldm"),
         (
             ["--scaling-factor=0.5", "--shift-factor=0"],
-            "scaling_factor and shift_factor: only original checkpoints have to be told; "
-            f"{source} has a configuration that says scaling_factor=0.3611, not 0.5 and shift_factor=0.1159, not 0.0",
+            "scaling_factor and shift_factor: these options are for original checkpoints only; "
+            f"{source} has a configuration with scaling_factor=0.3611, not 0.5 and shift_factor=0.1159, not 0.0",
         ),
     ):
         assert main([source, original, *arguments]) == 2

@@ -55,7 +55,7 @@ def diffusers_to_config(stored: Mapping[str, Any], path: Path) -> ModelConfig:
     attention = tuple(i for i, block in enumerate(config.get("down_block_types", ())) if block.startswith("Attn"))
     default = ModelConfig()
     if "scaling_factor" not in config:
-        log.info("%s has no scaling_factor: it is diffusers' default, %s", path, default.scaling_factor)
+        log.info("%s has no scaling_factor: using diffusers' default, %s", path, default.scaling_factor)
     _expect(
         config,
         path,
@@ -105,7 +105,7 @@ TYPES = {
 def _expect(config: Mapping[str, Any], path: Path, **expected: Any) -> None:
     wrong = [f"{n}={config[n]!r} (expected {v!r})" for n, v in expected.items() if n in config and config[n] != v]
     if wrong:
-        raise ConvertError(f"{path}: this model is of a kind that is not supported: {', '.join(wrong)}")
+        raise ConvertError(f"{path}: this kind of model is not supported: {', '.join(wrong)}")
 
 
 def _block_types(levels: int, attention: Container[int]) -> dict[str, list[str]]:

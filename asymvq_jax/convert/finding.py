@@ -45,7 +45,7 @@ def find_autoencoder(weights: Weights) -> Found:
     """Finds the one autoencoder that a file or folder holds, alone or as a part of something larger.
 
     Raises:
-        ConvertError: there is none, or none of ours; the message says what there is.
+        ConvertError: it holds no autoencoder, or one that is not supported; the message says what it holds.
     """
     # One that lacks an end is found by the other, so that what it lacks can be named.
     tries = (find_prefix(weights, ends, ("first_stage_model.", "vae.")) for ends in (ENDS, ENDS[:1], ENDS[1:]))
@@ -69,7 +69,7 @@ def find_autoencoder(weights: Weights) -> Found:
 
 
 def find_prefix(weights: Weights, ends: Sequence[str], known: tuple[str, ...]) -> str | None:
-    """What the names of a part begin with, None where there is no such part.
+    """What the names of a part begin with; None if the part is missing.
 
     Args:
         weights: the file.
@@ -85,13 +85,13 @@ def find_prefix(weights: Weights, ends: Sequence[str], known: tuple[str, ...]) -
     # Averages are beside the weights in a training's checkpoint.
     plain = [s for s in starts if not re.search(r"(^|[._])ema", s)]
     if averages := [f"{s}*" for s in starts if s not in plain and plain]:
-        log.info("%s: holds averages of the weights as well, which are not taken: %s", weights.path, *averages)
+        log.info("%s: also holds averages of the weights, which are not used: %s", weights.path, *averages)
     chosen = plain or starts
     chosen = ([s for s in chosen if s.endswith(known)] if len(chosen) > 1 else []) or chosen
     if len(chosen) > 1:
         raise ConvertError(
             f"{weights.path} holds {len(chosen)} models of one kind, {', '.join(f'{s}*' for s in chosen)}: "
-            "save the one that is wanted in a file of its own"
+            "save the one to read in a file of its own"
         )
     return chosen[0] if chosen else None
 

@@ -65,7 +65,7 @@ def read_model(source: str | Path, told: Mapping[str, float] | None = None, *, d
         dtype: in which it computes; by default as its config says.
 
     Raises:
-        UserError: there is nothing, or nothing that is known, or it is incomplete.
+        UserError: the source does not exist, is of no known kind, or is incomplete.
     """
     here = not in_bucket(source) and not is_embedded(source)
     described = describe(source, told) if here else None
@@ -80,10 +80,10 @@ def read_model(source: str | Path, told: Mapping[str, float] | None = None, *, d
 
 
 def as_told(scaling_factor: float | None, shift_factor: float | None) -> dict[str, float]:
-    """The `told` of `read_model`: those of the two that the user says.
+    """The `told` of `read_model`: those of the two that the user gives.
 
     Raises:
-        ConvertError: no scale of anything.
+        ConvertError: a value that cannot be a scale.
     """
     for name, value, good in (
         ("--scaling-factor", scaling_factor, scaling_factor is None or 0 < scaling_factor < math.inf),
@@ -161,12 +161,12 @@ def describe_weights(opened: Weights, told: Mapping[str, float]) -> Described:
         told: `scaling_factor` and `shift_factor`, as far as the user says them.
 
     Raises:
-        ConvertError: there is no autoencoder, or none of ours; or something has to be told.
+        ConvertError: it holds no autoencoder, or one that is not supported, or a scale is needed and missing.
     """
     found = find_autoencoder(opened)
     if found.rest:
         log.info(
-            "%s: %d tensors are no part of the autoencoder and are not read: %s",
+            "%s: %d tensors do not belong to the autoencoder and are not read: %s",
             opened.path,
             len(found.rest),
             groups(found.rest),
@@ -213,7 +213,7 @@ def sizes(found: Found, opened: Weights) -> ModelConfig:
     if missing := [name for name in needed if name not in tensors]:
         halves = [half for half in ("encoder", "decoder") if any(name.startswith(f"{half}.") for name in tensors)]
         raise ConvertError(
-            f"{opened.path} holds no autoencoder of a kind that is supported: missing {', '.join(missing)}, under the "
+            f"{opened.path} holds no supported autoencoder: missing {', '.join(missing)}, under the "
             f"original names or diffusers'{f'; only its {halves[0]} is there' if len(halves) == 1 else ''}"
         )
     encoder, decoder = channels(f"encoder.{down}"), channels(f"decoder.{up}")
@@ -248,7 +248,7 @@ def _check_told(source: str | Path, told: Mapping[str, float], config: ModelConf
     """Raises ConvertError where a source has a configuration that says something else than the user."""
     if wrong := [f"{n}={getattr(config, n)}, not {value}" for n, value in told.items() if getattr(config, n) != value]:
         raise ConvertError(
-            f"{' and '.join(told)}: only original checkpoints have to be told; {source} has a configuration that says "
+            f"{' and '.join(told)}: these options are for original checkpoints only; {source} has a configuration with "
             f"{' and '.join(wrong)}"
         )
 
@@ -292,7 +292,7 @@ def fill(
     if broken:
         more = f" and {len(broken) - 8} more" if len(broken) > 8 else ""
         raise error(
-            f"{path}: {len(broken)} tensors have NaN or infinity in them, with which pictures are black: "
-            f"{', '.join(broken[:8])}{more}; get the file anew, or in float32"
+            f"{path}: {len(broken)} tensors have NaN or infinity in them, which makes pictures black: "
+            f"{', '.join(broken[:8])}{more}; download the file again, or take its float32 version"
         )
     return params

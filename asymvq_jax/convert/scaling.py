@@ -1,4 +1,4 @@
-"""How a diffusion model scales an autoencoder's latents: what the file tells, what the user says, no silent guess."""
+"""How a diffusion model scales an autoencoder's latents: from the file, or from the user, and never a silent guess."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def scale_of(weights: Weights, rest: Table, channels: int, codebook: bool, told:
 
     Args:
         weights: the file.
-        rest: its tensors that are no part of the autoencoder.
+        rest: its tensors that do not belong to the autoencoder.
         channels: of the latent.
         codebook: whether it is a VQ model.
         told: `scaling_factor` and `shift_factor`, as far as the user says them; they win.
 
     Raises:
-        ConvertError: nothing tells, and no published model's scale can be taken for it.
+        ConvertError: neither the file nor the user gives it, and no published model's scale is a safe guess.
     """
     found = _stored(weights, rest) or _by_family(weights, rest, channels)
     if {"scaling_factor", "shift_factor"} <= told.keys():
@@ -78,21 +78,21 @@ def scale_of(weights: Weights, rest: Table, channels: int, codebook: bool, told:
         published = "; ".join(f"{f.name}: {f.scaling} and {f.shift}" for f in (THREE, FLUX) if f.channels == channels)
         missing = [n for n in ("scaling_factor", "shift_factor") if n not in told]
         raise ConvertError(
-            f"{weights.path}: nothing in the file tells how a diffusion model scales its latents of {channels} "
+            f"{weights.path}: the file does not say how a diffusion model scales its latents of {channels} "
             f"channels; give {' and '.join('--' + n.replace('_', '-') for n in missing)}"
-            + (f" ({published})" if published else " (1 and 0 for latents as they are)")
+            + (f" ({published})" if published else " (1 and 0 for no scaling)")
         )
     if "scaling_factor" not in told and re.search(r"xl", weights.path.name, re.IGNORECASE):
         raise ConvertError(
-            f"{weights.path}: the file's name speaks of Stable Diffusion XL, and nothing in the file tells how latents "
-            f"are scaled; give --scaling-factor {XL.scaling} if it is XL's, {ONE.scaling} if it is 1's or 2's"
+            f"{weights.path}: the file's name mentions Stable Diffusion XL, and the file does not say how latents are "
+            f"scaled; give --scaling-factor {XL.scaling} if it is XL's, {ONE.scaling} if it is 1's or 2's"
         )
     default = Scale(ONE.scaling, ONE.shift, "")
     if "scaling_factor" in told:
         return _told(weights.path, told, default)
     log.warning(
-        "%s: nothing in the file tells how latents are scaled: taken is %s's scaling factor, %s, as they have %d "
-        "channels; Stable Diffusion XL's have as many and %s: if it is one of those, give --scaling-factor",
+        "%s: the file does not say how latents are scaled: using %s's scaling factor, %s, as they have %d channels; "
+        "for a Stable Diffusion XL autoencoder, which has as many, give --scaling-factor %s",
         weights.path, ONE.name, ONE.scaling, channels, XL.scaling,
     )  # fmt: skip
     return _told(weights.path, told, default)
@@ -109,7 +109,9 @@ def _stored(weights: Weights, rest: Table) -> Scale | None:
             # As a decimal number that it was rounded from.
             value = next((v for v in (round(value, digits) for digits in range(3, 8)) if abs(v - value) < 1e-8), value)
             if not (math.isfinite(value) and value > 0):
-                raise ConvertError(f"{weights.path}: its scale_factor is {value}; give --scaling-factor")
+                raise ConvertError(
+                    f"{weights.path}: its scale_factor is {value}; expected a positive number: give --scaling-factor"
+                )
             return Scale(value, 0.0, f"the file's tensor {name}")
     return None
 
@@ -154,10 +156,10 @@ def _say(path: Path, scale: Scale) -> Scale:
 
 def _told(path: Path, told: Mapping[str, float], found: Scale | None) -> Scale:
     default = found or Scale(ModelConfig().scaling_factor, 0.0, "")
-    scale = Scale(told.get("scaling_factor", default.scaling), told.get("shift_factor", default.shift), "as told")
+    scale = Scale(told.get("scaling_factor", default.scaling), told.get("shift_factor", default.shift), "as given")
     if found and found.reason and found[:2] != scale[:2]:
         log.warning(
-            "%s: scaling factor %s and shift %s are taken as told; the file has %s and %s (%s)",
+            "%s: using scaling factor %s and shift %s as given; the file has %s and %s (%s)",
             path, *scale[:2], *found,
         )  # fmt: skip
     return scale

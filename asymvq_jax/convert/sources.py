@@ -23,8 +23,7 @@ def in_bucket(source: str | Path) -> bool:
     scheme, separator, _ = str(source).partition("://")
     if separator and scheme.lower() not in BUCKETS:
         raise ConvertError(
-            f"{source} is an address (URL), and nothing is downloaded here: download it first, and name "
-            "the file or folder"
+            f"{source} is a URL, and nothing is downloaded here: download it first, and name the file or folder"
         )
     return bool(separator)
 
@@ -36,7 +35,9 @@ def locate(source: str | Path) -> Path:
         ConvertError: an address, the id of a model on the hub, a cache without or with several snapshots.
     """
     if in_bucket(source):
-        raise ConvertError(f"{source} is in a bucket, from which JAX checkpoints alone are read: copy it here first")
+        raise ConvertError(
+            f"{source} is in a bucket, from which only JAX checkpoints can be read: copy it to this machine first"
+        )
     path = Path(source).expanduser()
     if not path.exists():
         if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source)) and not path.parent.exists():

@@ -34,7 +34,7 @@ SHUTDOWN_TIMEOUT = 300
 
 
 def join() -> None:
-    """Joins the other processes, with which this one computes; alone where there are none.
+    """Joins the other processes of the computation; does nothing where this is the only one.
 
     TPU pods, Slurm and Open MPI are recognised; elsewhere JAX_COORDINATOR_ADDRESS (host:port of process 0),
     JAX_NUM_PROCESSES and JAX_PROCESS_ID name them.
@@ -68,7 +68,7 @@ def join() -> None:
         if (count := next((n for name, *_ in LAUNCHERS if (n := os.environ.get(name, "1")) != "1"), None)) is not None:
             # They would all write the same run.
             raise ConfigError(
-                f"there are {count} processes, which JAX cannot find: set {ADDRESS}, {COUNT} and {INDEX}"
+                f"there are {count} processes, and JAX cannot find the others: set {ADDRESS}, {COUNT} and {INDEX}"
             ) from None
 
 
@@ -88,11 +88,11 @@ def _check_port(address: str, *, first: bool) -> None:
         try:
             socket.create_server(("", port)).close()
         except OSError as error:
-            raise OSError(f"port {port} of this machine, process 0, cannot be listened at ({error}).") from None
+            raise OSError(f"process 0 cannot listen on port {port} of this machine ({error}).") from None
 
 
 def share() -> tuple[int, int]:
-    """Which part of the work is this process's, where several processes are started that need nothing of each other.
+    """The part of the work that this process does, where several independent processes share it.
 
     Nothing connects them: each may end, fail, or be started again without the others. JAX_NUM_PROCESSES and
     JAX_PROCESS_ID say it, or Slurm or Open MPI, under which JAX gives each process one GPU; TPUs of a pod know of their
@@ -127,7 +127,7 @@ def leave(code: int) -> None:
     if not jax.distributed.is_initialized():
         return
     sys.stderr.flush()
-    # Where all of them met the same error, none is to be aborted by JAX because another was quicker to end.
+    # Where all of them met the same error, JAX must not abort one because another ended first.
     farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
     farewell.start()
     farewell.join(10)

@@ -18,7 +18,7 @@ def keep_compiled_programs() -> None:
 
     In the directory that JAX_COMPILATION_CACHE_DIR names, by default in ~/.cache/asymvq_jax/xla; JAX's own options
     (jax_persistent_cache_min_compile_time_secs, jax_enable_compilation_cache, ...) apply. The cache only saves time:
-    where there is no place for it, there is none.
+    where it cannot be written, programs are compiled anew.
     """
     name = "jax_compilation_cache_dir"
     told = getattr(jax.config, name)

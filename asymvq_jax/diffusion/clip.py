@@ -110,7 +110,7 @@ def read_example_config(stored: Mapping[str, Any], name: str) -> ExampleConfig:
     """Translates a preprocessor_config.json; what it does not say is as in CLIP.
 
     Raises:
-        CLIPError: a preparation that we do not have.
+        CLIPError: an unsupported preparation.
     """
     default = ExampleConfig()
     size, crop = stored.get("size", default.size), stored.get("crop_size", default.size)
@@ -140,7 +140,7 @@ def _check(stored: Mapping[str, Any], name: str, kind: str, defaults: Mapping[st
     if wrong := wrong_fields(values, TYPES):
         raise CLIPError(f"{name}: {', '.join(wrong)}")
     if values["hidden_act"] not in ACTIVATIONS:
-        raise CLIPError(f"{name}: hidden_act={values['hidden_act']!r} (there is {', '.join(ACTIVATIONS)})")
+        raise CLIPError(f"{name}: hidden_act={values['hidden_act']!r} (expected {' or '.join(ACTIVATIONS)})")
     return values
 
 

@@ -67,12 +67,12 @@ def describe(
 
     Args:
         path: the folder.
-        task: what it is wanted for.
+        task: the one to check for.
         scheduler: another sampler than the folder's own, on its noise schedule.
         told: `scaling_factor` and `shift_factor`, where the folder does not say them.
 
     Raises:
-        UserError: no pipeline, a missing part, or one of a kind that we do not have; no weight has been read.
+        UserError: no pipeline, or a part that is missing or not supported; no weight has been read.
     """
     path = locate(path)
     if not path.is_dir():
@@ -109,14 +109,14 @@ def describe(
 
 
 def _check_family(path: Path) -> None:
-    """Raises PipelineError for a folder that says itself that it is another family's."""
+    """Raises PipelineError for a folder whose own files say that it is of another family."""
     file = path / "model_index.json"
     if not file.is_file():
         return
     kind = str(read_json(file).get("_class_name"))
     if kind.startswith(tuple(beginning for beginning, _ in FAMILIES)):
         raise PipelineError(
-            f"{path} is a pipeline of {family_of(kind)} ({kind}); Stable Diffusion 1 and 2 are what is supported"
+            f"{path} is a pipeline of {family_of(kind)} ({kind}); only Stable Diffusion 1 and 2 are supported"
         )
 
 
@@ -135,18 +135,20 @@ def _unet_config(stored: dict[str, Any], name: str, task: Task) -> UNetConfig:
     config = unet.read_config({n: v for n, v in stored.items() if v is not None}, name)
     version = [int(n) for n in re.findall(r"\d+", str(stored.get("_diffusers_version", "0.9")))[:2]]
     if task != "edit" and version < [0, 9] and config.sample_size < 64:
-        log.warning("%s: sample_size=%d is taken for 64, as it is an old file", name, config.sample_size)
+        log.warning(
+            "%s: sample_size=%d is read as 64: diffusers does so with files before 0.9", name, config.sample_size
+        )
         config = replace(config, sample_size=64)
     return config
 
 
 def _scheduler_config(stored: dict[str, Any], name: str, task: Task, kind: Kind | None) -> SchedulerConfig:
-    """As `schedulers.read_config`, but with the options that diffusers' pipelines for the task set whatever it says."""
+    """As `schedulers.read_config`, with the options that diffusers' pipelines for the task always override."""
     always = {"text": {"steps_offset": 1, "clip_sample": False}, "inpaint": {"steps_offset": 1, "skip_prk_steps": True}}
     changes = always.get(task, {})
     for option in changes.keys() & stored.keys():
         if stored[option] != changes[option]:
-            log.warning("%s: %s=%r is taken for %r, as diffusers does", name, option, stored[option], changes[option])
+            log.warning("%s: %s=%r is read as %r, as diffusers does", name, option, stored[option], changes[option])
     return schedulers.read_config({**stored, **changes}, name, kind)
 
 
@@ -159,7 +161,9 @@ def _check_channels(task: Task, config: UNetConfig, autoencoder: ModelConfig, na
     latent = autoencoder.latent_channels
     expected = latent if task == "text" else 2 * latent + 1
     if config.out_channels != latent:
-        raise PipelineError(f"{name}: out_channels={config.out_channels}; the autoencoder's latents have {latent}")
+        raise PipelineError(
+            f"{name}: out_channels={config.out_channels}; expected {latent}, as the autoencoder's latents have"
+        )
     if config.in_channels != expected:
         kinds = {latent: "a text-to-image model", 2 * latent + 1: "an inpainting model"}
         kind = kinds.get(config.in_channels, "a model for another task")
@@ -173,7 +177,7 @@ def _check_context(config: UNetConfig, encoder: TextConfig | ImageConfig, name: 
     width = encoder.outputs if isinstance(encoder, ImageConfig) else encoder.transformer.channels
     if config.context != width:
         raise PipelineError(
-            f"{name}: the UNet attends to features of {config.context} channels, and the encoder gives {width}"
+            f"{name}: the UNet expects features of {config.context} channels; the encoder's have {width}"
         )
 
 
@@ -200,12 +204,12 @@ def describe_checkpoint(
         task: "text" or "inpaint".
         tokenizer: a folder with CLIP's tokenizer, which a checkpoint does not have.
         scheduler: the sampler; DDIM by default.
-        prediction_type: "epsilon" or "v_prediction"; Stable Diffusion 1 has the first, 2 must be told where the
-            file does not say it.
+        prediction_type: "epsilon" or "v_prediction"; Stable Diffusion 1 has the first; needed for 2 where
+            the file does not say it.
         told: `scaling_factor` and `shift_factor`, where the file does not say them.
 
     Raises:
-        UserError: the file is no such checkpoint, or cannot do the task; or something has to be told.
+        UserError: the file is not such a checkpoint, or does not fit the task, or an option is needed and missing.
     """
     path = locate(path)
     if task == "edit":
@@ -226,7 +230,7 @@ def describe_checkpoint(
     _check_channels(task, config, original.autoencoder.config, str(path))
     _check_context(config, original.text, str(path))
     stored = {**NOISE_SCHEDULE, "prediction_type": prediction or "epsilon"}
-    # 2's encoder was trained on texts filled up with token 0, whatever the tokenizer's folder says.
+    # 2's encoder was trained on texts filled up with token 0, which the tokenizer's folder may not say.
     pad = 0 if original.two else None
     return Description(
         path=path,

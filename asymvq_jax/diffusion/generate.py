@@ -75,16 +75,18 @@ def _check_options(options: Generate) -> None:
         raise GenerateError(f"--guidance {options.guidance}: expected 0 to 100")
     if isinstance(options, Prompted) and options.negative and options.guidance <= 1:
         raise GenerateError(
-            f"--negative does nothing with --guidance {options.guidance:g}; guidance of more than 1 leads away from it"
+            f"--negative has no effect with --guidance {options.guidance:g}: expected --guidance above 1"
         )
     if isinstance(options, Painting):
         check_blend(options.blend, options.band)
         if options.keep == "exact" and epath.Path(options.out).suffix.lower() in (".jpg", ".jpeg"):
             raise GenerateError(f"--out {options.out}: JPEG changes every pixel; --keep exact needs .png or .webp")
         if options.keep == "exact" and options.decode == "both":
-            raise GenerateError("--decode both shows what the decoders make; --keep exact takes one of them")
+            raise GenerateError(
+                "--decode both does not go with --keep exact: choose --decode plain or --decode asymmetric"
+            )
     if options.folder is not None and options.count > 1:
-        raise GenerateError(f"--count {options.count}: goes without --folder, each of whose names is one picture")
+        raise GenerateError(f"--count {options.count} does not go with --folder, which makes one picture for each name")
 
 
 def _describe(options: Generate) -> Description:
@@ -97,7 +99,9 @@ def _describe(options: Generate) -> Description:
     for name, value in told.items():
         if value is not None:
             option = name.replace("_", "-")
-            raise GenerateError(f"--{option}: is for original checkpoints; {path} says itself what it has")
+            raise GenerateError(
+                f"--{option} is for original checkpoints only; {path} is a pipeline folder, which has its own"
+            )
     return describe(path, task, options.scheduler, scale)
 
 
@@ -105,12 +109,14 @@ def _read_decoder(own: ModelConfig, options: Generate) -> Autoencoder | None:
     """The model that --checkpoint names.
 
     Raises:
-        UserError: one is wanted and none is named, or it is of other latents than the pipeline's own, or has no
-            condition branch where there is a picture to preserve.
+        UserError: one is needed and not named, or it does not fit the pipeline's latents, or it has no condition
+            branch where there is a picture to preserve.
     """
     if options.decode == "plain" or options.checkpoint is None:
         if options.decode in ("asymmetric", "both") and not own.condition:
-            raise GenerateError(f"--decode {options.decode}: name the asymmetric decoder's checkpoint by --checkpoint")
+            raise GenerateError(
+                f"--decode {options.decode} needs an asymmetric decoder: name its checkpoint by --checkpoint"
+            )
         return None
     told = as_told(options.scaling_factor, options.shift_factor)
     decoder = read_model(options.checkpoint, told, dtype=options.dtype)
@@ -121,7 +127,7 @@ def _read_decoder(own: ModelConfig, options: Generate) -> Autoencoder | None:
               if getattr(decoder.config, n) != getattr(own, n)]  # fmt: skip
     if theirs:
         raise GenerateError(
-            f"--checkpoint {options.checkpoint} decodes other latents than the pipeline makes: {', '.join(theirs)}"
+            f"--checkpoint {options.checkpoint} does not fit the pipeline's latents: {', '.join(theirs)}"
         )
     return decoder
 
@@ -144,7 +150,7 @@ def _decoders(pipeline: Pipeline, decoder: Autoencoder | None, options: Generate
 
 
 def _sized(jobs: Sequence[Job], described: Description, options: Generate) -> list[Job]:
-    """The jobs, those without a size in the one that the UNet was trained on; by size, for batches."""
+    """The jobs sorted by size, for batches; those without one get the size that the UNet was trained on."""
     side = described.unet.sample_size * described.autoencoder.downsampling
     jobs = [replace(job, size=(side, side)) if job.size == MODELS_OWN else job for job in jobs]
     if options.task == "text":
@@ -159,13 +165,13 @@ def _is_made(job: Job, options: Generate) -> bool:
 
 
 def _check_latents(made: Collection[Job], options: Generate) -> None:
-    """Raises GenerateError where latents of pictures that are there are wanted and missing."""
+    """Raises GenerateError where --save-latents is given and a finished picture has no latent there."""
     if not options.save_latents:
         return
     if without := sorted(job.out.name for job in made if not _latent_file(job, options).exists()):
         raise GenerateError(
             f"{options.out} has {without[0]} and {len(without) - 1} more without a latent in {options.save_latents}: "
-            "name another --out, or remove them to make them again"
+            "name another --out, or remove these pictures to make them again"
         )
 
 

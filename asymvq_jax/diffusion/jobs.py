@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 NEEDED = {"text": ("prompt",), "inpaint": ("prompt", "image", "mask"), "edit": ("image", "mask", "example")}
 # The files of --folder, where .png stands for any picture.
 PARTS = {"prompt": "name.txt", "image": "name.png", "mask": "name_mask.png", "example": "name_example.png"}
-# JAX's keys tell no more seeds apart.
+# JAX's keys do not tell more seeds apart.
 SEEDS = 2**32
 # The size of a job whose options name none: that on which the model was trained.
 MODELS_OWN = (0, 0)
@@ -61,7 +61,7 @@ class Inputs(NamedTuple):
 
 
 def list_jobs(options: Generate) -> list[Job]:
-    """What is to be made, every file checked to be there and of the right size.
+    """The pictures to make; every file was checked to exist and to have the right size.
 
     Raises:
         UserError: options or files that are missing or do not fit.
@@ -73,12 +73,17 @@ def list_jobs(options: Generate) -> list[Job]:
     if options.save_latents:
         latents = epath.Path(options.save_latents)
         if task != "text" and size and options.folder and latents.resolve() == epath.Path(options.folder).resolve():
-            raise GenerateError(f"--save-latents {latents}: with --size they are not of the size of the pictures there")
+            raise GenerateError(
+                f"--save-latents {latents}: with --size, latents do not have the size of the pictures there; "
+                "name another directory"
+            )
         with writing(latents):
             try_out(latents)
     if options.folder is not None:
         if given:
-            raise GenerateError(f"--folder {options.folder}: takes the place of {', '.join('--' + n for n in given)}")
+            raise GenerateError(
+                f"--folder {options.folder} replaces {', '.join('--' + n for n in given)}: give only one of them"
+            )
         jobs = _folder_jobs(options, needed)
     else:
         if missing := [name for name in needed if name not in given]:
@@ -150,7 +155,7 @@ def _read_prompt(path: epath.Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise GenerateError(f"{path} is not readable text (UTF-8): {error}") from None
     if not prompt:
-        log.warning("%s is empty: that picture is of anything", path)
+        log.warning("%s is empty: that picture is generated without a prompt", path)
     return prompt
 
 
@@ -160,7 +165,9 @@ def _with_size(job: Job, size: tuple[int, int] | None, options: Generate) -> Job
         found, mask = read_size(job.image), read_size(job.mask)
         if found != mask:
             (h, w), (mh, mw) = found, mask
-            raise GenerateError(f"{job.image} is {w} x {h} px and {job.mask} {mw} x {mh} px; they must be of one size")
+            raise GenerateError(
+                f"{job.image} is {w} x {h} px and {job.mask} {mw} x {mh} px; they must have the same size"
+            )
         size = size or found
     if job.example:
         read_size(job.example)
@@ -182,11 +189,11 @@ def read_inputs(job: Job, options: Generate) -> Inputs:
         log.warning("warning: %s: %s", job.image, note)
     mask = load_mask(job.mask, soft=options.soft_mask, channel=options.mask_channel, invert=options.invert_mask)
     if picture.size != mask.size:
-        raise ImageError(f"{job.image} and {job.mask} are of different sizes, turned as they are to be shown")
+        raise ImageError(f"{job.image} and {job.mask} have different sizes once turned as their EXIF says")
     if mask.source != "brightness":
         log.info("%s: %s", job.mask, mask.describe())
     if mask.empty:
-        log.warning("%s is black: nothing of %s is generated, it is given back as it is", job.mask, job.image)
+        log.warning("%s is black: nothing is generated, and %s is returned unchanged", job.mask, job.image)
     elif warning := mask.warning(job.mask):
         log.warning("%s", warning)
     example = images.read(job.example) if job.example else None

@@ -1,4 +1,4 @@
-"""An original Stable Diffusion checkpoint, all parts in one file: which is where, and how large."""
+"""An original Stable Diffusion checkpoint, all parts in one file: where each is, and its sizes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ BLOCKS_TWO = 24
 
 @dataclass(frozen=True)
 class Original:
-    """The parts of a checkpoint, described, none of them read; names are without what the file puts before them."""
+    """The parts of a checkpoint, described but not read; names are without the file's prefixes."""
 
     path: Path
     unet: UNetConfig
@@ -72,7 +72,7 @@ def find_parts(opened: Weights, told: Mapping[str, float]) -> Original:
     path = opened.path
     for sign, family in FAMILIES:
         if any(sign in name for name in opened.tensors):
-            raise PipelineError(f"{path} is {family}; Stable Diffusion 1 and 2 are what is supported")
+            raise PipelineError(f"{path} is {family}; only Stable Diffusion 1 and 2 are supported")
     unet = _part(opened, UNET_ENDS, ("model.diffusion_model.",))
     text = _part(opened, TRANSFORMERS_ENDS, ("cond_stage_model.transformer.text_model.",), TRANSFORMERS_PARTS)
     open_clip = not text
@@ -87,7 +87,7 @@ def find_parts(opened: Weights, told: Mapping[str, float]) -> Original:
     found = find_autoencoder(opened)
     used = {id(tensor) for part in (unet, text, found.tensors) for tensor in part.values()}
     if rest := [name for name, tensor in opened.tensors.items() if id(tensor) not in used]:
-        log.info("%s: %d tensors are of no use here and are not read: %s", path, len(rest), groups(rest))
+        log.info("%s: %d tensors are not needed and are not read: %s", path, len(rest), groups(rest))
     config, two = _unet_sizes(unet, open_clip, path)
     projected = any(n.endswith((".text_projection", ".text_projection.weight", ".logit_scale")) for n in opened.tensors)
     text = split_joint(text) if open_clip else text
@@ -105,7 +105,7 @@ def find_parts(opened: Weights, told: Mapping[str, float]) -> Original:
 
 
 def _part(opened: Weights, ends: Sequence[str], known: tuple[str, ...], kept: tuple[str, ...] = ("",)) -> Table:
-    """The tensors of one part, by their names in it; empty where there is no such part."""
+    """The tensors of one part, by their names in it; empty if the part is missing."""
     prefix = find_prefix(opened, ends, known)
     if prefix is None:
         return {}
@@ -127,7 +127,7 @@ def _unet_sizes(tensors: Table, open_clip: bool, path: Path) -> tuple[UNetConfig
     halvings = sorted(int(m[1]) for n in tensors if (m := re.fullmatch(r"input_blocks\.(\d+)\.0\.op\.weight", n)))
     key = next((n for n in tensors if n.endswith("attn2.to_k.weight")), None)
     if not halvings or key is None or "middle_block.1.proj_in.weight" not in tensors:
-        raise PipelineError(f"{path}: the UNet is not Stable Diffusion's: no halvings or no cross-attention")
+        raise PipelineError(f"{path}: the UNet is not Stable Diffusion's: no downsampling or no cross-attention")
     per_level, levels = halvings[0], len(halvings) + 1
     firsts = [1 + i * per_level for i in range(levels)]
     widths = [f"input_blocks.{n}.0.out_layers.3.weight" for n in firsts]

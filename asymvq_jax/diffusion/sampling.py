@@ -46,7 +46,7 @@ def denoise(
         context: (b, 2, n, d): the features of nothing, and those of the condition; or (b, 1, n, d) without guidance.
         fixed: (b, h, w, k), what the network sees beside the noisy latent; None for text-to-image.
         guidance: by how much the condition's prediction is exaggerated over that of nothing.
-        mesh: splits the batch; each device has the whole network, and tells the others nothing.
+        mesh: splits the batch; each device has the whole network and needs nothing from the others.
 
     Returns:
         (b, h, w, c) float32, as a diffusion model scales latents.
@@ -209,7 +209,7 @@ def decode(
     """Pictures, (b, h, w, 3) uint8, of the latents that this module's functions return.
 
     Args:
-        model: the autoencoder whose decoder is to be used; without condition branch, picture and mask are not seen.
+        model: the autoencoder whose decoder is to be used; one without a condition branch ignores picture and mask.
         latent: (b, h / 8, w / 8, c).
         image: (b, h, w, 3) uint8, the pictures whose pixels are to be kept where the mask is 0.
         mask: (b, h, w, 1); bool, or numbers in [0, 1]; 1 = generate.

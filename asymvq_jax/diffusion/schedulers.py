@@ -49,7 +49,7 @@ EXPECTED: dict[Kind, dict[str, Any]] = {
         "variance_type": None,
     },
 }
-# Of these, those that say where the steps lie: they matter to a sampler that knows them, whatever class they came with.
+# Of these, those that say where the steps lie: they matter to a sampler that knows them, of any class.
 SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 CHOICES = {
     "beta_schedule": ("linear", "scaled_linear"),
@@ -88,10 +88,10 @@ def read_config(stored: Mapping[str, Any], name: str, kind: Kind | None = None) 
     Args:
         stored: its content.
         name: its path, for messages.
-        kind: another sampler than the stored one, on the stored noise schedule.
+        kind: a sampler to use instead of the stored one, on the stored noise schedule.
 
     Raises:
-        SchedulerError: a class or an option that we do not have.
+        SchedulerError: a class or an option that is not supported.
     """
     own = CLASSES.get(str(stored.get("_class_name")))
     chosen = kind or own
@@ -124,7 +124,7 @@ def read_config(stored: Mapping[str, Any], name: str, kind: Kind | None = None) 
 class Solver(NamedTuple):
     """A sampler's table, one row a call of the network; the columns are the last samples and outputs, newest first."""
 
-    # (n,) int32: what the network is told.
+    # (n,) int32: the timestep that the network is given.
     timesteps: np.ndarray
     # (n, 1 or 2) float32.
     samples: np.ndarray

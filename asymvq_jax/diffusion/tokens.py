@@ -27,13 +27,13 @@ class Tokenizer:
         """(b, length) int32; longer texts are cut, and a warning says what is lost."""
         rows = np.full((len(texts), self._length), self._pad, np.int32)
         for row, text in zip(rows, texts, strict=True):
-            # Not verbose: its warning of long texts says nothing of what follows.
+            # Not verbose: its own warning of long texts does not name what is cut.
             tokens = self._tokenizer(text, truncation=False, verbose=False).input_ids
             # The last token of all is the end's.
             if len(tokens) > self._length:
                 kept, lost = tokens[: self._length - 1], tokens[self._length - 1 : -1]
                 log.warning(
-                    "the text is longer than %d tokens and is cut: lost is %r",
+                    "the text has more than %d tokens and is cut; left out: %r",
                     self._length,
                     self._tokenizer.decode(lost),
                 )
@@ -61,8 +61,8 @@ def read_tokenizer(folder: Path, config: TextConfig, pad: int | None = None) -> 
         raise TokenizerError(f"no tokenizer at {folder}: expected a folder with vocab.json and merges.txt")
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # transformers raises whatever its reader met.
-        raise TokenizerError(f"{folder} is no readable CLIP tokenizer: {type(error).__name__}: {error}") from None
+    except Exception as error:  # transformers raises errors of many kinds.
+        raise TokenizerError(f"{folder} is not a readable CLIP tokenizer: {type(error).__name__}: {error}") from None
     if len(tokenizer) > config.vocabulary:
-        raise TokenizerError(f"{folder} has {len(tokenizer)} tokens, and the text encoder knows {config.vocabulary}")
+        raise TokenizerError(f"{folder} has {len(tokenizer)} tokens; the text encoder has only {config.vocabulary}")
     return Tokenizer(tokenizer, config.length, tokenizer.pad_token_id if pad is None else pad)

@@ -105,7 +105,7 @@ def read_config(stored: Mapping[str, Any], name: str) -> UNetConfig:
         if not isinstance(stored.get(n) or 2, int)
     ]
     if wrong:
-        raise UNetError(f"{name}: this UNet is of a kind that is not supported: {', '.join(wrong)}")
+        raise UNetError(f"{name}: this kind of UNet is not supported: {', '.join(wrong)}")
     # diffusers' name is wrong, as its source says: it is the number of heads.
     heads = stored.get("attention_head_dim", 8)
     return UNetConfig(
@@ -255,7 +255,7 @@ class UNet(nnx.Module):
             (b, h, w, out_channels).
 
         Raises:
-            ValueError: `x` is of another shape.
+            ValueError: `x` has a wrong shape.
         """
         multiple, channels = self.config.downsampling, self.config.in_channels
         if x.ndim != 4 or x.shape[-1] != channels or x.shape[1] % multiple or x.shape[2] % multiple:

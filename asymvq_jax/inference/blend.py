@@ -1,6 +1,6 @@
 """Ways of setting a decoded fill into a picture whose pixels outside the mask are to stay: `composite`.
 
-None of them reads the original under the mask, which an editor does not have: the result is the same whatever it holds.
+None of them reads the original under the mask, which an editor does not have; the result does not depend on it.
 A pixel counts as masked where the mask is above 0.
 """
 
@@ -72,7 +72,7 @@ def composite(
 
 
 def check_blend(blend: str, band: int) -> None:
-    """Raises InputError unless `composite` knows the blend and the band is no less than zero."""
+    """Raises InputError unless the blend is known and the band is zero or more."""
     if blend not in BLENDS:
         raise InputError(f"blend={blend!r}: expected one of {', '.join(BLENDS)}")
     if band < 0:

@@ -39,7 +39,7 @@ def export_decoder(
         image (b, h, w, 3) in [-1, 1] and mask (b, h, w, 1), 1 = generate. All float32, as is the result (b, h, w, 3).
 
     Raises:
-        ExportError: the size is not a multiple of the model's downsampling, or there is no picture in a batch.
+        ExportError: the size is not a multiple of the model's downsampling, or the batch is empty.
     """
     config = model.config
     factor = config.downsampling
@@ -47,7 +47,7 @@ def export_decoder(
         raise ExportError(
             f"batch {batch} of {size[0]} x {size[1]} px: expected at least 1, of sides that are multiples of {factor}"
         )
-    # The encoder is no part of the program: its shapes fill its place in the model's structure.
+    # The encoder is not part of the program: its shapes fill its place in the model's structure.
     graphdef, parameters = structure(config)
     for name, value in split(model)[1].items():
         if not name.startswith("encoder."):

@@ -73,7 +73,7 @@ def inpaint(
         one), in levels of 0 to 255.
 
     Raises:
-        InputError: the arrays are of another form or type, do not agree, or the model cannot preserve anything.
+        InputError: an array has a wrong shape or type, their sizes differ, or the model cannot preserve anything.
     """
     image = check_image(image)
     done = inpaint_picture(
@@ -171,7 +171,7 @@ def check_mask(mask: Array, image: Array) -> Array:
     """Brings a mask to (h, w, 1) float32.
 
     Raises:
-        InputError: it is of another form, not of the picture's size, or has values outside [0, 1].
+        InputError: its shape, type or size is wrong, or it has values outside [0, 1].
     """
     mask = np.asarray(mask)
     shape = mask.shape
@@ -180,7 +180,7 @@ def check_mask(mask: Array, image: Array) -> Array:
         raise InputError(f"the mask has shape {shape} and type {mask.dtype}: expected (h, w) or (h, w, 1), of numbers")
     if mask.shape[:2] != image.shape[:2]:
         (h, w), (ih, iw) = mask.shape[:2], image.shape[:2]
-        raise InputError(f"the mask is {w} x {h} px and the picture {iw} x {ih} px; they must be of one size")
+        raise InputError(f"the mask is {w} x {h} px and the picture {iw} x {ih} px; they must have the same size")
     mask = mask.astype(np.float32)
     if not ((mask >= 0) & (mask <= 1)).all():
         raise InputError(

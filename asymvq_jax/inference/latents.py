@@ -1,4 +1,4 @@
-"""In which layout and scale a latent is: told, or found by comparing it with the picture's own."""
+"""A latent's layout and scale: given by the user, or found by comparing it with the picture's own."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def check_latent(
     """The layouts in which a latent fits a picture, from its shape; see `understand`.
 
     Raises:
-        InputError: none, or the latent is not of finite real numbers; the message gives both shapes.
+        InputError: it fits in no layout (the message gives both shapes), or does not hold finite real numbers.
     """
     array = np.asarray(array)
     if layout is not None and layout not in LAYOUTS:
@@ -98,8 +98,8 @@ def understand(
 ) -> Reading:
     """Brings an edited latent into the form that `decode` takes.
 
-    What is not told is found where it is certain: outside the mask, an edited latent is close to the picture's own, but
-    for the scaling factor.
+    What the user does not give is found where it is certain: outside the mask, an edited latent is close to the
+    picture's own, but for the scaling factor.
 
     Args:
         array: (c, h, w) or (h, w, c), or either with a leading 1, as PyTorch or JAX pipelines return latents.
@@ -127,18 +127,18 @@ def understand(
             fits = {name: _fit(way[kept], z) for name, way in ways.items()}
     best = max(fits, key=lambda name: fits[name][0]) if fits else fitting[0]
     correlation, slope = fits.get(best, (0.0, 0.0))
-    reason, warning = "told" if told else "by default; nothing tells", ""
+    reason, warning = "as given" if told else "by default", ""
     if len(fitting) > 1:
         both = f"the latent's shape {np.shape(array)} fits with the channels first and last"
         option = f"--latent-layout {' or '.join(LAYOUTS)}"
         others = [fits[name][0] for name in fits if name != best]
         if not fits or (correlation >= ALIKE and correlation - max(others) < DISTINCT):
-            raise InputError(f"{both}, and nothing tells which: say it ({option})")
+            raise InputError(f"{both}, and its values do not show which: give {option}")
         if correlation < ALIKE:
             best = "channels-first"
             warning = (
-                f"{both}, and outside the mask it is like the picture's own latent in neither: read with the channels "
-                f"first, as PyTorch's pipelines write latents; {option} says otherwise"
+                f"{both}, and in neither is it like the picture's own latent outside the mask: read with the channels "
+                f"first, as PyTorch's pipelines write latents; to choose, give {option}"
             )
     if scaled is None:
         scaled = True

@@ -10,7 +10,7 @@ with q the four neighbours of p: a symmetric system, positive definite on every 
 pixel, and d = 0 on one that does not. Nothing of the original under the mask occurs in it.
 
 It is solved by conjugate gradients. The preconditioner is one multigrid cycle: cells of 2 x 2 pixels are merged, level
-by level, so that every level is again a graph of four neighbours, whatever the mask's shape.
+by level, so that every level is again a graph of four neighbours, for a mask of any shape.
 """
 
 from __future__ import annotations

@@ -128,7 +128,9 @@ def _check_options(task: Task) -> None:
     if task.keep == "exact" and FORMATS[PurePath(task.out).suffix.lower()] == "JPEG":
         raise InputError(f"--out {task.out}: JPEG changes every pixel; --keep exact needs .png or .webp")
     if task.latent is None and (task.latent_layout is not None or task.latent_scaled is not None):
-        raise InputError("--latent-layout, --scaled-latent and --unscaled-latent say what --latent is; name it too")
+        raise InputError(
+            "--latent-layout, --scaled-latent and --unscaled-latent describe --latent, which is missing; name it too"
+        )
     size = read_size(task.image, large=task.large is not None)
     check_fits(task.out, size)
 
@@ -141,7 +143,7 @@ def _read(task: Task) -> tuple[Picture, Mask]:
     mask = load_mask(task.mask, soft=task.soft_mask, channel=task.mask_channel, invert=task.invert_mask, large=large)
     if mask.size != picture.size:
         (h, w), (ih, iw) = mask.size, picture.size
-        raise InputError(f"the mask is {w} x {h} px and the picture {iw} x {ih} px; they must be of one size")
+        raise InputError(f"the mask is {w} x {h} px and the picture {iw} x {ih} px; they must have the same size")
     return picture, mask
 
 

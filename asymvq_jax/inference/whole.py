@@ -49,7 +49,7 @@ def encode(model: Autoencoder, image: jax.Array | np.ndarray, *, mesh: Mesh | No
         (b, ceil(h / 8), ceil(w / 8), latent_channels) float32, not scaled for a diffusion model.
 
     Raises:
-        InputError: the pictures are of another form or type, or cannot be split evenly over the mesh.
+        InputError: the pictures have a wrong shape or type, or cannot be split evenly over the mesh.
     """
     check_pixels(image, model.config)
     image = pad(image, model.config.downsampling)
@@ -81,7 +81,7 @@ def decode(
         (b, h, w, 3) float32, not clipped.
 
     Raises:
-        InputError: the pictures or masks are of another form or type, or the batch, or the latent's rows, cannot be
+        InputError: the pictures or masks have a wrong shape or type, or the batch, or the latent's rows, cannot be
             split evenly over the mesh.
     """
     if (image is None) != (mask is None):
@@ -114,7 +114,7 @@ def _over(
     """Calls `function`, with its arrays split over the devices of `mesh` and the weights on each of them.
 
     Args:
-        mesh: None calls it as it is.
+        mesh: None calls it without splitting.
         rows: the latent's, the fewest that have to be split.
         function: takes the model and the arrays.
         model: the autoencoder.
@@ -147,7 +147,7 @@ def check_condition(config: ModelConfig, name: str = "this model") -> None:
 def check_pixels(image: jax.Array | np.ndarray, config: ModelConfig) -> None:
     """Raises InputError unless these are (b, h, w, c) pictures of floats in [-1, 1].
 
-    The range is looked at in NumPy's arrays only: for JAX's it would have to be computed first.
+    The range is checked for NumPy arrays only: for JAX arrays it would have to be computed first.
     """
     shape, dtype = tuple(image.shape), image.dtype
     if len(shape) != 4 or shape[3] != config.image_channels or 0 in shape:

@@ -92,7 +92,7 @@ class LPIPS(nnx.Module):
 
 def _unit(x: jax.Array) -> jax.Array:
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    # Where all channels are 0 the root has no finite gradient; the quotient is 0 there whatever the norm.
+    # Where all channels are 0 the root has no finite gradient; the quotient is 0 there for any norm.
     norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
     return x / (norm + 1e-10)
 
@@ -107,7 +107,7 @@ def load_lpips(net: Net = "vgg16", weights: str = "", *, dtype: DTypeLike = jnp.
         dtype: compute type of the convolutions.
 
     Raises:
-        UserError: the file is missing, unreadable, or of another network.
+        UserError: the file is missing, unreadable, or holds another network.
     """
     model = nnx.eval_shape(lambda: LPIPS(net, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, shapes = split(model)
@@ -157,6 +157,6 @@ def _torchvision(net: Net, path: str, shapes: Params) -> dict[str, np.ndarray]:
             value = np.asarray(tensors[name], np.float32)
             value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
             if value.shape != shape:
-                raise UserError(f"{path}: tensor {name} has another shape than torchvision's {net} has")
+                raise UserError(f"{path}: tensor {name} does not have the shape that torchvision's {net} has")
             params[f"convs.{i}.{leaf}"] = value
     return params

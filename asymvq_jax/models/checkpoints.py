@@ -91,7 +91,7 @@ class CannotReadError(Exception):
 
 @contextmanager
 def reading(step: epath.Path) -> Iterator[None]:
-    """Turns whatever goes wrong in reading a step into a CannotReadError."""
+    """Turns any error in reading a step into a CannotReadError."""
     with quiet_threads():
         try:
             yield
@@ -104,7 +104,7 @@ def reading(step: epath.Path) -> Iterator[None]:
 def _read(step: epath.Path) -> tuple[ModelConfig, Params]:
     device = SingleDeviceSharding(jax.local_devices()[0])
     me = jax.process_index()
-    # Each process reads for itself, whatever the others do meanwhile.
+    # Each process reads by itself and does not wait for the others.
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=str(me))
     handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
     with reading(step), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:

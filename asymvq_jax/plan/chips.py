@@ -51,7 +51,7 @@ class Target:
     chip: Chip | None
     # Names the compiler: programs compiled by another one may need more or less.
     compiler: str
-    # What it is told beyond its defaults.
+    # The compiler's options that differ from its defaults.
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -100,7 +100,7 @@ def _tpu_devices(name: str) -> Sequence[jax.Device]:
             f"--topology {name} needs libtpu, Google's compiler for TPUs, which runs on any x86-64 Linux; "
             "install it with: pip install 'asymvq-jax[tpu]'"
         )
-    # libtpu asks the machine which TPU it has; there is none, and several processes may compile at once.
+    # libtpu would ask the machine which TPU it has, but there may be none, and several processes may compile at once.
     for variable, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -109,7 +109,7 @@ def _tpu_devices(name: str) -> Sequence[jax.Device]:
         "TPU_MIN_LOG_LEVEL": "3",
     }.items():
         os.environ.setdefault(variable, value)
-    # libtpu counts four chips to a host unless it is told otherwise.
+    # libtpu assumes four chips per host unless an option says otherwise.
     bounds = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(map(int, sides.split("x"))) == 1 else {}
     try:
         return topologies.get_topology_desc(name, "tpu", **bounds).devices

@@ -156,7 +156,7 @@ def plan_picture(config: Config, target: Target, size: tuple[int, int]) -> Progr
     """Decoding one picture of `size` (height, width), its rows split over all chips, as `inference.decode` does.
 
     Raises:
-        InputError: the size is no multiple of the model's downsampling, or its rows cannot be split evenly.
+        InputError: the size is not a multiple of the model's downsampling, or its rows cannot be split evenly.
     """
     mesh = sharding.make_height_mesh(target.devices)
     multiple = config.model.downsampling
@@ -295,7 +295,7 @@ def _compile(program: _Lowered, target: Target) -> Program:
 
 @contextmanager
 def _no_jax_cache() -> Iterator[None]:
-    """JAX's own cache takes programs for devices that are not here, and then cannot read them: it is to take none."""
+    """Turns JAX's own cache off: it would store programs for devices that are absent, and then fail to read them."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
     jax.config.update(name, math.inf)
