@@ -24,6 +24,7 @@ from asymvq_jax.data.sources import open_source, open_sources
 from asymvq_jax.errors import DataError, ImageError
 from asymvq_jax.files import images
 from asymvq_jax.files.folders import list_folder
+from benchmarks.photographs import copy
 
 
 def _folder(path, count: int = 12, corrupt: tuple[int, ...] = ()) -> str:
@@ -186,6 +187,30 @@ def test_small_pictures_met_in_reading_are_stepped_over_however_many(monkeypatch
     share = batches[0]["small"].sum() / (batches[0]["small"].sum() + 4)
     assert share > 0.8
     assert caplog.text.count(f"{100 * share:.1f}% of the pictures read are below data.min_side") == 1
+
+
+def test_mirrored_and_recoloured_training_pictures(tmp_path):
+    picture = np.zeros((16, 16, 3), np.uint8)
+    picture[:, :8], picture[:, 8:] = (200, 100, 40), (0, 0, 240)
+    for i in range(2):
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+    same = {"image_size": 16, "crop": (1.0, 1.0), "keep_decoded": True}
+    [[batch], _] = _take(_config(tmp_path, **same, mirror=1.0), 1)
+    mirrored = batch["image"]
+    np.testing.assert_array_equal(mirrored, np.broadcast_to(picture[:, ::-1], mirrored.shape))
+    recoloured, _ = _take(_config(tmp_path, **same, recolour=1.0), 4)
+    halves = {tuple(image[0, x]) for batch in recoloured for image in batch["image"] for x in (0, 15)}
+    assert len(halves) > 8
+    held = held_out(_config(tmp_path, **same, mirror=1.0, recolour=1.0), 1, 0)["image"]
+    np.testing.assert_array_equal(held[0], picture)
+
+
+def test_photographs_are_copied_smaller(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.full((1100, 1600, 3), 90, np.uint8)).save(tmp_path / "in" / "Wide.png")
+    copy(tmp_path / "in" / "Wide.png", tmp_path)
+    (made,) = tmp_path.glob("*_wide.jpg")
+    assert images.read(made).shape == (512, 745, 3)
 
 
 def test_held_out_half_of_a_folder(tmp_path):

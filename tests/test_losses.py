@@ -50,6 +50,12 @@ def test_reconstruction_loss_has_the_reference_sums():
     np.testing.assert_allclose(parts["l1"], np.abs(a - b).mean(), rtol=1e-5)
 
 
+def test_squared_error_is_added_with_its_weight():
+    a, b = _pictures(8, 8)
+    loss, _ = reconstruction_loss(jnp.asarray(a), jnp.asarray(b), None, 1.0, "mean", squared_weight=5.0)
+    np.testing.assert_allclose(loss, np.abs(a - b).mean() + 5 * np.square(a - b).mean(), rtol=1e-5)
+
+
 def test_adversarial_terms():
     real, fake = np.array([[2.0, -0.5]], np.float32), np.array([[-3.0, 0.25]], np.float32)
     np.testing.assert_allclose(discriminator_hinge(real, fake), 0.5 * (1.5 / 2) + 0.5 * (1.25 / 2))
