@@ -1,8 +1,12 @@
 """asymvq-tiny: an asymmetric decoder, one and a half times as wide, on the encoder of configs/tiny_first_stage.py.
 
-Command: python train.py --config configs/tiny.py --data.path=FOLDER --data.eval_path=HELD_OUT, after the first stage
+Command: python train.py --config configs/tiny.py --data.path=photos/train --data.eval_path=photos/held_out,
+    after the first stage
 Data: as the first stage's.
-Hardware: 1 CPU core. Time and result: not yet measured.
+Hardware: one thread of a 2-core CPU, 14 pictures/s: 24 minutes.
+Result: on 19 unseen whole photographs of 256 px with a mask each, kept pixels 38.0 dB (plain decoder 29.4), fill
+    28.6 dB (plain 29.1), LPIPS 0.187 (plain 0.297), as eval.py measures with this config and --data.image_size=256
+    --run.eval_pictures=19.
 """
 
 from asymvq_jax.config import Config, DataConfig, LossConfig, MaskConfig, ModelConfig, OptimizerConfig, RunConfig
