@@ -1,6 +1,6 @@
 """asymvq-tiny: an asymmetric decoder, one and a half times as wide, on the encoder of configs/tiny_first_stage.py.
 
-Command: python train.py --config configs/tiny.py --data.path=photos/train --data.eval_path=photos/held_out,
+Command: asymvq train --config tiny --data.path=photos/train --data.eval_path=photos/held_out,
     after the first stage
 Data: as the first stage's.
 Hardware: one thread of a 2-core CPU, 14 pictures/s: 24 minutes.

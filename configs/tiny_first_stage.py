@@ -1,7 +1,7 @@
 """The first stage of asymvq-tiny: a small encoder with its plain decoder, of Stable Diffusion's structure.
 
 Command: python -m asymvq_jax.data.photographs photos --folder PICTURES, then
-    python train.py --config configs/tiny_first_stage.py --data.path=photos/train --data.eval_path=photos/held_out
+    asymvq train --config tiny_first_stage --data.path=photos/train --data.eval_path=photos/held_out
 Data: 61 photographs, 512 px at the shorter side; every picture is seen about 330 times, each time another crop.
 Hardware: one thread of a 2-core CPU, 20 pictures/s when it has the thread alone: 17 minutes (33 with the cores shared).
 Result: 29.0 dB mean PSNR on 19 unseen whole photographs of 256 px (31.0 on nine wallpapers, 27.3 on the ten inside

@@ -1,6 +1,6 @@
 """asymvq-tiny's harmonising decoder: goes on from configs/tiny.py with fills whose tone, blur or grain is off.
 
-Command: python train.py --config configs/tiny_harmonised.py --data.path=FOLDER --data.eval_path=HELD_OUT, after
+Command: asymvq train --config tiny_harmonised --data.path=FOLDER --data.eval_path=HELD_OUT, after
 configs/tiny.py. Half of the samples stay clean, so that colours which are meant survive.
 Data: as the first stage's.
 Hardware: 1 CPU core. Result: asymvq_jax/models/tiny/README.md.
