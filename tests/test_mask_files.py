@@ -7,7 +7,7 @@ import tifffile
 from PIL import Image
 
 from asymvq_jax.errors import ImageError, MaskError
-from asymvq_jax.files.masks import HAZE, load_mask, percent, reduce_mask
+from asymvq_jax.files.masks import HAZE, generated, load_mask, percent, reduce_mask
 
 REGION = np.zeros((40, 60), bool)
 REGION[8:20, 10:40] = True
@@ -155,3 +155,12 @@ def test_any_masked_pixel_counts_in_a_reduced_mask(size):
 def test_the_maximum_of_soft_values():
     mask = np.random.default_rng(0).random((16, 24, 1)).astype(np.float32)
     np.testing.assert_array_equal(reduce_mask(mask, (2, 3))[..., 0], mask.reshape(2, 8, 3, 8).max((1, 3)))
+
+
+@pytest.mark.parametrize("kind", [bool, np.uint8, np.float32, np.float64])
+def test_the_threshold_is_the_same_for_every_type(kind):
+    hard = np.array([0, 1, 1, 0]).reshape(2, 2, 1).astype(kind)
+    np.testing.assert_array_equal(generated(hard), hard.astype(bool))
+    if kind not in (bool, np.uint8):
+        greys = np.array([0.0, np.nextafter(kind(0.5), kind(0)), 0.5, 1.0]).reshape(2, 2, 1).astype(kind)
+        np.testing.assert_array_equal(generated(greys).ravel(), [False, False, True, True])

@@ -19,6 +19,7 @@ from asymvq_jax.config import MASK_PRESETS, MaskConfig
 from asymvq_jax.data.sources import list_pictures
 from asymvq_jax.errors import DataError, ImageError, first_line
 from asymvq_jax.files import images
+from asymvq_jax.files.masks import generated
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def _name_once(reason: str) -> None:
 
 def _read(path: epath.Path, size: int) -> np.ndarray:
     grey = cv2.resize(images.read_mask(path, soft=True), (size, size), interpolation=cv2.INTER_AREA)
-    return (grey.reshape(size, size, 1) >= 0.5).astype(np.uint8)
+    return generated(grey.reshape(size, size, 1)).astype(np.uint8)
 
 
 Point = tuple[int, int]

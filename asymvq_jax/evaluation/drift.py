@@ -16,6 +16,7 @@ from asymvq_jax.evaluation.protocols import donor_for, draw_mask, insert, inset
 from asymvq_jax.evaluation.rows import markdown
 from asymvq_jax.evaluation.seam import Decoder, Models
 from asymvq_jax.evaluation.seam_report import mean
+from asymvq_jax.files.masks import generated
 from asymvq_jax.inference.blend import Blend, composite
 
 # So many pictures are enough: passes and edits decode each a hundred times and more.
@@ -90,7 +91,7 @@ def drifted(image: np.ndarray, original: np.ndarray, mask: np.ndarray) -> dict[s
         psnr_preserved; lightness, positive where the image is lighter; sharpness, below 1 where it is blurred. NaN
         where nothing is preserved.
     """
-    kept = mask[..., 0] <= 0.5
+    kept = ~generated(mask)[..., 0]
     lightness, first = (cv2.cvtColor(x.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[..., 0] for x in (image, original))
     # Only where the neighbours are preserved as well.
     within = cv2.erode(kept.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
@@ -166,7 +167,7 @@ def _edited(
     # The first version of whatever was filled last at each pixel.
     first = image.copy()
     for mask in masks:
-        region = mask[..., 0] > 0.5
+        region = generated(mask)[..., 0]
         earlier = ~untouched & ~region
         now = edit(now, mask, insert(now, donor, inset(region)))
         untouched &= ~region

@@ -17,6 +17,7 @@ from asymvq_jax.errors import InputError, UserError
 from asymvq_jax.evaluation.metrics.image import mean_squared_error, psnr
 from asymvq_jax.evaluation.rows import decode_ours, decode_plain, hard_paste
 from asymvq_jax.files import images
+from asymvq_jax.files.masks import generated
 from asymvq_jax.models.autoencoder import Autoencoder
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def compare(model: Autoencoder, plain: Autoencoder | None, image: np.ndarray, ma
     latent = inference.encode(model, images.to_float(image)[None])
     plain_image = decode_plain(plain or model, image, latent)
     ways = plain_image, hard_paste(plain_image, image, mask), decode_ours(model, image, mask, latent)
-    kept = mask[..., 0] <= 0.5
+    kept = ~generated(mask)[..., 0]
     return tuple(
         Decoded(way, images.error_map(way, image), mean_squared_error(way, image, kept), psnr(way, image, kept))
         for way in ways

@@ -14,7 +14,7 @@ from asymvq_jax.data.sources import open_source
 from asymvq_jax.errors import EvaluationError
 from asymvq_jax.files import images
 from asymvq_jax.files.folders import by_stem, list_folder
-from asymvq_jax.files.masks import load_mask
+from asymvq_jax.files.masks import generated, load_mask
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def _with_masks(paths: Sequence[epath.Path], mask_paths: Sequence[epath.Path], c
         if image.shape[:2] != mask.shape[:2]:
             raise EvaluationError(
                 f"--pictures: {path.name} is {image.shape[1]} x {image.shape[0]} px and its mask {mask.shape[1]} x "
-                f"{mask.shape[0]} px; they must be of one size"
+                f"{mask.shape[0]} px; they must have the same size"
             )
-        mask = (fit(mask.astype(np.float32), size) >= 0.5).astype(np.float32)
+        mask = generated(fit(mask.astype(np.float32), size)).astype(np.float32)
         pictures.append(Picture(path.name, fit(image, size), mask.reshape(*mask.shape[:2], 1)))
     if not pictures:
         raise EvaluationError("--pictures: the folder image holds no pictures")

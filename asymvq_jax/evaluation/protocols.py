@@ -16,6 +16,7 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 from asymvq_jax.config import MASK_PRESETS, MaskConfig
 from asymvq_jax.data.masks import random_mask
 from asymvq_jax.evaluation.pictures import Picture
+from asymvq_jax.files.masks import generated
 from asymvq_jax.inference.edges import distance
 
 MASKS = ("painted", "strokes", "thin")
@@ -62,7 +63,7 @@ def cases(pictures: Sequence[Picture], seed: int) -> Iterator[Case]:
         for kind in MASKS if picture.mask is None else (GIVEN,):
             rng = partial(np.random.default_rng, (seed, number, (*MASKS, GIVEN).index(kind)))
             mask = picture.mask if picture.mask is not None else draw_mask(kind, rng(), picture.image.shape[:2])
-            region = mask[..., 0] > 0.5
+            region = generated(mask)[..., 0]
             inside = insert(picture.image, donor, inset(region))
             whole = insert(picture.image, donor, region)
 

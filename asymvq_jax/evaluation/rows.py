@@ -25,6 +25,7 @@ from asymvq_jax.evaluation.metrics.distribution import (
 from asymvq_jax.evaluation.metrics.image import all_metrics
 from asymvq_jax.evaluation.pairs import Pair, list_latents, pair_latent, read_latent
 from asymvq_jax.files import images
+from asymvq_jax.files.masks import generated
 from asymvq_jax.inference.blend import composite
 from asymvq_jax.losses.lpips import LPIPS
 from asymvq_jax.models.autoencoder import Autoencoder
@@ -189,7 +190,7 @@ def _shown(rows: dict[str, np.ndarray], pair: Pair) -> dict[str, np.ndarray]:
     plain, ours = next(iter(rows.values())), rows["ours"]
     return {
         ORIGINAL: pair.image,
-        "masked": np.where(pair.mask > 0.5, np.uint8(127), pair.image),
+        "masked": np.where(generated(pair.mask), np.uint8(127), pair.image),
         next(iter(rows)): plain,
         "ours": ours,
         "plain, error x 4": images.error_map(plain, pair.image),
@@ -206,7 +207,7 @@ def edge_of(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
         image: (h, w, 3) uint8.
         mask: (h, w, 1), 1 = generate.
     """
-    inside = (mask[..., 0] > 0.5).astype(np.uint8)
+    inside = generated(mask)[..., 0].astype(np.uint8)
     rows, columns = np.nonzero(inside - cv2.erode(inside, np.ones((3, 3), np.uint8), borderValue=1))
     if not rows.size:
         return image
@@ -222,7 +223,7 @@ def edge_of(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 def hard_paste(image: np.ndarray, original: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The original where the mask is 0, `image` elsewhere."""
-    return np.where(mask > 0.5, image, original)
+    return np.where(generated(mask), image, original)
 
 
 def _lpips(lpips: LPIPS, image: np.ndarray, original: np.ndarray) -> float:

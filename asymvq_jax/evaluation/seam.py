@@ -26,6 +26,7 @@ from asymvq_jax.evaluation.metrics.seam import Contour
 from asymvq_jax.evaluation.protocols import Case
 from asymvq_jax.evaluation.rows import PLAIN, PLAIN_OURS, check_same_encoder, decode_ours, decode_plain, lpips_input
 from asymvq_jax.files import images
+from asymvq_jax.files.masks import generated
 from asymvq_jax.inference.blend import composite
 from asymvq_jax.inference.edges import rings
 from asymvq_jax.losses.lpips import LPIPS
@@ -133,7 +134,7 @@ def compose_rows(decoded: dict[str, np.ndarray], original: np.ndarray, mask: np.
     Returns:
         (h, w, 3) uint8 by the rows' names.
     """
-    original = np.where(mask > 0.5, np.uint8(0), original)
+    original = np.where(generated(mask), np.uint8(0), original)
     name, *others = decoded
     plain = decoded[name]
     rows = {name: plain, "paste": composite(plain, original, mask, "none")}
@@ -170,7 +171,7 @@ def match_colours(fill: np.ndarray, original: np.ndarray, mask: np.ndarray) -> n
     Returns:
         (h, w, 3) uint8; the fill where there is no edge.
     """
-    inner, outer = rings(mask[..., 0] > 0.5, RING)
+    inner, outer = rings(generated(mask)[..., 0], RING)
     if not inner.any():
         return fill
     lab, inside, outside = rgb2lab(fill), rgb2lab(fill[inner] / 255), rgb2lab(original[outer] / 255)
@@ -186,7 +187,7 @@ def judge(
     rows: dict[str, np.ndarray], truth: np.ndarray, mask: np.ndarray, lpips: LPIPS | None
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """The metrics of `COLUMNS` for each row, against what ought to be seen."""
-    contour, inside = Contour(truth, mask), mask[..., 0] > 0.5
+    contour, inside = Contour(truth, mask), generated(mask)[..., 0]
     wanted = None if lpips is None else _features(lpips, lpips_input(truth))
     for row, image in rows.items():
         steps, octaves = contour.steps(image).summary(), grain(image, truth, mask)

@@ -1,6 +1,7 @@
 """What a mask file means: one function decides, says how it has read it, and refuses what could mean two things.
 
-1 = generate, 0 = preserve.
+1 = generate, 0 = preserve. Masks are uint8, 0 or 1, or float32 where greys are kept; networks take them as float32.
+What has to decide by pixel asks `generated`, the one threshold; what blends begins above `HAZE`.
 """
 
 from __future__ import annotations
@@ -70,6 +71,11 @@ class Mask:
         if self.full:
             return f"warning: {name} is white everywhere: nothing of the picture is kept"
         return f"warning: mask {name} {self.doubt}" if self.doubt else ""
+
+
+def generated(mask: Array) -> Array:
+    """Where a mask of any type, numbers in [0, 1], says generate: bool, of its shape."""
+    return np.asarray(mask >= 0.5)
 
 
 def percent(mask: Array) -> str:
@@ -146,7 +152,7 @@ def understand(
     doubt = ""
     if not soft and _in_between(values) > 0.5:
         doubt = f"is neither black nor white in most places, and is cut at half brightness: expected {_HOW}"
-    values = values.astype(np.float32) if soft else (values >= 0.5).astype(np.uint8)
+    values = values.astype(np.float32) if soft else generated(values).astype(np.uint8)
     return Mask(values, f"{source}, inverted" if invert else source, doubt)
 
 

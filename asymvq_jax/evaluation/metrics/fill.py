@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 from skimage.color import deltaE_ciede2000, rgb2lab
 
+from asymvq_jax.files.masks import generated
 from asymvq_jax.inference.edges import rings
 
 # Standard deviation of the blur after which colours are a tone, px.
@@ -26,7 +27,7 @@ def fill_tone(image: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> float:
     Returns:
         NaN where nothing is masked.
     """
-    inside = mask[..., 0] > 0.5
+    inside = generated(mask)[..., 0]
     if not inside.any():
         return float("nan")
     tones = [rgb2lab(blur_within(x.astype(np.float32), inside, TONE)[inside] / 255) for x in (image, truth)]
@@ -44,7 +45,7 @@ def grain(image: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> float:
     Returns:
         0: as in the truth; 1: twice the variance; -1: half. NaN where there is no edge.
     """
-    inside = mask[..., 0] > 0.5
+    inside = generated(mask)[..., 0]
     inner, outer = rings(inside, RING)
     if not inner.any():
         return float("nan")

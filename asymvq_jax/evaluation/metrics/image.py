@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from skimage.metrics import structural_similarity
 
+from asymvq_jax.files.masks import generated
 from asymvq_jax.inference.edges import rings
 
 # Pixels on each side of the mask's edge that count for the boundary error: a band of 8 px.
@@ -64,7 +65,7 @@ def within_kept(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 def boundary_band(mask: np.ndarray, width: int = BOUNDARY) -> np.ndarray:
     """The pixels within `width` px of the mask's edge, on both sides of it: (h, w) bool."""
-    return np.asarray(np.logical_or(*rings(mask[..., 0] > 0.5, width)))
+    return np.asarray(np.logical_or(*rings(generated(mask)[..., 0], width)))
 
 
 def boundary_error(image: np.ndarray, original: np.ndarray, mask: np.ndarray) -> float:
@@ -89,7 +90,7 @@ def all_metrics(image: np.ndarray, original: np.ndarray, mask: np.ndarray) -> di
         original: (h, w, 3) uint8.
         mask: (h, w, 1), 1 = generate, 0 = preserve.
     """
-    masked = mask[..., 0] > 0.5
+    masked = generated(mask)[..., 0]
     similarity = ssim_map(image, original)
     return {
         "preservation_error": mean_squared_error(image, original, ~masked),

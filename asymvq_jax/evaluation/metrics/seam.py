@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from skimage.color import deltaE_ciede2000, rgb2lab
 
+from asymvq_jax.files.masks import generated
 from asymvq_jax.inference.edges import cells, ring_means, rings
 
 # The rings are the pixels within so many px of the contour; the cells' side, px.
@@ -62,7 +63,7 @@ class Contour:
             truth: (h, w, 3) uint8, what ought to be seen: the original, or what was put under the mask with it around.
             mask: (h, w, 1), 1 = generate, 0 = preserve; its contour is where it crosses 0.5.
         """
-        inside = mask[..., 0] > 0.5
+        inside = generated(mask)[..., 0]
         self._rings = rings(inside, RING)
         self._cell = cells(inside, CELL)
         lab = rgb2lab(truth)
