@@ -1,6 +1,6 @@
 """Films the page at work, as an animated WebP.
 
-    python docs/film_page.py --checkpoint runs/demo/asymmetric --plain runs/demo/first_stage --out docs/page.webp
+    python docs/film_page.py --checkpoint tiny --plain tiny-plain --out docs/page.webp
 
 Starts `asymvq page`, paints a mask on its first example in a headless Chromium, decodes, and looks at the results.
 Needs the demo's and the tests' packages: pip install -e '.[test]'.
