@@ -340,7 +340,7 @@ def test_skipped_files_are_named_with_the_reason(tmp_path, caplog, monkeypatch):
         i for i in range(len(source)) if Path(source.name(i)).name in ("empty.png", "picture00.png", "large.png")
     ]
     skipped.update(np.array([indices]), np.zeros(1, int))
-    assert re.search(r"empty\.png is skipped: is not a readable picture: no known format", caplog.text)
+    assert re.search(r"empty\.png is skipped: is not a readable picture: the file is empty", caplog.text)
     assert re.search(r"picture00\.png is skipped: is not a readable picture", caplog.text)
     assert re.search(r"large\.png is skipped: .*pixels", caplog.text)
     (tmp_path / "picture03.png").unlink()
