@@ -107,7 +107,7 @@ def test_version_names_what_computes(capsys):
         (["trian"], "did you mean train?"),
         (["generate", "tekst"], "did you mean text?"),
         (["train"], "error: --config is missing; see asymvq train --help"),
-        (["inpaint", "--image=a.png", "--mask=b.png"], "--checkpoint and --out are missing; see asymvq inpaint --help"),
+        (["inpaint", "--image=a.png", "--mask=b.png"], "error: --out is missing; see asymvq inpaint --help"),
         (["inpaint", "--imge=a.png"], "error: --imge is not an option; did you mean --image?"),
         (["export", "--checkpoint"], "error: --checkpoint: a value is missing; write --checkpoint=VALUE"),
         (["export", "a", "b.jax", "--batch=many"], "error: --batch='many': expected int"),

@@ -146,7 +146,7 @@ def test_rows_stand_side_by_side(models):
         )
         assert float(shown[row]["boundary error x 1e-3"]) == pytest.approx(1000 * metrics["boundary_error"], rel=1e-3)
         assert float(shown[row]["LPIPS"]) == pytest.approx(metrics["lpips"], rel=1e-3)
-    assert results.grid().shape[1] == 6 * 3 * 48 + 5 * 4
+    assert results.grid().shape[1] == 8 * 3 * 48 + 7 * 4
 
 
 def test_without_a_plain_autoencoder_the_row_says_so(models):
@@ -219,7 +219,7 @@ def test_command_line(tmp_path, models, capsys, monkeypatch):
     # One picture, three masks, five protocols, 17 rows, each with its numbers.
     assert len(numbers["seam_cases"]) == 3 * 5 * 17
     assert numbers["seam_cases"][0]["values"]["lpips"] > 0
-    assert images.read(tmp_path / "grid.png").shape[1] == 6 * 3 * 51 + 5 * 4
+    assert images.read(tmp_path / "grid.png").shape[1] == 8 * 3 * 51 + 7 * 4
     assert (tmp_path / "seam.png").is_file()
 
 
