@@ -1,6 +1,6 @@
 """Writes docs/reference/config.md, commands.md and errors.md from the code: python docs/write_reference.py.
 
-The pages are kept in the repository, where they can be read without a build; tests/test_docs.py compares them.
+The pages are kept in the repository, where they can be read without a build; tests/project/test_docs.py compares them.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import tyro
 
-# Experimental in tyro, so requirements.txt holds tyro to one minor version, and tests/test_config.py sees every kind.
+# Experimental in tyro, so requirements.txt holds tyro to one minor version, and tests/config/test_config.py sees
+# every kind.
 from tyro import _errors as events
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 

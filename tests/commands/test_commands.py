@@ -7,11 +7,11 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import jax
 import pytest
+from processes import ROOT
 
 import asymvq_jax
 from asymvq_jax import former
@@ -21,7 +21,6 @@ from asymvq_jax.config import Config, MaskConfig, Settings, load_config
 from asymvq_jax.config.command_line import names
 from asymvq_jax.errors import ConfigError, LostPeerError, NonFiniteError
 
-ROOT = Path(__file__).parents[1]
 TIMEOUT = 120
 # Everything that a user may ask help for.
 ASKED = [[name] for name in COMMANDS] + [

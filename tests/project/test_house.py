@@ -3,11 +3,10 @@
 import ast
 import functools
 import re
-from pathlib import Path
 
 import pytest
+from processes import ROOT
 
-ROOT = Path(__file__).parents[1]
 LONGEST_FILE, LONGEST_FUNCTION = 500, 80
 # The rooms of the package from the ground up. A room imports from its own floor and from those below.
 FLOORS = (

@@ -12,7 +12,8 @@ import typing
 
 import pytest
 import yaml
-from pages import PAGES, ROOT, Block, anchors, blocks, commands, inline_commands, links, tool
+from pages import PAGES, Block, anchors, blocks, commands, inline_commands, links, tool
+from processes import ROOT
 
 import asymvq_jax
 from asymvq_jax import __main__ as asymvq

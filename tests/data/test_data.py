@@ -459,7 +459,7 @@ if __name__ == "__main__":
     time.sleep(600)
 """
     (tmp_path / "program.py").write_text(program)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(["tests", *sys.path])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(["tests/data", *sys.path])}
     process = subprocess.Popen([sys.executable, tmp_path / "program.py"], stdout=subprocess.PIPE, env=environment)
     try:
         with process.stdout as printed:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import ROOT
 
 from asymvq_jax.config import (
     Config,
@@ -23,7 +24,7 @@ from asymvq_jax.config import (
 )
 from asymvq_jax.errors import ConfigError
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = ROOT / "configs"
 BASE = Config(run=RunConfig(init_from="somewhere"))
 
 

@@ -10,7 +10,7 @@ import sysconfig
 import zipfile
 
 import pytest
-from pages import ROOT
+from processes import ROOT
 
 import asymvq_jax
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
+from processes import ROOT
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from asymvq_jax.commands.evaluate import main
@@ -35,7 +36,6 @@ from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.checkpoints import save_model
 from asymvq_jax.models.parameters import merge, split
 
-ROOT = Path(__file__).parents[1]
 CONFIG = ModelConfig(encoder_channels=(32, 32, 32), decoder_channels=(32, 32, 32), encoder_blocks=1, decoder_blocks=1)
 
 

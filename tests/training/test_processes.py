@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from test_training import ROOT
+from processes import DEADLINE, ROOT
 
 from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 from asymvq_jax.devices import cluster
@@ -26,7 +26,6 @@ from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.checkpoints import load_parameters, save_model
 from asymvq_jax.training.loop import train
 
-DEADLINE = 300
 # Large enough that a step takes more space than a picture does.
 MODEL = ModelConfig(encoder_channels=(32, 32), decoder_channels=(32, 32), encoder_blocks=1, decoder_blocks=1)
 # Starts train.py, whose collectives listen on the host's own name otherwise; FILE_SIZE stands for a full disk.

@@ -12,7 +12,8 @@ import sys
 import kubernetes_validate
 import pytest
 import yaml
-from pages import ROOT, commands, tool
+from pages import commands, tool
+from processes import ROOT
 from test_docs import read_options
 
 from asymvq_jax.config import load_config

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
+from processes import DEADLINE
 from skimage.metrics import peak_signal_noise_ratio
 
 from asymvq_jax import inference
@@ -29,7 +30,6 @@ from asymvq_jax.models.checkpoints import load_model, save_model
 from asymvq_jax.models.parameters import merge, split
 
 CONFIG = ModelConfig(encoder_channels=(32, 32, 32), decoder_channels=(32, 32, 32), encoder_blocks=1, decoder_blocks=1)
-DEADLINE = 300
 # Starts the page, names whatever it connects to or looks up, and heeds an interrupt even as a job in the background.
 LAUNCHER = """
 import runpy, signal, sys

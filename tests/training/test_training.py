@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import nnx
+from processes import ROOT
 
 from asymvq_jax.commands import train as command
 from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
@@ -31,7 +32,6 @@ from asymvq_jax.training import loop
 from asymvq_jax.training.loop import Run, train
 from asymvq_jax.training.signals import told_to_stop
 
-ROOT = Path(__file__).parents[1]
 MODEL = ModelConfig(
     encoder_channels=(8, 8), decoder_channels=(8, 8), encoder_blocks=1, decoder_blocks=1, norm_groups=4,
     mid_attention=False,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from nbclient import NotebookClient
-from pages import ROOT
+from processes import ROOT
 
 from asymvq_jax import inference
 from asymvq_jax.config import ModelConfig

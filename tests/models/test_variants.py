@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, VQModel
 from oracles import nchw, nhwc, numpy_state, perturb_norms, relative_error
+from processes import ROOT
 from safetensors.numpy import load_file, save_file
 
 from asymvq_jax import inference
@@ -30,7 +31,7 @@ from asymvq_jax.models.parameters import merge, split
 from asymvq_jax.training.state import create_state, make_blueprint, starting_parameters
 from asymvq_jax.training.step import train_step
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = ROOT / "configs"
 WIDTHS = ("encoder_channels", "decoder_channels")
 TOLERANCE = 1e-4
 # The published first stages and autoencoders, a quarter of the width or less and fewer blocks.

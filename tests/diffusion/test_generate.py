@@ -27,9 +27,9 @@ from diffusers.pipelines.deprecated.paint_by_example import PaintByExamplePipeli
 from flax import nnx
 from oracles import asymmetric, nchw, nhwc, perturb_norms
 from PIL import Image
+from processes import DEADLINE
 from safetensors.numpy import load_file, save_file
 from test_diffusion import TEXTS, torch_image_encoder
-from test_processes import DEADLINE
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
