@@ -139,7 +139,7 @@ def _work(connection: Connection, contender: Contender) -> None:
             if task == "prepare":
                 run = contender.prepare(**contender.arguments)
                 fetch = run()
-                answer = time.perf_counter() - begin, _peak_memory(), np.asarray(fetch())
+                answer = time.perf_counter() - begin, peak_memory(), np.asarray(fetch())
             else:
                 start = time.perf_counter()
                 run()
@@ -150,7 +150,8 @@ def _work(connection: Connection, contender: Contender) -> None:
         connection.send(answer)
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
+    """Bytes: the most that this process has held, on the accelerator if there is one."""
     if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if (jax := sys.modules.get("jax")) and (stats := jax.devices()[0].memory_stats()):
@@ -198,12 +199,25 @@ def difference(results: Sequence[Result]) -> str:
 
 def machine() -> str:
     """The machine and the versions, in one line."""
+    named = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return f"{device_name()}, {len(os.sched_getaffinity(0))} cores; Python {platform.python_version()}, {named}"
+
+
+def device_name() -> str:
+    """JAX's first device; of a CPU the processor's name."""
     import jax
 
     device = jax.devices()[0]
-    kind = _processor() if device.platform == "cpu" else device.device_kind
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "flax", "torch", "diffusers"))
-    return f"{kind}, {len(os.sched_getaffinity(0))} cores; Python {platform.python_version()}, {versions}"
+    return _processor() if device.platform == "cpu" else str(device.device_kind)
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that both sides use, those that are installed."""
+    result = {}
+    for name in ("jax", "flax", "torch", "diffusers"):
+        with suppress(metadata.PackageNotFoundError):
+            result[name] = metadata.version(name)
+    return result
 
 
 def _processor() -> str:

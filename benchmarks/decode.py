@@ -14,11 +14,11 @@ from flax import nnx
 from asymvq_jax.commands.entry import command
 from asymvq_jax.config import ModelConfig, load_config
 from asymvq_jax.devices.compilation import keep_compiled_programs
-from asymvq_jax.models.autoencoder import structure
+from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.checkpoints import load_model
 from asymvq_jax.models.parameters import merge
 from asymvq_jax.plan.counting import matmul_flops
-from benchmarks import contest, peers, subjects
+from benchmarks import contest, subjects
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,9 @@ class Decode(contest.Options):
 
 def work(options: Decode) -> int:
     """Returns the exit code: 0, or 1 if a contender failed."""
+    # Here, so that the rest of this module works without PyTorch.
+    from benchmarks import peers
+
     config = load_config(options.config).model
     arrays = subjects.pictures(config, options.batch, options.size)
     with tempfile.TemporaryDirectory() as directory:
@@ -54,9 +57,13 @@ def work(options: Decode) -> int:
 
 
 def decode(model: str, arrays: dict[str, np.ndarray], *, dtype: str) -> contest.Run:
-    """Our decode of `arrays`."""
+    """Our decode of `arrays` with the weights in a checkpoint."""
     keep_compiled_programs()
-    autoencoder = load_model(model, dtype=dtype)
+    return decoding(load_model(model, dtype=dtype), arrays)
+
+
+def decoding(autoencoder: Autoencoder, arrays: dict[str, np.ndarray]) -> contest.Run:
+    """Our decode of `arrays`."""
     inputs = jax.device_put([arrays[name] for name in ("latent", "image", "mask")])
     step = nnx.jit(lambda autoencoder, *inputs: autoencoder.decode(*inputs))
 

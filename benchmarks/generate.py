@@ -26,10 +26,10 @@ from asymvq_jax.diffusion.sampling import denoise
 from asymvq_jax.diffusion.schedulers import SchedulerConfig, make_solver
 from asymvq_jax.diffusion.unet import UNet, UNetConfig
 from asymvq_jax.errors import UserError
-from asymvq_jax.models.autoencoder import in_dtype, structure
+from asymvq_jax.models.autoencoder import Autoencoder, in_dtype, structure
 from asymvq_jax.models.parameters import merge, split
 from asymvq_jax.plan.counting import matmul_flops
-from benchmarks import contest, peers
+from benchmarks import contest
 
 SCALE, TOKENS = ModelConfig().scaling_factor, 77
 GUIDANCE = 7.5
@@ -57,15 +57,13 @@ class Generate:
 
 def work(options: Generate) -> int:
     """Returns the exit code: 0, or 1 if a contender failed."""
+    # Here, so that the rest of this module works without PyTorch.
+    from benchmarks import peers
+
     config = UNetConfig()
     if options.size % (8 * config.downsampling) or options.size < 1:
         raise UserError(f"--size {options.size}: expected a multiple of {8 * config.downsampling}")
-    rng = np.random.default_rng(0)
-    side = options.size // 8
-    arrays = {
-        "noise": rng.normal(size=(options.batch, side, side, config.out_channels)).astype(np.float32),
-        "context": rng.normal(size=(options.batch, 2, TOKENS, config.context)).astype(np.float32),
-    }
+    arrays = inputs(config, options.batch, options.size)
     with tempfile.TemporaryDirectory() as directory:
         peers.random_stable_diffusion(directory)
         sampler = {"schedule": SCHEDULE, "guidance": GUIDANCE, "steps": options.steps}
@@ -80,12 +78,34 @@ def work(options: Generate) -> int:
     return int(any(result.failure for result in results))
 
 
+def inputs(config: UNetConfig, batch: int, size: int) -> dict[str, np.ndarray]:
+    """Noise (b, h / 8, w / 8, c), and random features (b, 2, n, d) of nothing and of a text."""
+    rng = np.random.default_rng(0)
+    return {
+        "noise": rng.normal(size=(batch, size // 8, size // 8, config.out_channels)).astype(np.float32),
+        "context": rng.normal(size=(batch, 2, TOKENS, config.context)).astype(np.float32),
+    }
+
+
 def generate(
     folder: str, arrays: dict[str, np.ndarray], *, schedule: dict, guidance: float, steps: int, dtype: str
 ) -> contest.Run:
-    """Our pictures, in [-1, 1]."""
+    """Our pictures, in [-1, 1], by the networks in a folder."""
     keep_compiled_programs()
     unet, autoencoder = read_unet(Path(folder) / "unet", dtype), in_dtype(read_model(Path(folder) / "vae"), dtype)
+    return generating(unet, autoencoder, arrays, schedule=schedule, guidance=guidance, steps=steps)
+
+
+def generating(
+    unet: UNet,
+    autoencoder: Autoencoder,
+    arrays: dict[str, np.ndarray],
+    *,
+    schedule: dict = SCHEDULE,
+    guidance: float = GUIDANCE,
+    steps: int,
+) -> contest.Run:
+    """Our pictures, in [-1, 1]."""
     solver = make_solver(SchedulerConfig(kind="dpm++", timestep_spacing="linspace", **schedule), steps)
     noise, context = jax.device_put((arrays["noise"], arrays["context"]))
 

@@ -44,7 +44,7 @@ def work(options: Input) -> None:
     """Measures, and prints a table."""
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder) / "files"
-        _write_files(files)
+        write_files(files)
         build(str(files), folder, "jpeg_files")
         sources = {
             "folder": DataConfig(source="folder", path=str(files), min_side=256, batch_size=16),
@@ -60,7 +60,8 @@ def work(options: Input) -> None:
                 print(f"| {name} | {workers} | {speed:.0f} | {per_core:.0f} |", flush=True)
 
 
-def _write_files(folder: Path) -> None:
+def write_files(folder: Path) -> None:
+    """JPEG files of ImageNet's usual size, made from the photographs that the packages ship."""
     photos = open_source(DataConfig(source="photos"), train=True)
     for i in range(FILES):
         picture = cv2.resize(photos.read(i % len(photos)), SIZE, interpolation=cv2.INTER_AREA)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.convert.convert import config_to_diffusers, convert
+from asymvq_jax.models.parameters import Params
 
 
 def pictures(config: ModelConfig, batch: int, size: int) -> dict[str, np.ndarray]:
@@ -23,9 +25,21 @@ def pictures(config: ModelConfig, batch: int, size: int) -> dict[str, np.ndarray
 
 def random_weights(config: ModelConfig, directory: Path) -> tuple[str, str]:
     """diffusers' own initialisation, as a model of ours and as a folder of diffusers'."""
+    ours, theirs = directory / "ours", their_weights(config, directory)
+    convert(theirs, ours)
+    return str(ours), theirs
+
+
+def their_weights(config: ModelConfig, directory: Path) -> str:
+    """diffusers' own initialisation, as a folder of diffusers'."""
     from diffusers import AsymmetricAutoencoderKL
 
-    ours, theirs = directory / "ours", directory / "theirs"
+    theirs = directory / "theirs"
     AsymmetricAutoencoderKL.from_config(config_to_diffusers(config)).save_pretrained(theirs)
-    convert(theirs, ours)
-    return str(ours), str(theirs)
+    return str(theirs)
+
+
+def random_values(shapes: Params) -> Params:
+    """Small random numbers for parameters of these shapes, made on the device, for models that are only timed."""
+    key = jax.random.key(0)
+    return {name: (0.02 * jax.random.normal(key, x.shape)).astype(x.dtype) for name, x in shapes.items()}

@@ -17,11 +17,11 @@ from asymvq_jax.devices.compilation import keep_compiled_programs
 from asymvq_jax.files import images
 from asymvq_jax.losses.lpips import load_lpips
 from asymvq_jax.models.checkpoints import load_parameters
-from asymvq_jax.models.parameters import split
+from asymvq_jax.models.parameters import Params, split
 from asymvq_jax.plan.counting import matmul_flops
 from asymvq_jax.training.state import abstract_state, create_state, make_blueprint
 from asymvq_jax.training.step import compiled_step
-from benchmarks import contest, peers, subjects
+from benchmarks import contest, subjects
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,9 @@ class TrainStep(contest.Options):
 
 def work(options: TrainStep) -> int:
     """Returns the exit code: 0, or 1 if a contender failed."""
+    # Here, so that the rest of this module works without PyTorch.
+    from benchmarks import peers
+
     config = load_config(options.config, [f"--model.dtype={options.dtype}"])
     arrays = subjects.pictures(config.model, options.batch, options.size)
     with tempfile.TemporaryDirectory() as directory:
@@ -46,7 +49,7 @@ def work(options: TrainStep) -> int:
         }
         shared = {"folder": theirs, "arrays": arrays, "dtype": options.dtype}
         results = contest.hold(
-            [contest.Contender("ours", train, {"model": ours, "arrays": arrays, "config": config})]
+            [contest.Contender("ours", start, {"model": ours, "arrays": arrays, "config": config})]
             + [contest.Contender(name, peers.train, shared | way) for name, way in ways.items()],
             options.rounds,
         )
@@ -54,16 +57,21 @@ def work(options: TrainStep) -> int:
     print(contest.machine())
     losses = ", ".join(f"{r.output[0]:.6g} ({r.name})" for r in results if r.output is not None)
     print(f"first reconstruction loss, each with its own noise in the latent: {losses}\n")
-    print(contest.table(results, options.batch, _flops(config, arrays)))
+    print(contest.table(results, options.batch, flops(config, arrays)))
     return int(any(result.failure for result in results))
 
 
-def train(model: str, arrays: dict[str, np.ndarray], config: Config) -> contest.Run:
-    """Our training steps, the discriminator taking part; the result is the first reconstruction loss."""
+def start(model: str, arrays: dict[str, np.ndarray], config: Config) -> contest.Run:
+    """Our training steps from the weights in a checkpoint."""
     keep_compiled_programs()
+    return training(config, arrays, load_parameters(model)[1])
+
+
+def training(config: Config, arrays: dict[str, np.ndarray], initial: Params | None = None) -> contest.Run:
+    """Our training steps, the discriminator taking part; the result is the first reconstruction loss."""
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     blueprint = make_blueprint(config)
-    state = create_state(blueprint, mesh, load_parameters(model)[1])
+    state = create_state(blueprint, mesh, initial)
     _, perceptual = split(load_lpips("vgg16"))
     perceptual, batch = jax.device_put((perceptual, _batch(arrays)), sharding.replicated(mesh))
     step = compiled_step(blueprint, state, mesh)
@@ -83,7 +91,7 @@ def _batch(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"image": images.to_uint8(arrays["image"]), "mask": arrays["mask"].astype(np.uint8)}
 
 
-def _flops(config: Config, arrays: dict[str, np.ndarray]) -> float:
+def flops(config: Config, arrays: dict[str, np.ndarray]) -> float:
     """Of our step, which runs every network once."""
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     blueprint = make_blueprint(config)

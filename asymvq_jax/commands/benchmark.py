@@ -16,6 +16,7 @@ usage: asymvq benchmark NAME [OPTIONS]
 Benchmarks of this package, most of them beside PyTorch. They lie in a clone of the repository, not in the package, and
 need its test requirements: pip install -e '.[test]'.
 
+  everything      all that a new accelerator is asked, in a given time: --minutes 9 --out DIR
   decode          the decode, beside diffusers'
   train_step      the training step, beside PyTorch's
   generate        Stable Diffusion's denoising loop, beside diffusers'
@@ -27,12 +28,16 @@ need its test requirements: pip install -e '.[test]'.
 
 asymvq benchmark NAME --help lists the options.
 """
-NAMES = ("decode", "train_step", "generate", "input", "large_pictures", "start_up", "reproduction", "embed")
+NAMES = (
+    "everything", "decode", "train_step", "generate", "input", "large_pictures", "start_up", "reproduction", "embed",
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["--everything"]:
+        words[0] = "everything"
     root = Path(__file__).parents[2]
     if words[:1] not in ([], ["-h"], ["--help"]) and not (root / "benchmarks" / "contest.py").is_file():
         print("error: the benchmarks lie in a clone of the repository, not in the installed package", file=sys.stderr)

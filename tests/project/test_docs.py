@@ -102,8 +102,8 @@ def test_commands_can_be_read(block, monkeypatch, capsys):
 def check_benchmark(words):
     """As `read_options`, from the source: importing a benchmark takes as long as importing PyTorch and diffusers."""
     assert words[1] in benchmark.NAMES
-    files = [ROOT / "benchmarks" / f"{name}.py" for name in (words[1], "contest")]
-    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    files = [ROOT / "benchmarks" / name for name in (f"{words[1]}.py", f"{words[1]}/command.py", "contest.py")]
+    nodes = [node for file in files if file.is_file() for node in ast.walk(ast.parse(file.read_text()))]
     fields = {node.target.id for node in nodes if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
     fields |= set(flatten(load_config("demo")))
     options = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
