@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from asymvq_jax.errors import UserError as UserError
     from asymvq_jax.inference import InpaintResult as InpaintResult
     from asymvq_jax.inference import decode as decode
+    from asymvq_jax.inference import denormalize_latent as denormalize_latent
     from asymvq_jax.inference import encode as encode
     from asymvq_jax.inference import inpaint as inpaint
+    from asymvq_jax.inference import normalize_latent as normalize_latent
     from asymvq_jax.models.autoencoder import Autoencoder as Autoencoder
     from asymvq_jax.models.checkpoints import save_model as save_model
     from asymvq_jax.training.loop import train as train
@@ -53,10 +55,12 @@ _HOMES = {
     "RunConfig": ("config", "RunConfig"),
     "UserError": ("errors", "UserError"),
     "decode": ("inference", "decode"),
+    "denormalize_latent": ("inference", "denormalize_latent"),
     "encode": ("inference", "encode"),
     "inpaint": ("inference", "inpaint"),
     "load_config": ("config", "load_config"),
     "load_model": ("convert.convert", "read_model"),
+    "normalize_latent": ("inference", "normalize_latent"),
     "save_model": ("models.checkpoints", "save_model"),
     "train": ("training.loop", "train"),
 }

@@ -12,7 +12,7 @@ import numpy as np
 
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.convert.diffusers import WEIGHTS, config_to_diffusers, diffusers_to_config
-from asymvq_jax.convert.mapping import Format, dump_each, weights
+from asymvq_jax.convert.mapping import BATCHES, Format, dump_each, weights
 from asymvq_jax.convert.reading import as_told, read_model
 from asymvq_jax.convert.reading import describe as describe_source
 from asymvq_jax.convert.sources import in_bucket
@@ -39,8 +39,9 @@ def convert(
 
     Args:
         source: a JAX checkpoint (a run, a step, or what this function wrote); a diffusers folder of
-            AsymmetricAutoencoderKL, AutoencoderKL or VQModel, or a pipeline with one in vae/ or vqvae/; or a file of
-            weights, safetensors or PyTorch's, that holds such an autoencoder, alone or in a whole diffusion model.
+            AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLWan (2.1), AutoencoderKLQwenImage
+            or VQModel, or a pipeline with one in vae/ or vqvae/; or a file of weights, safetensors or PyTorch's, that
+            holds an autoencoder like these, alone or in a whole diffusion model.
         target: a directory for jax and diffusers; for ldm a .safetensors or .ckpt file. It must not exist.
         to: the form to write.
         scaling_factor: where the source does not say it.
@@ -74,6 +75,9 @@ def _check(config: ModelConfig, target: Path, to: Target) -> None:
     """Raises UserError where the target's form cannot hold the model, or its disk has no room for it."""
     if to == "diffusers":
         config_to_diffusers(config)
+    if to == "ldm" and (config.encoder_layers != "sd" or config.latent_mean):
+        what = f"model.encoder_layers={config.encoder_layers}" if config.encoder_layers != "sd" else "model.latent_mean"
+        raise ConvertError(f"--to ldm: there is no original form of a model with {what}; choose jax or diffusers")
     needed = 4 * sum(math.prod(weight.shape) for weight in weights(config, "diffusers"))
     # JAX checkpoints are compressed, trained weights by a tenth.
     check_space(target, needed // 2 if to == "jax" else needed)
@@ -86,21 +90,22 @@ def _write_original(model: Autoencoder, path: Path) -> None:
         "scaling_factor": config.scaling_factor,
         "shift_factor": config.shift_factor,
         "norm_groups": config.norm_groups,
+        **({"batch_norm_epsilon": config.batch_norm_epsilon} if config.batch_norm_epsilon else {}),
     }
-    write_tensors(path, dump_each(model, "ldm"), _shapes(config, "ldm"), **beside)
+    write_tensors(path, dump_each(model, "ldm"), _shapes(config, "ldm"), (BATCHES,), **beside)
 
 
 def _write_diffusers(model: Autoencoder, folder: Path) -> None:
     config = config_to_diffusers(model.config)
     shapes, tensors = _shapes(model.config, "diffusers"), dump_each(model, "diffusers")
-    if not model.config.quant_conv and config["_class_name"] != "AutoencoderKL":
+    if not model.config.quant_conv and "use_quant_conv" not in config:
         log.info("diffusers' %s has 1x1 convolutions around the latent: identities are written", config["_class_name"])
         identities = _identities(model.config)
         shapes |= {name: x.shape for name, x in identities.items()}
         tensors = (pair for pairs in (tensors, identities.items()) for pair in pairs)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    write_tensors(folder / f"{WEIGHTS}.safetensors", tensors, shapes)
+    write_tensors(folder / f"{WEIGHTS}.safetensors", tensors, shapes, (BATCHES,))
 
 
 def _shapes(config: ModelConfig, form: Format) -> dict[str, tuple[int, ...]]:

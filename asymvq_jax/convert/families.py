@@ -41,6 +41,14 @@ KINDS = (
     Kind(r"(^|\.)(conv_first|RRDB_trunk|body\.\d+\.rdb1)\.", "it is an upscaler of ESRGAN's kind"),
     Kind(r"^(exp_avg|state\.\d+\.exp_avg|optimizer)", "it is an optimizer's state"),
 )
+DC = Kind(
+    r"\.conv_(inverted|depth|point)\.",
+    "is a deep compression autoencoder (AutoencoderDC), which has other layers and is not supported",
+)
+VIDEO = Kind(
+    r"\.(time_stack|time_mix_conv|time_mixer|temporal_res_block)\b|\.conv_in\.conv\.weight$|_temporal",
+    "is a video model's autoencoder, which has layers over time and is not supported",
+)
 # Autoencoders that are not ours, by a name within them.
 AUTOENCODERS = (
     Kind(
@@ -49,9 +57,12 @@ AUTOENCODERS = (
         "codebook is quantize.embedding are",
     ),
     Kind(
-        r"\.(time_stack|time_mix_conv|time_mixer|temporal_res_block)\b|\.conv_in\.conv\.weight$|_temporal",
-        "is a video model's autoencoder, which has layers over time and is not supported",
+        r"^(encoder\.(conv1|downsamples)|decoder\.(conv1|upsamples)|(encoder|decoder)\..*\.resample\.1)\.",
+        "is Wan's or Qwen-Image's autoencoder without its config.json, which says how latents are normalised: name the "
+        "diffusers folder of AutoencoderKLWan or AutoencoderKLQwenImage",
     ),
+    DC,
+    VIDEO,
     Kind(
         r"\.(absmax|quant_map|weight_scale|scale_weight|qweight)$", "has quantised weights: get it in float16 or more"
     ),
@@ -82,7 +93,7 @@ def name_autoencoder(tensors: Mapping[str, StoredTensor]) -> str:
         if any(re.search(kind.sign, name) for name in tensors):
             return kind.what
     if any(x.ndim == 5 for n, x in tensors.items() if re.match(r"(.*\.)?(encoder|decoder)\.", n)):
-        return AUTOENCODERS[1].what
+        return VIDEO.what
     latent, codes = tensors.get("decoder.conv_in.weight"), tensors.get("quantize.embedding.weight")
     for name, inside in (
         ("quantize.embedding.weight", codes),

@@ -8,17 +8,23 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from asymvq_jax.convert.families import name_autoencoder, name_weights
-from asymvq_jax.convert.mapping import Format
+from asymvq_jax.convert.mapping import BATCHES, Format
 from asymvq_jax.errors import ConvertError
-from asymvq_jax.files.stored import Table
+from asymvq_jax.files.stored import StoredTensor, Table
 from asymvq_jax.files.weights import Weights
 
 log = logging.getLogger(__name__)
 
 # Both ends of an autoencoder, whose names are the same in all forms.
 ENDS = ("encoder.conv_in.weight", "decoder.conv_in.weight")
-PARTS = ("encoder", "decoder", "quant_conv", "post_quant_conv", "quantize")
+PARTS = ("encoder", "decoder", "quant_conv", "post_quant_conv", "quantize", "bn")
+# FLUX.2's original has these within its halves.
+INNER = {"encoder.quant_conv.": "quant_conv.", "decoder.post_quant_conv.": "post_quant_conv."}
+# FLUX.2's normalisation of the latent.
+MEAN = "bn.running_mean"
 # In an original checkpoint, but no part of the autoencoder's function.
 UNUSED = ("decoder.up_layers.",)
 # What an attention's layers are called, by their name in the original and in diffusers.
@@ -41,8 +47,12 @@ class Found:
     rest: Table
 
 
-def find_autoencoder(weights: Weights) -> Found:
+def find_autoencoder(weights: Weights, *, video: bool = False) -> Found:
     """Finds the one autoencoder that a file or folder holds, alone or as a part of something larger.
+
+    Args:
+        weights: the file or folder.
+        video: a configuration beside it says that it is a video model's, of a kind that is supported.
 
     Raises:
         ConvertError: it holds no autoencoder, or one that is not supported; the message says what it holds.
@@ -63,7 +73,10 @@ def find_autoencoder(weights: Weights) -> Found:
             tensors[_spelled(bare, form)] = tensor
         else:
             rest[name] = tensor
-    if other := name_autoencoder(tensors):
+    if MEAN in tensors:
+        # Some programs leave out how many batches there were, on which nothing depends.
+        tensors.setdefault(BATCHES, StoredTensor((), "int64", lambda: np.zeros((), np.int64)))
+    if not video and (other := name_autoencoder(tensors)):
         raise ConvertError(f"{weights.path} {other}")
     return Found(form, tensors, rest)
 
@@ -98,6 +111,8 @@ def find_prefix(weights: Weights, ends: Sequence[str], known: tuple[str, ...]) -
 
 def _spelled(name: str, form: Format) -> str:
     """The name as the mapping table has it."""
+    for beginning, ours in INNER.items():
+        name = ours + name.removeprefix(beginning) if name.startswith(beginning) else name
     match = re.fullmatch(r"(.*\.(?:attn_1|attn\.\d+|attentions\.\d+)\.)(.+)(\.(?:weight|bias))", name)
     if match and match[2] in SPELLINGS:
         return match[1] + SPELLINGS[match[2]][form == "diffusers"] + match[3]

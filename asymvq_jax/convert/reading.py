@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.convert.diffusers import KINDS, WEIGHTS, diffusers_to_config
 from asymvq_jax.convert.families import family_of
-from asymvq_jax.convert.finding import Found, find_autoencoder, groups
+from asymvq_jax.convert.finding import MEAN, Found, find_autoencoder, groups
 from asymvq_jax.convert.mapping import Format, Weight, from_torch, weights
 from asymvq_jax.convert.scaling import scale_of
 from asymvq_jax.convert.sources import in_bucket, locate
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 # In a folder's file, but no part of the model; anything else there that does not fit is an error.
 HARMLESS = ("loss.", "model_ema.", "decoder.up_layers.")
+# A constant in the code of FLUX.2, whose files therefore do not say it.
+FLUX2_EPSILON = 1e-4
 
 
 @dataclass(frozen=True)
@@ -144,10 +146,10 @@ def _describe_folder(folder: Path, told: Mapping[str, float], opened: Weights | 
     stored = read_json(file)
     config = diffusers_to_config(stored, file)
     if told:
-        if stored.get("scaling_factor") is None:
+        if stored.get("scaling_factor") is None and not (config.latent_mean or config.batch_norm_epsilon):
             config = _rescaled(config, **told)
         _check_told(folder, told, config)
-    found = find_autoencoder(opened or open_folder(folder, WEIGHTS))
+    found = find_autoencoder(opened or open_folder(folder, WEIGHTS), video=config.encoder_layers != "sd")
     unexpected = {n: x for n, x in found.rest.items() if not n.startswith(HARMLESS)} if opened is None else {}
     log.info("%s: diffusers' %s", folder, stored["_class_name"])
     return _described(config, found, folder, unexpected)
@@ -177,8 +179,14 @@ def describe_weights(opened: Weights, told: Mapping[str, float]) -> Described:
 def describe_found(found: Found, opened: Weights, told: Mapping[str, float]) -> Described:
     """As `describe_weights`, of what `find_autoencoder` has found in it."""
     config = sizes(found, opened)
-    scale = scale_of(opened, found.rest, config.latent_channels, bool(config.codebook_size), told)
-    config = _rescaled(config, scaling_factor=scale.scaling, shift_factor=scale.shift)
+    if not config.batch_norm_epsilon:
+        scale = scale_of(opened, found.rest, config.latent_channels, bool(config.codebook_size), told)
+        config = _rescaled(config, scaling_factor=scale.scaling, shift_factor=scale.shift)
+    elif told:
+        raise ConvertError(
+            f"{opened.path}: its latents are normalised by statistics among its weights; leave out "
+            f"{' and '.join('--' + name.replace('_', '-') for name in told)}"
+        )
     log.info(
         "%s: an autoencoder under %s names%s",
         opened.path,
@@ -220,10 +228,14 @@ def sizes(found: Found, opened: Weights) -> ModelConfig:
     middle = "mid_block.attentions.0" if found.form == "diffusers" else "mid.attn_1"
     branch = "decoder.condition_encoder." if found.form == "diffusers" else "decoder.encoder."
     groups = opened.metadata.get("norm_groups", "")
+    epsilon, patch = _statistics(found, opened)
     codes = tensors.get("quantize.embedding.weight")
     return ModelConfig(
         image_channels=tensors["encoder.conv_in.weight"].shape[1],
         latent_channels=tensors["decoder.conv_in.weight"].shape[1],
+        scaling_factor=1.0 if epsilon else ModelConfig().scaling_factor,
+        latent_patch=patch,
+        batch_norm_epsilon=epsilon,
         encoder_channels=encoder,
         decoder_channels=decoder[::-1] if found.form == "diffusers" else decoder,
         encoder_blocks=blocks(f"encoder.{down}"),
@@ -237,6 +249,21 @@ def sizes(found: Found, opened: Weights) -> ModelConfig:
         condition=any(name.startswith(branch) for name in tensors),
         norm_groups=int(groups) if groups.isdigit() else ModelConfig().norm_groups,
     )
+
+
+def _statistics(found: Found, opened: Weights) -> tuple[float, int]:
+    """Epsilon of the statistics that normalise the latent (0 without any), and the side of the patches that they are
+    of."""
+    mean, latent = found.tensors.get(MEAN), found.tensors["decoder.conv_in.weight"].shape[1]
+    if mean is None:
+        return 0.0, 1
+    patch = math.isqrt(mean.size // latent)
+    if patch**2 * latent != mean.size:
+        raise ConvertError(f"{opened.path}: {MEAN} has {mean.size} channels; expected a square times {latent}")
+    try:
+        return float(opened.metadata.get("batch_norm_epsilon", FLUX2_EPSILON)), patch
+    except ValueError:
+        raise ConvertError(f"{opened.path}: batch_norm_epsilon in its metadata is not a number") from None
 
 
 def _rescaled(config: ModelConfig, **scale: float) -> ModelConfig:

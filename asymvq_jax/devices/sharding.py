@@ -81,14 +81,14 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
 def parameter_spec(shape: Sequence[int], mesh: Mesh | AbstractMesh, itemsize: int = 4) -> PartitionSpec:
     """The rule for one array: output channels over tensor, the wider of the other channel axes over fsdp.
 
-    Kernels are (height, width, in, out); anything of another rank, and anything small, is replicated, and on a height
-    mesh everything.
+    Kernels are (height, width, in, out), some with time before; anything of another rank, and anything small, is
+    replicated, and on a height mesh everything.
     """
-    if HEIGHT in mesh.shape or len(shape) != 4 or math.prod(shape) * itemsize < MIN_SHARDED_BYTES:
+    if HEIGHT in mesh.shape or len(shape) not in (4, 5) or math.prod(shape) * itemsize < MIN_SHARDED_BYTES:
         return PartitionSpec()
-    inputs = "fsdp" if shape[2] % mesh.shape["fsdp"] == 0 else None
-    outputs = "tensor" if shape[3] % mesh.shape["tensor"] == 0 else None
-    return PartitionSpec(None, None, inputs, outputs)
+    inputs = "fsdp" if shape[-2] % mesh.shape["fsdp"] == 0 else None
+    outputs = "tensor" if shape[-1] % mesh.shape["tensor"] == 0 else None
+    return PartitionSpec(*[None] * (len(shape) - 2), inputs, outputs)
 
 
 def state_sharding(state: Any, mesh: Mesh) -> Any:

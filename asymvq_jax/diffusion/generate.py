@@ -122,7 +122,8 @@ def _read_decoder(own: ModelConfig, options: Generate) -> Autoencoder | None:
     decoder = read_model(options.checkpoint, told, dtype=options.dtype)
     if isinstance(options, Painting) and options.keep == "model":
         inference.check_condition(decoder.config, f"--checkpoint {options.checkpoint}")
-    fields = ("latent_channels", "downsampling", "scaling_factor", "shift_factor")
+    fields = ("latent_channels", "downsampling", "scaling_factor", "shift_factor", "latent_mean", "latent_std",
+              "latent_patch", "batch_norm_epsilon")  # fmt: skip
     theirs = [f"{n}={getattr(decoder.config, n)} (the pipeline's: {getattr(own, n)})" for n in fields
               if getattr(decoder.config, n) != getattr(own, n)]  # fmt: skip
     if theirs:

@@ -237,7 +237,7 @@ def decode_float(
     mesh: Mesh | None = None,
 ) -> np.ndarray:
     """As `decode`, from and to floats in [-1, 1] (the result is not clipped); `mask` is float32."""
-    z = latent / model.config.scaling_factor + model.config.shift_factor
+    z = inference.denormalize_latent(model, latent)
     return np.asarray(inference.decode(model, z, pixels, mask, size=size, mesh=mesh))
 
 
@@ -305,7 +305,7 @@ def _masked_latent(
     masked = inference.pad(images.to_float(image), multiple) * (1 - region)
     # Any masked pixel counts, so that a spot between the samples is painted too.
     small = reduce_mask(region, (region.shape[1] // config.downsampling, region.shape[2] // config.downsampling))
-    latent = (inference.encode(pipeline.autoencoder, masked, mesh=mesh) - config.shift_factor) * config.scaling_factor
+    latent = inference.normalize_latent(pipeline.autoencoder, inference.encode(pipeline.autoencoder, masked, mesh=mesh))
     return latent, jnp.asarray(small)
 
 

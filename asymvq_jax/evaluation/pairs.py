@@ -139,7 +139,7 @@ def pair_latent(model: Autoencoder, pair: Pair) -> jax.Array | Array:
     try:
         reading = inference.understand(
             pair.latent, model.config, pair.image.shape[:2], own=lambda: inference.encode(model, pixels),
-            mask=pair.mask, scaled=pair.latent_scaled,
+            mask=pair.mask, scaled=pair.latent_scaled, norm=model.normalization(),
         )  # fmt: skip
     except InputError as error:
         raise EvaluationError(f"the latent beside {pair.name}: {error}") from None

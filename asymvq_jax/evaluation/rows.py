@@ -316,7 +316,9 @@ def evaluate_text(
         for row, decoder in models.items():
             size = _latent_size(stored.values, decoder.config)
             try:
-                latent = inference.read_latent(stored.values, decoder.config, size, scaled=told is not False)
+                latent = inference.read_latent(
+                    stored.values, decoder.config, size, scaled=told is not False, norm=decoder.normalization()
+                )
             except inference.InputError as error:
                 raise EvaluationError(f"{path}: {error}") from None
             extractors[row].add(images.to_uint8(inference.decode(decoder, latent)[0]))
@@ -330,8 +332,10 @@ def evaluate_text(
 def _latent_size(array: np.ndarray, config: ModelConfig) -> tuple[int, int]:
     """Height and width of the picture that a latent of either layout stands for; any other shape is refused later."""
     shape = array.shape[-3:] if array.ndim > 2 else (1, 1, 1)
-    sides = shape[1:] if shape[0] == config.latent_channels else shape[:2]
-    return sides[0] * config.downsampling, sides[-1] * config.downsampling
+    patched = config.latent_channels * config.latent_patch**2
+    sides = shape[1:] if shape[0] in (config.latent_channels, patched) else shape[:2]
+    pixels = config.downsampling * (config.latent_patch if patched in shape else 1)
+    return sides[0] * pixels, sides[-1] * pixels
 
 
 def text_table(rows: dict[str, tuple[float, float]]) -> str:

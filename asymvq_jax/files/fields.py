@@ -19,6 +19,8 @@ NUMBER = Type("a number", lambda value: type(value) in (int, float) and math.isf
 SWITCH = Type("true or false", lambda value: type(value) is bool)
 TEXT = Type("a text", lambda value: type(value) is str)
 COUNTS = Type("a list of whole numbers", lambda value: _list(value) and all(COUNT.holds(each) for each in value))
+NUMBERS = Type("a list of numbers", lambda value: _list(value) and all(NUMBER.holds(each) for each in value))
+SWITCHES = Type("a list of true and false", lambda value: _list(value) and all(SWITCH.holds(each) for each in value))
 TEXTS = Type("a list of texts", lambda value: _list(value) and all(TEXT.holds(each) for each in value))
 ONE_OR_MORE = Type("a whole number or a list of them", lambda value: COUNT.holds(value) or COUNTS.holds(value))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,25 +94,32 @@ def _damaged(path: Path, reason: str) -> TensorFileError:
     return TensorFileError(f"{path} is not a safetensors file, or a damaged one: {reason}")
 
 
-def write(path: Path, tensors: Iterable[tuple[str, np.ndarray]], shapes: Mapping[str, tuple[int, ...]], **metadata: str
-          ) -> None:  # fmt: skip
+def write(
+    path: Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    shapes: Mapping[str, tuple[int, ...]],
+    integers: Collection[str] = (),
+    **metadata: str,
+) -> None:
     """Writes float32 tensors, one at a time.
 
     Args:
         path: the file.
         tensors: names and values, in the order of `shapes`.
         shapes: of all of them.
+        integers: names of those to write as int64.
         metadata: strings for other programs, and for us.
     """
     head: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name, shape in shapes.items():
-        begin, end = end, end + 4 * math.prod(shape)
-        head[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+        kind, size = ("I64", 8) if name in integers else ("F32", 4)
+        begin, end = end, end + size * math.prod(shape)
+        head[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(head, separators=(",", ":")).encode()
     # The data begin at a multiple of eight bytes.
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, value in tensors:
-            file.write(np.ascontiguousarray(value, "<f4").data)
+        for name, value in tensors:
+            file.write(np.ascontiguousarray(value, "<i8" if name in integers else "<f4").data)

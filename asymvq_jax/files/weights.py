@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,6 +153,7 @@ def write_tensors(
     path: Path,
     tensors: Iterable[tuple[str, np.ndarray]],
     shapes: Mapping[str, tuple[int, ...]],
+    integers: Collection[str] = (),
     **beside: float,
 ) -> None:
     """Writes float32 tensors one at a time, to a .safetensors file, or a .ckpt as torch.save({"state_dict": ...}).
@@ -161,10 +162,11 @@ def write_tensors(
         path: the file.
         tensors: names and values, in the order of `shapes`.
         shapes: of all of them.
+        integers: names of those that a .safetensors file holds as int64.
         beside: numbers for the file's metadata, or beside the state_dict.
     """
     if path.suffix == ".safetensors":
-        safe_tensors.write(path, tensors, shapes, **{name: repr(value) for name, value in beside.items()})
+        safe_tensors.write(path, tensors, shapes, integers, **{name: repr(value) for name, value in beside.items()})
     else:
         pickles.write(path, tensors, shapes, **beside)
 

@@ -3,7 +3,7 @@
 from asymvq_jax.errors import InputError
 from asymvq_jax.inference.blend import composite
 from asymvq_jax.inference.inpainting import InpaintResult, check_mask, compose, inpaint, inpaint_picture, paste
-from asymvq_jax.inference.latents import read_latent, understand
+from asymvq_jax.inference.latents import denormalize_latent, normalize_latent, read_latent, understand
 from asymvq_jax.inference.whole import check_condition, decode, encode, pad, place
 
 # Its name in release 0.1.
@@ -18,9 +18,11 @@ __all__ = [
     "compose",
     "composite",
     "decode",
+    "denormalize_latent",
     "encode",
     "inpaint",
     "inpaint_picture",
+    "normalize_latent",
     "pad",
     "paste",
     "place",

@@ -111,7 +111,7 @@ def inpaint_picture(
     else:
         reading = understand(
             np.asarray(latent), model.config, picture.size, own=lambda: encode(model, pixels), mask=mask,
-            layout=layout, scaled=scaled,
+            layout=layout, scaled=scaled, norm=model.normalization(),
         )  # fmt: skip
         z = reading.latent
     seen = (pixels, mask[None]) if model.config.condition else (None, None)

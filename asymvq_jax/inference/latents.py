@@ -1,4 +1,4 @@
-"""A latent's layout and scale: given by the user, or found by comparing it with the picture's own."""
+"""A latent's layout and scale: given by the user, or found by comparing it with the picture's own; and both scales."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import numpy.typing as npt
 
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.errors import InputError
+from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.latent import Normalization, normalization
 
 Array = npt.NDArray[np.floating]
 Layout = Literal["channels-first", "channels-last"]
@@ -52,10 +54,49 @@ class Reading:
         return f"latent: {self.layout.replace('-', ' ')}, {scale} ({self.reason})"
 
 
-def shapes(config: ModelConfig, size: tuple[int, int]) -> dict[Layout, tuple[int, int, int]]:
-    """The shapes that a latent of a picture of this height and width can have."""
-    height, width = (-(-side // config.downsampling) for side in size)
-    channels = config.latent_channels
+def normalize_latent(model: Autoencoder, latent: jax.Array | Array) -> jax.Array:
+    """A latent as the model's diffusion model sees it.
+
+    Args:
+        model: the autoencoder.
+        latent: (b, h, w, c), as `encode` gives it.
+
+    Returns:
+        (b, h / p, w / p, c * p**2), p being `model.config.latent_patch` (1 but for FLUX.2): scaled and shifted, or
+        normalised by channel, as the model's configuration and weights say.
+
+    Raises:
+        InputError: h or w is not a multiple of p, or c is another number than the model's.
+    """
+    return model.normalization().apply(_checked(latent, model.config.latent_channels))
+
+
+def denormalize_latent(model: Autoencoder, latent: jax.Array | Array) -> jax.Array:
+    """The inverse of `normalize_latent`: a diffusion model's latent as `decode` takes it.
+
+    Args:
+        model: the autoencoder.
+        latent: (b, h / p, w / p, c * p**2), as `normalize_latent` gives it.
+
+    Returns:
+        (b, h, w, c).
+
+    Raises:
+        InputError: it has another number of channels.
+    """
+    return model.normalization().remove(_checked(latent, model.config.latent_channels * model.config.latent_patch**2))
+
+
+def _checked(latent: jax.Array | Array, channels: int) -> jax.Array:
+    if latent.ndim != 4 or latent.shape[-1] != channels:
+        raise InputError(f"the latent has shape {latent.shape}: expected (batch, height, width, {channels})")
+    return jnp.asarray(latent)
+
+
+def shapes(config: ModelConfig, size: tuple[int, int], *, patch: int = 1) -> dict[Layout, tuple[int, int, int]]:
+    """The shapes that a latent of a picture of this height and width can have; or in patches of so many pixels."""
+    height, width = (-(-side // (config.downsampling * patch)) for side in size)
+    channels = config.latent_channels * patch**2
     return {"channels-first": (channels, height, width), "channels-last": (height, width, channels)}
 
 
@@ -70,11 +111,12 @@ def check_latent(
     array = np.asarray(array)
     if layout is not None and layout not in LAYOUTS:
         raise InputError(f"the latent's layout {layout!r}: expected {' or '.join(LAYOUTS)}")
-    known = shapes(config, size)
+    # A diffusion model's, in patches, has a shape of its own.
+    known = [pair for p in sorted({1, config.latent_patch}) for pair in shapes(config, size, patch=p).items()]
     inner = array.shape[1:] if array.ndim == 4 and array.shape[0] == 1 else array.shape
-    fitting = [name for name, shape in known.items() if inner == shape and layout in (None, name)]
+    fitting = [name for name, shape in known if inner == shape and layout in (None, name)]
     if not fitting:
-        wanted = [str(shape) for name, shape in known.items() if layout in (None, name)]
+        wanted = [str(shape) for name, shape in known if layout in (None, name)]
         raise InputError(
             f"the latent has shape {array.shape}: expected {' or '.join(wanted)}, "
             f"with or without a leading 1, for a picture of {size[1]} x {size[0]} px"
@@ -95,6 +137,7 @@ def understand(
     mask: Array | None = None,
     layout: Layout | None = None,
     scaled: bool | None = None,
+    norm: Normalization | None = None,
 ) -> Reading:
     """Brings an edited latent into the form that `decode` takes.
 
@@ -108,25 +151,30 @@ def understand(
         own: gives the picture's own latent, (1, h, w, c), not scaled; only called where something is to be found.
         mask: (h, w, 1), 1 = generate.
         layout: the array's; None: found.
-        scaled: whether it is (z - shift_factor) * scaling_factor, as diffusion models have it; None: found, or scaled.
+        scaled: whether it is as diffusion models have it (see `normalize_latent`); None: found, or scaled.
+        norm: the model's `normalization()`; needed where that is among its weights.
 
     Raises:
-        InputError: it does not fit the picture; or it fits in two layouts, with nothing to compare it with, or alike in
-            both.
+        InputError: it does not fit the picture, or not as `scaled` says; or it fits in two layouts, with nothing to
+            compare it with, or alike in both; or `norm` is needed.
     """
     fitting = check_latent(array, config, size, layout)
     inner = np.asarray(array)
     inner = (inner[0] if inner.ndim == 4 else inner).astype(np.float32)
+    norm = norm or normalization(config)
+    if config.latent_patch > 1:
+        return _in_patches(inner, config, size, norm, own, layout, scaled)
     ways = {name: inner.transpose(1, 2, 0) if name == "channels-first" else inner for name in fitting}
     told = scaled is not None
-    fits: dict[Layout, tuple[float, float]] = {}
+    fits: dict[Layout, tuple[float, bool]] = {}
     if own is not None and (len(fitting) > 1 or not told):
         kept = _kept(mask, shapes(config, size)["channels-last"][:2], config.downsampling)
         if kept.sum() >= ENOUGH:
-            z = np.asarray(own())[0][kept]
-            fits = {name: _fit(way[kept], z) for name, way in ways.items()}
+            z = np.asarray(own())
+            seen = np.asarray(norm.apply(jnp.asarray(z)))[0][kept]
+            fits = {name: _compare(way[kept], z[0][kept], seen) for name, way in ways.items()}
     best = max(fits, key=lambda name: fits[name][0]) if fits else fitting[0]
-    correlation, slope = fits.get(best, (0.0, 0.0))
+    correlation, as_seen = fits.get(best, (0.0, True))
     reason, warning = "as given" if told else "by default", ""
     if len(fitting) > 1:
         both = f"the latent's shape {np.shape(array)} fits with the channels first and last"
@@ -142,15 +190,43 @@ def understand(
             )
     if scaled is None:
         scaled = True
-        if correlation >= CERTAIN and slope > 0:
-            scaled = abs(np.log(slope / config.scaling_factor)) <= abs(np.log(slope))
+        if correlation >= CERTAIN:
+            scaled = as_seen
             reason = "as the picture's own latent outside the mask"
     if fits and correlation < FOREIGN and not warning:
         warning = "outside the mask the latent is not like the picture's own: is it of another picture or autoencoder?"
-    latent = ways[best]
-    if scaled:
-        latent = latent / np.float32(config.scaling_factor) + np.float32(config.shift_factor)
-    return Reading(jnp.asarray(latent[None]), best, bool(scaled), reason, warning)
+    latent = jnp.asarray(ways[best][None])
+    return Reading(norm.remove(latent) if scaled else latent, best, bool(scaled), reason, warning)
+
+
+def _in_patches(
+    inner: Array,
+    config: ModelConfig,
+    size: tuple[int, int],
+    norm: Normalization,
+    own: Callable[[], jax.Array | Array] | None,
+    layout: Layout | None,
+    scaled: bool | None,
+) -> Reading:
+    """As `understand`, where a diffusion model sees patches: the shape of (c, h, w) or (h, w, c) shows the scale."""
+    rows, columns = shapes(config, size)["channels-last"][:2]
+    found: dict[tuple[Layout, bool], jax.Array] = {}
+    for seen in (True, False):
+        for name, shape in shapes(config, size, patch=config.latent_patch if seen else 1).items():
+            if inner.shape == shape and layout in (None, name) and scaled in (None, seen):
+                latent = jnp.asarray((inner.transpose(1, 2, 0) if name == "channels-first" else inner)[None])
+                # Patches may reach beyond the picture.
+                found[name, seen] = norm.remove(latent)[:, :rows, :columns] if seen else latent
+    likeness = dict.fromkeys(found, 0.0)
+    if len(found) > 1 and own is not None:
+        z = np.asarray(own()).reshape(rows * columns, -1)
+        likeness = {key: _fit(np.asarray(x).reshape(z.shape), z)[0] for key, x in found.items()}
+    if not found or (len(found) > 1 and sorted(likeness.values())[-1] - sorted(likeness.values())[-2] < DISTINCT):
+        told = {None: "a", True: "a scaled", False: "an unscaled"}[scaled]
+        problem = "fits in several ways" if found else f"is not that of {told} latent of this model"
+        raise InputError(f"the latent's shape {inner.shape} {problem}: give its layout and whether it is scaled")
+    name, seen = max(found, key=lambda key: likeness[key])
+    return Reading(found[name, seen], name, seen, "as given" if scaled is not None else "by its shape")
 
 
 def _kept(mask: Array | None, shape: tuple[int, int], factor: int) -> npt.NDArray[np.bool_]:
@@ -163,6 +239,15 @@ def _kept(mask: Array | None, shape: tuple[int, int], factor: int) -> npt.NDArra
     return kept
 
 
+def _compare(values: Array, own: Array, seen: Array) -> tuple[float, bool]:
+    """Correlation of (n, c) values with a picture's own, and whether they are as a diffusion model sees it: `seen`."""
+    fits = {True: _fit(values, seen), False: _fit(values, own)}
+    if min(slope for _, slope in fits.values()) <= 0:
+        return fits[False][0], True
+    scaled = abs(np.log(fits[True][1])) <= abs(np.log(fits[False][1]))
+    return fits[bool(scaled)][0], bool(scaled)
+
+
 def _fit(values: Array, own: Array) -> tuple[float, float]:
     """Correlation of (n, c) values with the picture's own, and their slope over them, each channel about its mean."""
     values, own = values - values.mean(0), own - own.mean(0)
@@ -171,11 +256,18 @@ def _fit(values: Array, own: Array) -> tuple[float, float]:
     return (product / length, product / square) if length > 0 and square > 0 else (0.0, 0.0)
 
 
-def read_latent(array: Array, config: ModelConfig, size: tuple[int, int], *, scaled: bool = True) -> jax.Array:
+def read_latent(
+    array: Array,
+    config: ModelConfig,
+    size: tuple[int, int],
+    *,
+    scaled: bool = True,
+    norm: Normalization | None = None,
+) -> jax.Array:
     """The latent of `understand` where the scale is known and no picture is there to compare with.
 
     Args:
-        array, config, size, scaled: see `understand`.
+        array, config, size, scaled, norm: see `understand`.
 
     Returns:
         (1, h, w, c) float32, not scaled.
@@ -183,4 +275,4 @@ def read_latent(array: Array, config: ModelConfig, size: tuple[int, int], *, sca
     Raises:
         InputError: it does not fit the picture, or fits in two layouts.
     """
-    return understand(array, config, size, scaled=scaled).latent
+    return understand(array, config, size, scaled=scaled, norm=norm).latent

@@ -19,7 +19,7 @@ from flax import nnx
 
 from asymvq_jax.inference.whole import check_condition, check_pixels, pad
 from asymvq_jax.models.autoencoder import Autoencoder
-from asymvq_jax.models.blocks import Attention, Conv, GroupNorm, ResBlock, channel_moments
+from asymvq_jax.models.blocks import Attention, Conv, Norm, ResBlock, channel_moments
 from asymvq_jax.models.decoder import Decoder, blend
 
 STRIP_PIXELS = 2**19
@@ -161,7 +161,7 @@ def _sweep(
     conv: Conv,
     *,
     strip_pixels: int,
-    norm: GroupNorm | None = None,
+    norm: Norm | None = None,
     relu: bool = False,
     upsample: bool = False,
     residual: np.ndarray | None = None,
@@ -198,7 +198,7 @@ def _input_rows(x: np.ndarray, top: int, bottom: int, conv: Conv, upsample: bool
         low, high = top // 2 - 1, bottom // 2 + 1
     else:
         low = top * conv.stride - conv.padding[0]
-        high = (bottom - 1) * conv.stride - conv.padding[0] + conv.kernel.shape[0]
+        high = (bottom - 1) * conv.stride - conv.padding[0] + conv.kernel.shape[-4]
     rows = np.arange(low, high)
     inside = (rows >= 0) & (rows < x.shape[1])
     return x[:, rows.clip(0, x.shape[1] - 1)], inside
@@ -206,7 +206,7 @@ def _input_rows(x: np.ndarray, top: int, bottom: int, conv: Conv, upsample: bool
 
 def _strip(
     conv: Conv,
-    norm: GroupNorm | None,
+    norm: Norm | None,
     shortcut: Conv | None,
     x: jax.Array,
     moments: jax.Array | None,

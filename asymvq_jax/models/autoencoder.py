@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from asymvq_jax.config import ModelConfig
-from asymvq_jax.models.blocks import Conv
+from asymvq_jax.models.causal import layers_of
 from asymvq_jax.models.codebook import Codebook
 from asymvq_jax.models.decoder import Decoder
 from asymvq_jax.models.encoder import Encoder
+from asymvq_jax.models.latent import Normalization, Statistics, normalization
 from asymvq_jax.models.parameters import Params, merge, split
 from asymvq_jax.models.posterior import Latent, Posterior
 
@@ -22,13 +22,14 @@ class Autoencoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        dtype, latent = jnp.dtype(config.dtype), config.latent_channels
+        latent, layers = config.latent_channels, layers_of(config.encoder_layers, config)
         self.encoder = Encoder(config, rngs=rngs)
         outputs = config.encoder_outputs
-        self.quant_conv = Conv(outputs, outputs, 1, dtype=dtype, rngs=rngs) if config.quant_conv else None
-        self.post_quant_conv = Conv(latent, latent, 1, dtype=dtype, rngs=rngs) if config.quant_conv else None
+        self.quant_conv = layers.conv(outputs, outputs, 1, rngs=rngs) if config.quant_conv else None
+        self.post_quant_conv = layers.conv(latent, latent, 1, rngs=rngs) if config.quant_conv else None
         self.decoder = Decoder(config, rngs=rngs)
         self.codebook = Codebook(config.codebook_size, latent, rngs=rngs) if config.codebook_size else None
+        self.statistics = Statistics(latent * config.latent_patch**2) if config.batch_norm_epsilon else None
 
     def encode(self, image: jax.Array) -> Latent:
         """(b, h, w, 3) in [-1, 1] -> the latent, (b, h/8, w/8, latent_channels), before any scaling.
@@ -43,6 +44,10 @@ class Autoencoder(nnx.Module):
         """What the encoder's output, (b, h, w, encoder_outputs), says about the latent."""
         x = x if self.quant_conv is None else self.quant_conv(x)
         return Posterior.from_moments(x) if self.codebook is None else self.codebook(x)
+
+    def normalization(self) -> Normalization:
+        """How a diffusion model sees the latent that `encode` gives."""
+        return normalization(self.config, self.statistics)
 
     def quantize(self, z: jax.Array) -> jax.Array:
         """The vectors of the codes nearest to `z`, (b, h, w, latent_channels); `z` itself without a codebook."""

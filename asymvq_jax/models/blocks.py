@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +36,14 @@ class Conv(nnx.Module):
         padding: tuple[int, int] | None = None,
         bias: bool = True,
         kernel_init: nnx.Initializer = _uniform,
+        before: tuple[int, ...] = (),
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
-        self.kernel = nnx.Param(kernel_init(rngs.params(), (size, size, inputs, outputs), jnp.float32))
-        self.bias = nnx.Param(_uniform_bias(rngs.params(), size * size * inputs, outputs)) if bias else None
+        # `before` height and width, a kernel of more dimensions may have others.
+        window = (*before, size, size)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (*window, inputs, outputs), jnp.float32))
+        self.bias = nnx.Param(_uniform_bias(rngs.params(), math.prod(window) * inputs, outputs)) if bias else None
         self.stride = stride
         self.padding = padding or (size // 2, size // 2)
         self.dtype = dtype
@@ -72,11 +77,11 @@ class UpsampleConv(Conv):
     elements: 16 products instead of 36.
     """
 
-    def __init__(self, channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        super().__init__(channels, channels, 3, dtype=dtype, rngs=rngs)
+    def __init__(self, channels: int, outputs: int | None = None, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        super().__init__(channels, outputs or channels, 3, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(b, h, w, c) -> (b, 2h, 2w, c)."""
+        """(b, h, w, channels) -> (b, 2h, 2w, outputs), which are as many by default."""
         zero = jnp.zeros((), self.dtype)
         parts = []
         for row, rows in enumerate(_merge(self.kernel[...], 0)):
@@ -131,15 +136,53 @@ def channel_moments(x: jax.Array) -> jax.Array:
     return jnp.stack([jnp.mean(x, (1, 2)), jnp.mean(jnp.square(x), (1, 2))])
 
 
+class Norm(Protocol):
+    """A normalisation over channels, `GroupNorm` or another."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(b, h, w, c) -> (b, h, w, c)."""
+
+    def normalize(self, x: jax.Array, moments: jax.Array) -> jax.Array:
+        """The same with the `channel_moments` of a whole of which `x` may be a part."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layers:
+    """Makes the layers of one half as Stable Diffusion has them; `models.causal` makes those of other autoencoders."""
+
+    groups: int
+    dtype: DTypeLike
+
+    def conv(self, inputs: int, outputs: int, size: int, *, rngs: nnx.Rngs) -> Conv:
+        """A convolution of stride 1."""
+        return Conv(inputs, outputs, size, dtype=self.dtype, rngs=rngs)
+
+    def norm(self, channels: int) -> Norm:
+        """A normalisation with SiLU."""
+        return GroupNorm(channels, self.groups, dtype=self.dtype)
+
+    def attention(self, channels: int, *, rngs: nnx.Rngs) -> Attention:
+        """Self-attention over a picture's pixels."""
+        return Attention(channels, self.groups, dtype=self.dtype, rngs=rngs)
+
+    def upsampled(self, channels: int) -> int:
+        """The channels that the decoder goes on with where it doubles the resolution."""
+        return channels
+
+    def over_time(self, level: int, inputs: int, outputs: int, *, rngs: nnx.Rngs) -> Conv | None:
+        """The convolution over time between a level and the next coarser one, which a picture never meets."""
+        return None
+
+
 class ResBlock(nnx.Module):
     """norm, SiLU, conv, norm, SiLU, conv, plus the input (through a 1x1 convolution where the width changes)."""
 
-    def __init__(self, inputs: int, outputs: int, groups: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.norm1 = GroupNorm(inputs, groups, dtype=dtype)
-        self.conv1 = Conv(inputs, outputs, 3, dtype=dtype, rngs=rngs)
-        self.norm2 = GroupNorm(outputs, groups, dtype=dtype)
-        self.conv2 = Conv(outputs, outputs, 3, dtype=dtype, rngs=rngs)
-        self.shortcut = Conv(inputs, outputs, 1, dtype=dtype, rngs=rngs) if inputs != outputs else None
+    def __init__(self, inputs: int, outputs: int, layers: Layers, *, rngs: nnx.Rngs) -> None:
+        self.norm1 = layers.norm(inputs)
+        self.conv1 = layers.conv(inputs, outputs, 3, rngs=rngs)
+        self.norm2 = layers.norm(outputs)
+        self.conv2 = layers.conv(outputs, outputs, 3, rngs=rngs)
+        self.shortcut = layers.conv(inputs, outputs, 1, rngs=rngs) if inputs != outputs else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(b, h, w, inputs) -> (b, h, w, outputs)."""
@@ -161,7 +204,7 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, channels: int, groups: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.norm = GroupNorm(channels, groups, silu=False, dtype=dtype)
+        self.norm: Norm = GroupNorm(channels, groups, silu=False, dtype=dtype)
         self.query, self.key, self.value, self.out = (
             Conv(channels, channels, 1, dtype=dtype, rngs=rngs) for _ in range(4)
         )
@@ -169,8 +212,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(b, h, w, c) -> (b, h, w, c)."""
         b, h, w, c = x.shape
-        normed = self.norm(x)
-        query, key, value = (f(normed).reshape(b, h * w, c) for f in (self.query, self.key, self.value))
+        query, key, value = (part.reshape(b, h * w, c) for part in self.project(self.norm(x)))
         # Each device attends from its own rows to those of all.
         key, value = gather_rows(key), gather_rows(value)
         chunks = _divisor_from(-(-4 * b * (h * w) ** 2 // (SCORE_BYTES * activation_ways())), h * w // height_ways())
@@ -182,6 +224,10 @@ class Attention(nnx.Module):
             attend = jax.checkpoint(lambda part: _attend(constrain_activation(part), key, value))
             mixed = jax.lax.map(attend, parts).transpose(1, 2, 0, 3)
         return constrain_activation(x + self.out(mixed.reshape(b, h, w, c)))
+
+    def project(self, x: jax.Array) -> Sequence[jax.Array]:
+        """Queries, keys and values, (b, h, w, c) each."""
+        return self.query(x), self.key(x), self.value(x)
 
 
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -199,12 +245,10 @@ def _divisor_from(least: int, number: int) -> int:
 class MidBlock(nnx.Module):
     """Residual block, attention (which some models lack), residual block, at the latent's resolution."""
 
-    def __init__(
-        self, channels: int, groups: int, *, attention: bool, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs
-    ) -> None:
-        self.block1 = ResBlock(channels, channels, groups, dtype=dtype, rngs=rngs)
-        self.attention = Attention(channels, groups, dtype=dtype, rngs=rngs) if attention else None
-        self.block2 = ResBlock(channels, channels, groups, dtype=dtype, rngs=rngs)
+    def __init__(self, channels: int, layers: Layers, *, attention: bool, remat: bool, rngs: nnx.Rngs) -> None:
+        self.block1 = ResBlock(channels, channels, layers, rngs=rngs)
+        self.attention = layers.attention(channels, rngs=rngs) if attention else None
+        self.block2 = ResBlock(channels, channels, layers, rngs=rngs)
         self.remat = remat
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -222,20 +266,17 @@ class Level(nnx.Module):
         self,
         inputs: int,
         outputs: int,
-        groups: int,
+        layers: Layers,
         *,
         blocks: int,
         attention: bool,
-        dtype: DTypeLike,
         remat: bool,
         rngs: nnx.Rngs,
     ) -> None:
         self.blocks = nnx.List(
-            [ResBlock(inputs if i == 0 else outputs, outputs, groups, dtype=dtype, rngs=rngs) for i in range(blocks)]
+            [ResBlock(inputs if i == 0 else outputs, outputs, layers, rngs=rngs) for i in range(blocks)]
         )
-        self.attentions = nnx.List(
-            [Attention(outputs, groups, dtype=dtype, rngs=rngs) for _ in range(blocks if attention else 0)]
-        )
+        self.attentions = nnx.List([layers.attention(outputs, rngs=rngs) for _ in range(blocks if attention else 0)])
         self.remat = remat
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 
 from asymvq_jax.config import ModelConfig
-from asymvq_jax.models.blocks import Conv, GroupNorm, Level, MidBlock, UpsampleConv, run_block
+from asymvq_jax.models.blocks import Conv, Layers, Level, MidBlock, UpsampleConv, run_block
+from asymvq_jax.models.causal import layers_of
 
 
 class ConditionBranch(nnx.Module):
@@ -43,22 +43,23 @@ class ConditionBranch(nnx.Module):
 class UpLevel(Level):
     """A level of the decoder and, but for the outermost one, nearest upsampling and a convolution."""
 
-    def __init__(self, inputs: int, index: int, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, inputs: int, index: int, config: ModelConfig, layers: Layers, *, rngs: nnx.Rngs) -> None:
         outputs = config.decoder_channels[index]
         super().__init__(
             inputs,
             outputs,
-            config.norm_groups,
+            layers,
             blocks=config.decoder_blocks + 1,
             attention=index in config.attention_levels,
-            dtype=dtype,
             remat=config.remat,
             rngs=rngs,
         )
-        self.upsample = UpsampleConv(outputs, dtype=dtype, rngs=rngs) if index else None
+        upsampled = layers.upsampled(outputs)
+        self.upsample = UpsampleConv(outputs, upsampled, dtype=layers.dtype, rngs=rngs) if index else None
+        self.over_time = layers.over_time(index - 1, outputs, 2 * outputs, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(b, h, w, inputs) -> (b, 2h, 2w, outputs), or (b, h, w, outputs) at the outermost level."""
+        """(b, h, w, inputs) -> (b, 2h, 2w, what follows upsampling), or (b, h, w, outputs) at the outermost level."""
         x = super().__call__(x)
         return x if self.upsample is None else self.upsample(x)
 
@@ -67,20 +68,15 @@ class Decoder(nnx.Module):
     """Latent to image, blended at every resolution with the condition branch's features by the mask."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        channels, groups, dtype = config.decoder_channels, config.norm_groups, jnp.dtype(config.dtype)
-        last = len(channels) - 1
-        self.conv_in = Conv(config.latent_channels, channels[last], 3, dtype=dtype, rngs=rngs)
-        self.mid = MidBlock(
-            channels[last], groups, attention=config.mid_attention, dtype=dtype, remat=config.remat, rngs=rngs
-        )
+        channels, layers = config.decoder_channels, layers_of(config.decoder_layers, config)
+        inputs = [*(layers.upsampled(c) for c in channels[1:]), channels[-1]]
+        self.conv_in = layers.conv(config.latent_channels, channels[-1], 3, rngs=rngs)
+        self.mid = MidBlock(channels[-1], layers, attention=config.mid_attention, remat=config.remat, rngs=rngs)
         self.levels = nnx.List(
-            [
-                UpLevel(channels[min(i + 1, last)], i, config, dtype=dtype, rngs=rngs)
-                for i in reversed(range(len(channels)))
-            ]
+            [UpLevel(inputs[i], i, config, layers, rngs=rngs) for i in reversed(range(len(channels)))]
         )
-        self.norm_out = GroupNorm(channels[0], groups, dtype=dtype)
-        self.conv_out = Conv(channels[0], config.image_channels, 3, dtype=dtype, rngs=rngs)
+        self.norm_out = layers.norm(channels[0])
+        self.conv_out = layers.conv(channels[0], config.image_channels, 3, rngs=rngs)
         self.condition = ConditionBranch(config, rngs=rngs) if config.condition else None
         self.remat = config.remat
 

@@ -67,6 +67,7 @@ def _check(narrow: ModelConfig, wide: ModelConfig) -> None:
 
     if (
         narrow.norm_groups != wide.norm_groups
+        or (narrow.decoder_layers, wide.decoder_layers) != ("sd", "sd")
         or len(narrow.decoder_channels) != len(wide.decoder_channels)
         or any(w < n for n, w in zip(narrow.decoder_channels, wide.decoder_channels, strict=True))
         or wide.decoder_blocks < narrow.decoder_blocks
@@ -77,7 +78,8 @@ def _check(narrow: ModelConfig, wide: ModelConfig) -> None:
             f"a decoder with model.decoder_channels={narrow.decoder_channels}, decoder_blocks={narrow.decoder_blocks}, "
             f"norm_groups={narrow.norm_groups} does not grow into one with {wide.decoder_channels}, "
             f"{wide.decoder_blocks}, {wide.norm_groups}: expected as many channels or more in every level, equal ones "
-            "where they were equal, as many blocks or more, the same groups, and attention in the same places"
+            "where they were equal, as many blocks or more, the same groups, attention in the same places, and "
+            "decoder_layers='sd' in both"
         )
 
 

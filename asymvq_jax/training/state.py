@@ -160,9 +160,8 @@ def starting_parameters(config: Config, source: ModelConfig, params: Params) -> 
             f"run.init_from={config.run.init_from!r} holds another encoder: {', '.join(differing)}; "
             "set these fields to the checkpoint's values"
         )
-    decoder = all(
-        getattr(source, name) == getattr(config.model, name) for name in ("decoder_channels", "decoder_blocks")
-    )
+    sizes = ("decoder_channels", "decoder_blocks", "decoder_layers")
+    decoder = all(getattr(source, name) == getattr(config.model, name) for name in sizes)
     taken: dict[str, Any] = {
         name: value
         for name, value in params.items()

@@ -208,6 +208,8 @@ def test_a_scale_that_is_none():
         ({"model.diffusion_model.out.2.weight": one(1)}, r"a diffusion model without one \(NoVAE\)"),
         ({"text_model.encoder.layers.0.x": one(1)}, "it is CLIP"),
         ({"encoder.conv_in.conv.weight": one(1, 1, 1, 1, 1)}, "a video model's autoencoder"),
+        ({"encoder.down_blocks.3.0.conv_out.conv_inverted.weight": one(1)}, "a deep compression autoencoder"),
+        ({"decoder.upsamples.0.residual.0.gamma": one(1)}, "is Wan's or Qwen-Image's autoencoder without"),
         ({"x": one(1)}, r"missing encoder\.conv_in\.weight, decoder\.conv_in\.weight"),
         ({"decoder.conv_in.weight": one(1)}, "only its decoder is there"),
     ],
@@ -231,7 +233,8 @@ def test_autoencoders_that_are_not_ours(original, tmp_path):
             describe(tmp_path / "x.safetensors")
     for kind, message in (
         ("AutoencoderTiny", "AutoencoderTiny' (TAESD's kind"),
-        ("AutoencoderKLWan", "AutoencoderKLWan' (a video model's autoencoder)"),
+        ("AutoencoderKLMochi", "AutoencoderKLMochi' (a video model's autoencoder)"),
+        ("AutoencoderDC", "AutoencoderDC' (a deep compression autoencoder with other layers)"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({"_class_name": kind}))
         with pytest.raises(ConvertError, match=re.escape(message)):

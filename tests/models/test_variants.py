@@ -67,6 +67,7 @@ SD3 = {
     "use_post_quant_conv": False,
 }
 FLUX = SD3 | {"scaling_factor": 0.3611, "shift_factor": 0.1159, "mid_block_add_attention": True}
+NORMALISED = {"scaling_factor": 1.0, "batch_norm_epsilon": 1e-4}
 LATENTS = {"sdxl": SDXL, "sd3": SD3, "flux": FLUX}
 
 
@@ -317,8 +318,9 @@ def test_vq_with_attention_in_strips_and_over_devices_and_exported():
         {"condition": False},
         {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159, "quant_conv": False},
         {"codebook_size": 32, "attention_levels": (1,)},
+        {"encoder_layers": "wan", "temporal_levels": (0,), "latent_patch": 2} | NORMALISED,
     ],
-    ids=["text-to-image", "FLUX", "VQ"],
+    ids=["text-to-image", "FLUX", "VQ", "Wan and FLUX.2"],
 )
 def test_a_wide_decoder_trains_on_a_frozen_latent(changes):
     config = Config(
