@@ -377,7 +377,7 @@ class RunConfig:
     steps: int = 100_000
     # Of the initial values, the order of the pictures, their crops, masks and sampled latents.
     seed: int = 0
-    # A model checkpoint to start from (a run, one of its steps, or what `asymvq convert` wrote). The encoder is
+    # A model to start from: a run, one of its steps, or anything that `asymvq convert` reads or writes. The encoder is
     # taken from it, the decoder too where its sizes agree. Required while the encoder is frozen.
     init_from: PathText = ""
     # Where the decoder there is narrower or shallower, widen and deepen it to this one without changing what it

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import runpy
+import traceback
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import tyro
 from asymvq_jax.config import command_line
 from asymvq_jax.config.fields import Config
 from asymvq_jax.config.masks import MASK_PRESETS, MaskConfig
-from asymvq_jax.errors import ConfigError
+from asymvq_jax.errors import ConfigError, first_line
 
 T = TypeVar("T")
 
@@ -38,11 +39,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             another type; a value is out of range.
     """
     path = _find(str(path))
-    get_config = runpy.run_path(str(path)).get("get_config")
-    config = get_config() if callable(get_config) else None
+    if path.suffix in (".json", ".yaml", ".yml", ".toml"):
+        raise ConfigError(
+            f"{path}: expected a Python file that defines get_config(); configs/ has short ones to begin with"
+        )
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        config = get_config() if callable(get_config) else None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    # The file is the user's program, which may fail in any way.
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{path}{_line(error, path)}: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(config, Config):
         raise ConfigError(f"{path}: expected a function get_config() that returns an asymvq_jax.config.Config")
     return override(config, overrides)
+
+
+def _line(error: BaseException, path: Path) -> str:
+    """Where in a configuration's file an error was raised, such as ", line 3"; empty where that is not known."""
+    own = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    line = own[-1] if own else getattr(error, "lineno", None)
+    return f", line {line}" if line else ""
 
 
 def published() -> dict[str, Path]:

@@ -49,6 +49,8 @@ def diffusers_to_config(stored: Mapping[str, Any], path: Path) -> ModelConfig:
     if kind not in KINDS:
         video = "a video model's autoencoder" if str(kind).startswith("AutoencoderKL") else ""
         what = OTHERS.get(str(kind), video)
+        if str(kind).removeprefix("Flax") in KINDS:
+            what = "Flax's, which older diffusers converts: from_pretrained(FOLDER, from_flax=True)"
         raise ConvertError(
             f"{path}: _class_name is {kind!r}{f' ({what})' if what else ''}; expected one of {', '.join(KINDS)}"
         )
@@ -67,12 +69,14 @@ def diffusers_to_config(stored: Mapping[str, Any], path: Path) -> ModelConfig:
     channels = config.get("in_channels", 3)
     attention = tuple(i for i, block in enumerate(config.get("down_block_types", ())) if block.startswith("Attn"))
     default = ModelConfig()
+    # Two names of one function.
+    if config.get("act_fn", "silu") not in ("silu", "swish"):
+        raise ConvertError(f"{path}: act_fn={config['act_fn']!r}: expected 'silu', which all published models have")
     if "scaling_factor" not in config and not flux2:
         log.info("%s has no scaling_factor: using diffusers' default, %s", path, default.scaling_factor)
     _expect(
         config,
         path,
-        act_fn="silu",
         out_channels=channels,
         use_post_quant_conv=config.get("use_quant_conv", True),
         norm_type="group",

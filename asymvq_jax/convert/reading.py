@@ -22,8 +22,8 @@ from asymvq_jax.convert.families import family_of
 from asymvq_jax.convert.finding import MEAN, Found, find_autoencoder, groups
 from asymvq_jax.convert.mapping import Format, Weight, from_torch, weights
 from asymvq_jax.convert.scaling import scale_of
-from asymvq_jax.convert.sources import in_bucket, locate
-from asymvq_jax.errors import CheckpointError, ConvertError, UserError
+from asymvq_jax.convert.sources import describe_folder, in_bucket, locate
+from asymvq_jax.errors import CheckpointError, ConfigError, ConvertError, UserError
 from asymvq_jax.files.stored import Shaped, Table, fitted, misfits
 from asymvq_jax.files.weights import Weights, open_folder, open_weights, read_json
 from asymvq_jax.models.autoencoder import Autoencoder, in_dtype, structure
@@ -131,11 +131,9 @@ def describe(source: str | Path, told: Mapping[str, float] | None = None) -> Des
     try:
         find_step(path)
     except CheckpointError as error:
-        files = sorted(p.name for p in path.iterdir() if p.is_file()) if path.is_dir() else []
-        hint = next((f"; did you mean {path / n}?" for n in files if n.endswith((".safetensors", ".ckpt", ".pt"))), "")
-        raise ConvertError(
-            f"{error}; or a diffusers folder (with a config.json), or an original checkpoint{hint}"
-        ) from None
+        hints = ["or a diffusers folder (with a config.json), or an original checkpoint"]
+        hints += [hint] if path.is_dir() and (hint := describe_folder(path)) else []
+        raise ConvertError("; ".join([str(error), *hints])) from None
     log.info("%s: a JAX checkpoint", path)
     return None
 
@@ -144,12 +142,18 @@ def _describe_folder(folder: Path, told: Mapping[str, float], opened: Weights | 
     """A diffusers folder, or one file of it (`opened`)."""
     file = folder / "config.json"
     stored = read_json(file)
-    config = diffusers_to_config(stored, file)
+    try:
+        config = diffusers_to_config(stored, file)
+    except ConfigError as error:
+        raise ConvertError(f"{file}: {error}") from None
     if told:
         if stored.get("scaling_factor") is None and not (config.latent_mean or config.batch_norm_epsilon):
             config = _rescaled(config, **told)
         _check_told(folder, told, config)
-    found = find_autoencoder(opened or open_folder(folder, WEIGHTS), video=config.encoder_layers != "sd")
+    opened_all = opened or open_folder(folder, WEIGHTS)
+    found = find_autoencoder(opened_all, video=config.encoder_layers != "sd")
+    if config.encoder_layers == "sd":
+        _compare(config, sizes(found, opened_all), file)
     unexpected = {n: x for n, x in found.rest.items() if not n.startswith(HARMLESS)} if opened is None else {}
     log.info("%s: diffusers' %s", folder, stored["_class_name"])
     return _described(config, found, folder, unexpected)
@@ -266,6 +270,23 @@ def _statistics(found: Found, opened: Weights) -> tuple[float, int]:
         raise ConvertError(f"{opened.path}: batch_norm_epsilon in its metadata is not a number") from None
 
 
+# What `sizes` cannot read off the tensors.
+_NOT_SIZES = ("scaling_factor", "shift_factor", "latent_mean", "latent_std", "batch_norm_epsilon", "norm_groups")
+
+
+def _compare(stored: ModelConfig, found: ModelConfig, file: Path) -> None:
+    """Raises ConvertError where a config.json says something else than the weights beside it are."""
+    differing = [
+        f"{field.name} {getattr(stored, field.name)} (the weights have {getattr(found, field.name)})"
+        for field in dataclasses.fields(ModelConfig)
+        if field.name not in _NOT_SIZES and getattr(stored, field.name) != getattr(found, field.name)
+    ]
+    if differing:
+        raise ConvertError(
+            f"{file} is of another model than the weights beside it: {', '.join(differing)}; download both again"
+        )
+
+
 def _rescaled(config: ModelConfig, **scale: float) -> ModelConfig:
     changes: dict[str, Any] = dict(scale)
     return dataclasses.replace(config, **changes)
@@ -310,9 +331,11 @@ def fill(
         UserError: of type `error`, where some are not finite.
     """
     params: dict[str, jax.Array] = {}
-    broken = []
+    broken, blank = [], []
     for weight in named:
         array = from_torch(weight, tensors[weight.name].read())
+        if weight.path.endswith("kernel") and not array.any():
+            blank.append(weight.name)
         if not np.isfinite(array).all():
             broken.append(f"{weight.name} ({np.count_nonzero(~np.isfinite(array))} of {array.size})")
         params[weight.path] = jnp.asarray(array, dtype(weight.path))
@@ -321,5 +344,9 @@ def fill(
         raise error(
             f"{path}: {len(broken)} tensors have NaN or infinity in them, which makes pictures black: "
             f"{', '.join(broken[:8])}{more}; download the file again, or take its float32 version"
+        )
+    if blank:
+        log.warning(
+            "%s: %d kernels are zero throughout, such as %s: was the download interrupted?", path, len(blank), blank[0]
         )
     return params

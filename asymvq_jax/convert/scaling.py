@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.errors import ConvertError
-from asymvq_jax.files.stored import Table
+from asymvq_jax.files.stored import DTYPES, Table
 from asymvq_jax.files.weights import Weights
 
 log = logging.getLogger(__name__)
@@ -105,15 +107,21 @@ def _stored(weights: Weights, rest: Table) -> Scale | None:
         return Scale(numbers["scaling_factor"], numbers.get("shift_factor", 0.0), "the file's metadata")
     for name, tensor in rest.items():
         if name.split(".")[-1] == "scale_factor" and tensor.size == 1:
-            value = float(tensor.read().reshape(()))
-            # As a decimal number that it was rounded from.
-            value = next((v for v in (round(value, digits) for digits in range(3, 8)) if abs(v - value) < 1e-8), value)
+            value = _decimal(float(tensor.read().reshape(())), tensor.dtype)
             if not (math.isfinite(value) and value > 0):
                 raise ConvertError(
                     f"{weights.path}: its scale_factor is {value}; expected a positive number: give --scaling-factor"
                 )
             return Scale(value, 0.0, f"the file's tensor {name}")
     return None
+
+
+def _decimal(value: float, dtype: str) -> float:
+    """The decimal number that a stored one was rounded from."""
+    kind = DTYPES[dtype]
+    published = [family.scaling for family in (ONE, XL, THREE, FLUX)]
+    likely = [*published, *(round(value, digits) for digits in range(3, 8))]
+    return next((each for each in likely if float(np.asarray(each, kind)) == value), value)
 
 
 def _number(weights: Weights, name: str) -> float:

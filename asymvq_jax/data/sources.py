@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -186,6 +187,23 @@ def _halves(config: DataConfig, kept: epath.Path | None) -> Iterator[tuple[list[
     yield [path for path, out in zip(paths, held_out, strict=True) if out], root
 
 
+# What pictures are packed in, by a part of the name, and what to do about it.
+_PACKED = (
+    (r"\.(tar|tar\.gz|tgz)$", "an archive: asymvq build-data packs it into a data set for data.source=tfds"),
+    (r"\.(zip|7z|rar|tar\.\w+)$", "an archive: unpack it first"),
+    (r"tfrecord|\.array_record", "a shard of a data set: name it by data.source=tfds and data.data_dir"),
+    (r"\.(parquet|arrow|mdb|h5|hdf5)$", "a table or database: write its pictures as files first"),
+    (r"\.(mp4|mkv|mov|avi|webm)$", "a video: write its frames as pictures first"),
+    (r"\.(dng|nef|cr2|cr3|arw|orf|raf|rw2)$", "a camera's raw picture: develop it to PNG or JPEG first"),
+)
+
+
+def _packed(names: Iterable[str]) -> str:
+    """What files are that may hold pictures, and what to do; empty where none does."""
+    first = next(((name, what) for name in names for form, what in _PACKED if re.search(form, name.lower())), None)
+    return "" if first is None else f"{Path(first[0]).name} is {first[1]}"
+
+
 def list_pictures(path: str, field: str) -> list[epath.Path]:
     """All picture files under `path`, recursively, in sorted order; what is left out is logged by reason.
 
@@ -193,11 +211,15 @@ def list_pictures(path: str, field: str) -> list[epath.Path]:
         DataError: the directory is missing, is a file, cannot be read, or holds no picture.
     """
     check_address(path, field)
+    if "://" not in path and Path(path).is_file():
+        hint = _packed([path])
+        raise DataError(f"{field}={path!r} is a file; expected a directory of pictures{'; ' if hint else ''}{hint}")
     listing = list_folder(path, f"{field}=", recursive=True)
     if not listing.pictures:
+        hint = _packed(file.name for file in listing.others)
         raise DataError(
             f"{field}={path!r} holds no pictures (found {len(listing.others)} other files); "
-            f"expected {', '.join(SUFFIXES)}"
+            f"expected {', '.join(SUFFIXES)}{'; ' if hint else ''}{hint}"
         )
     if rest := listing.describe_rest():
         log.info("%s", rest)

@@ -14,7 +14,7 @@ from asymvq_jax.diffusion.settings import Generate, Painting
 from asymvq_jax.errors import DataError, GenerateError, ImageError
 from asymvq_jax.files import images, tensors
 from asymvq_jax.files.folders import by_stem, list_folder
-from asymvq_jax.files.masks import Mask, load_mask, resized
+from asymvq_jax.files.masks import Mask, load_mask, read_mask_size, resized, turned
 from asymvq_jax.files.outputs import check_not_input, check_writable, try_out, writing
 from asymvq_jax.files.pictures import FORMATS, Picture, check_fits, read_picture, read_size
 
@@ -162,11 +162,12 @@ def _read_prompt(path: epath.Path) -> str:
 def _with_size(job: Job, size: tuple[int, int] | None, options: Generate) -> Job:
     """The job with its size, after a look at its pictures' heads."""
     if options.task != "text":
-        found, mask = read_size(job.image), read_size(job.mask)
+        found, mask = read_size(job.image), read_mask_size(job.mask)
         if found != mask:
             (h, w), (mh, mw) = found, mask
             raise GenerateError(
                 f"{job.image} is {w} x {h} px and {job.mask} {mw} x {mh} px; they must have the same size"
+                + turned(mask, found)
             )
         size = size or found
     if job.example:

@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from asymvq_jax.errors import ImageError
 from asymvq_jax.files.formats import HEAD, picture_format
@@ -25,6 +25,8 @@ Array = npt.NDArray[Any]
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 # From half of that bound on it warns, in words about its own code.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Of a compressed text or profile, which is 1 MB; programs that write their whole workflow into a PNG need more.
+PngImagePlugin.MAX_TEXT_CHUNK = 2**25
 # Of damaged metadata, which `metadata.read_metadata` tells about.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 # These log what they raise.
@@ -120,7 +122,22 @@ def _describe(stream: IO[bytes]) -> str:
     kind = picture_format(head[:HEAD])
     if kind == "JPEG XL":
         return "it is a JPEG XL picture, which cannot be read here; convert it to PNG or JPEG"
-    return "no known format" if kind is None else f"damaged, or of a kind of {kind} that cannot be read here"
+    if kind is not None:
+        return f"damaged, or of a kind of {kind} that cannot be read here"
+    what = next((what for beginning, what in _STRANGERS if re.match(beginning, head, re.DOTALL)), None)
+    return "no known format" if what is None else f"it is {what}"
+
+
+# What people take for pictures, by its beginning.
+_STRANGERS = (
+    (rb"\x93NUMPY", "a NumPy array; write it as a picture: PIL.Image.fromarray(array).save(...)"),
+    (rb"PK\x03\x04", "a zip archive; unpack it first"),
+    (rb"%PDF", "a PDF document; export the page as PNG"),
+    (rb"\x76\x2f\x31\x01|#\?(RADIANCE|RGBE)", "a picture of high dynamic range; save it with 8 or 16 bits"),
+    (rb"P7\s", "a PAM picture; convert it to PNG"),
+    (rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", "a video; save the frame as PNG"),
+    (rb"\s*[{\[]", "JSON, such as an annotation; draw what it describes as a picture"),
+)
 
 
 def _too_large(name: str) -> str:
@@ -204,6 +221,9 @@ def decode_pixels(image: Image.Image, data: bytes) -> Pixels:
     Raises:
         ImageError: pixels of which it is not known what they show.
     """
+    if image.format == "TIFF" and (image.tag_v2.get(254, 0) & 1 or 50706 in image.tag_v2):  # type: ignore[attr-defined]
+        # The picture itself is not the file's first.
+        raise ImageError("is a camera's raw picture, of which only a thumbnail can be read: develop it to TIFF or PNG")
     # Before the pixels are loaded, when Pillow forgets it.
     stored = image.tag_v2.get(_ORIENTATION, 1) if image.format == "TIFF" else 1  # type: ignore[attr-defined]
     deep = _deep(image, data)
@@ -230,6 +250,8 @@ def _from_pillow(image: Image.Image, data: bytes) -> Pixels:
         return Pixels(_from_integers(np.asarray(image))[..., None], None, notes)
     if image.mode == "F":
         return Pixels(from_floats(np.asarray(image)[..., None]), None, (*notes, FLOAT))
+    if image.format == "TIFF" and 0 in image.tag_v2.get(338, ()):  # type: ignore[attr-defined]
+        notes = (*notes, EXTRA)
     image, converted = _to_grey_or_rgb(image)
     array = np.asarray(image)
     array = array[..., None] if array.ndim == 2 else array
@@ -238,6 +260,7 @@ def _from_pillow(image: Image.Image, data: bytes) -> Pixels:
     return Pixels(array, None, (*notes, *converted))
 
 
+EXTRA = "channels beside the colours, whose meaning the file does not say, are left out"
 FLOAT = "floating-point pixels are kept in 16 bits"
 
 
@@ -245,6 +268,8 @@ def from_floats(values: Array) -> Array:
     """Floating-point pixels in [0, 1] to uint16; raises ImageError for any others, which could mean anything."""
     if not np.isfinite(values).all():
         raise ImageError("has floating-point pixels that are not finite (NaN or infinity)")
+    # Half precision ends at 65504.
+    values = values.astype(np.float32) if values.dtype == np.float16 else values
     low, high = float(values.min()), float(values.max())
     if low < -1e-3 or high > 1 + 1e-3:
         raise ImageError(
@@ -392,9 +417,11 @@ def _from_tiff(data: bytes, *, large: bool = True) -> Pixels:
             array = array.transpose(1, 2, 0)
         inverted = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
         known = (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.MINISWHITE)
-        associated = page.extrasamples[:1] == (1,)
+        associated, unspecified = page.extrasamples[:1] == (1,), page.extrasamples[:1] == (0,)
         photometric, kind = page.photometric, tifffile.PHOTOMETRIC(page.photometric).name
     array = array[..., None] if array.ndim == 2 else array
+    if kind in ("CFA", "LINEAR_RAW"):
+        raise ImageError("is a camera's raw picture: develop it to TIFF or PNG")
     if photometric not in known or array.shape[2] not in (1, 2, 3, 4):
         raise ImageError(
             f"is a TIFF of {array.shape[2]} channels ({kind}): expected grey or RGB, with or without alpha"
@@ -408,6 +435,8 @@ def _from_tiff(data: bytes, *, large: bool = True) -> Pixels:
     array = most - array if inverted else array
     colours = 1 if array.shape[2] < 3 else 3
     alpha = np.ascontiguousarray(array[..., colours:]) if array.shape[2] > colours else None
+    if alpha is not None and unspecified:
+        alpha, notes = None, (*notes, EXTRA)
     colour = np.ascontiguousarray(array[..., :colours])
     if alpha is not None and associated:
         share = np.maximum(alpha, 1).astype(np.float64)

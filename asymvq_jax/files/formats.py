@@ -11,11 +11,13 @@ _PICTURES = """
     .xbm .xpm
 """
 PICTURES = frozenset(_PICTURES.split())
-# Endings of what lies beside pictures and is not opened to find out.
+# Endings of what lies beside pictures and is not opened to find out; cameras' raw files are TIFFs that begin with a
+# thumbnail.
 _OTHERS = """
-    .arrow .avi .bin .caption .cfg .ckpt .csv .db .doc .docx .gz .html .ini .jax .json .jsonl .latent .lock .log .md
-    .mkv .mov .mp4 .npy .npz .ods .parquet .partial .pdf .pickle .pkl .pt .pth .py .rst .safetensors .sha256 .svg
-    .tar .toml .tsv .txt .webm .xlsx .xml .xmp .yaml .yml .zip
+    .arrow .arw .avi .bin .caption .cfg .ckpt .cr2 .cr3 .csv .db .dng .doc .docx .gz .html .ini .jax .json .jsonl
+    .latent .lock .log .md .mkv .mov .mp4 .nef .npy .npz .ods .orf .parquet .partial .pdf .pickle .pkl .pt .pth .py .raf
+    .rst .rw2 .safetensors .sha256 .svg .tar .toml .tsv .txt .webm .xlsx .xml .xmp .yaml
+    .yml .zip
 """
 OTHERS = frozenset(_OTHERS.split())
 # How many bytes `picture_format` needs.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -33,8 +34,17 @@ OTHERS: tuple[tuple[bytes, str], ...] = (
         "from_pretrained(FOLDER, from_flax=True).save_pretrained(TARGET)",
     ),
     (
+        rb"\s*\{\s*\"error\"",
+        "is a server's error message, and not the weights: sign in or accept the model's terms, and download it again",
+    ),
+    (
         rb"\s*[{\[]",
         "is a JSON file, a description and not the weights: name the folder that it is in, or the weights file",
+    ),
+    # Field 1 of ONNX's model is its version, and field 2 the program that wrote it.
+    (
+        rb"\x08[\x01-\x1f]\x12.[\w.]|\x08[\x01-\x1f]:",
+        "is an ONNX program, and not weights alone: get the model that it was exported from as .safetensors",
     ),
     (rb"\x00{64}", "begins with zeros only, as a download does that was interrupted: download it again"),
 )
@@ -65,7 +75,26 @@ def kind_of(path: Path) -> Kind:
         if re.match(beginning, head, re.DOTALL):
             raise TensorFileError(f"{path} {what}")
     if head[257:262] == b"ustar":
+        if re.match(rb"(\./)?(sys_info|pickle|storages|tensors)\x00", head):
+            raise TensorFileError(
+                f"{path} is a file of PyTorch's before 0.1.10: save it again, torch.save(torch.load(OLD), NEW)"
+            )
         raise TensorFileError(f"{path} is a tar archive: unpack it first")
+    if len(head) < 1024 and re.fullmatch(rb"[\t\n\r -~]+", head):
+        shown = head.decode().strip().partition("\n")[0][:80]
+        raise TensorFileError(f"{path} is a text ({shown!r}) and not weights: download it again")
     if path.suffix == ".safetensors":
         raise TensorFileError(f"{path} is not a safetensors file, or a damaged one")
     raise TensorFileError(f"{path} is not a PyTorch checkpoint, and not a safetensors file either")
+
+
+def name_archive(names: Collection[str]) -> str:
+    """What a zip file without a PyTorch checkpoint is."""
+    if names and all(name.endswith(".npy") for name in names):
+        return (
+            "is a NumPy archive (.npz); write its arrays as .safetensors: "
+            "safetensors.numpy.save_file(dict(numpy.load(OLD)), NEW)"
+        )
+    if any(name.endswith(("models/model.json", "serialized_exported_program.json")) for name in names):
+        return "is a program of torch.export, and not weights alone; save the model's state_dict() by torch.save"
+    return "is a zip archive without a PyTorch checkpoint in it; unpack it first"

@@ -6,16 +6,18 @@ What has to decide by pixel asks `generated`, the one threshold; what blends beg
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Literal, get_args
 
+import cv2
 import numpy as np
 from etils import epath
 
-from asymvq_jax.errors import MaskError
-from asymvq_jax.files.decoding import Array
-from asymvq_jax.files.pictures import Picture, decode_picture, read_file
+from asymvq_jax.errors import ImageError, MaskError
+from asymvq_jax.files.decoding import Array, from_floats
+from asymvq_jax.files.pictures import Picture, decode_picture, read_file, read_size
 
 Channel = Literal["grey", "red", "green", "blue", "alpha"]
 CHANNELS: tuple[str, ...] = get_args(Channel)
@@ -24,6 +26,10 @@ CHANNELS: tuple[str, ...] = get_args(Channel)
 HAZE = 2.5 / 255
 # Two values up to this are black and white also where greys are kept.
 _LABELS = 32
+# How the file of an array begins.
+NUMPY = b"\x93NUMPY"
+# Width of the neighbourhood in which a bright value explains dark ones, px.
+_BLUR = 9
 # Channels that differ by less are grey: a JPEG's colours are not quite equal.
 _COLOURED = 24 / 255
 _HOW = (
@@ -115,12 +121,57 @@ def load_mask(
         MaskError: it could mean two things.
     """
     data = read_file(path)
-    picture = decode_picture(data, str(path), large=large)
+    picture = _from_numpy(data, path) if data.startswith(NUMPY) else decode_picture(data, str(path), large=large)
     lossy = PurePath(path).suffix.lower() not in (".png", ".bmp", ".tif", ".tiff", ".gif") and data[:2] == b"\xff\xd8"
     try:
         return understand(picture, soft=soft, channel=channel, invert=invert, lossy=lossy)
     except MaskError as error:
         raise MaskError(f"mask {path} {error}") from None
+
+
+def read_mask_size(path: str | epath.Path) -> tuple[int, int]:
+    """Height and width of a mask file, from its head unless it is an array.
+
+    Raises:
+        ImageError: the file is missing or no picture.
+    """
+    file = epath.Path(path)
+    if file.is_file():
+        with file.open("rb") as stream:
+            if stream.read(len(NUMPY)) == NUMPY:
+                return _from_numpy(read_file(path), path).size
+    return read_size(path)
+
+
+def turned(mask: tuple[int, int], picture: tuple[int, int]) -> str:
+    """What to add to a message about two sizes where one is the other turned by 90 degrees."""
+    told = "; one of them is turned: pictures are read as they are shown, by the orientation that EXIF gives them"
+    return told if mask == picture[::-1] and mask != picture else ""
+
+
+def _from_numpy(data: bytes, path: str | epath.Path) -> Picture:
+    """A mask as segmentation models save it: one plane of bool, of 8 or 16 bits, or of 0 to 1, with axes of length 1.
+
+    Raises:
+        MaskError: an array of another kind.
+    """
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise MaskError(f"mask {path} is not a readable NumPy array: {error}") from None
+    plane = array.squeeze()
+    if plane.ndim != 2:
+        raise MaskError(f"mask {path} is an array of shape {array.shape}: expected one plane, (h, w)")
+    if plane.dtype == np.bool_:
+        return Picture(plane[..., None] * np.uint8(255))
+    if plane.dtype.kind == "f":
+        try:
+            return Picture(from_floats(plane[..., None]))
+        except ImageError as error:
+            raise MaskError(f"mask {path} {error}") from None
+    if plane.dtype.kind not in "iu" or plane.min() < 0 or plane.max() > 65535:
+        raise MaskError(f"mask {path} is an array of {plane.dtype}: expected bool, 8 or 16 bits, or 0 to 1")
+    return Picture(plane[..., None].astype(np.uint8 if plane.max() < 256 else np.uint16))
 
 
 def understand(
@@ -219,7 +270,7 @@ def _from_colour(picture: Picture, colour: Array, soft: bool, lossy: bool) -> tu
 def _levels(plane: Array, soft: bool, lossy: bool) -> tuple[Array, str]:
     """(h, w, 1) greys as stored to [0, 1], and how they were scaled where they are not plain black to white."""
     white = int(np.iinfo(plane.dtype).max)
-    values, counts = np.unique(plane, return_counts=True)
+    values = np.unique(plane)
     low, high = int(values[0]), int(values[-1])
     if high == 0:
         return plane.astype(np.float32), ""
@@ -231,8 +282,7 @@ def _levels(plane: Array, soft: bool, lossy: bool) -> tuple[Array, str]:
     if not lossy and low == high == 1:
         raise MaskError("has the value 1 everywhere, which may mean all or nothing: expected " + _HOW)
     few = len(values) <= 16
-    labels = counts[(values > 0) & (values <= white / 8)].sum() / plane.size
-    if not lossy and few and low == 0 and labels > 0.002 and len(values) > 2:
+    if not lossy and few and low == 0 and len(values) > 2 and _labelled(scaled) > 0.002:
         raise MaskError(
             f"has the values {_listed(values)}, as labels have: which of them are to be generated? Expected {_HOW}"
         )
@@ -242,6 +292,12 @@ def _levels(plane: Array, soft: bool, lossy: bool) -> tuple[Array, str]:
             f"expected {_HOW}; or blend by its greys with --soft-mask"
         )
     return scaled, ""
+
+
+def _labelled(scaled: Array) -> float:
+    """The share of values that are almost black and not at the edge of something bright, as a blur's are."""
+    bright = cv2.dilate((scaled[..., 0] >= 0.5).astype(np.uint8), np.ones((_BLUR, _BLUR), np.uint8))
+    return float(np.mean((scaled[..., 0] > 0) & (scaled[..., 0] <= 1 / 8) & (bright == 0)))
 
 
 def _in_between(values: Array) -> float:

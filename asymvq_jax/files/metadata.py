@@ -154,6 +154,8 @@ def save_options(metadata: Metadata, kind: str, *, grey: bool) -> tuple[dict[str
         lost.append(f"only PNG holds text chunks ({', '.join(metadata.texts)})")
     if metadata.colour and kind != "PNG" and metadata.colour.get("gamma", 0.45455) != 0.45455:
         lost.append("only PNG holds a gamma value")
+    if "cicp" in metadata.colour and kind != "PNG":
+        lost.append("only PNG holds a cICP chunk, which says what the colours are (as of HDR pictures)")
     if metadata.comment is not None and kind == "JPEG":
         options["comment"] = metadata.comment
     return options, (*metadata.lost, *lost)
@@ -167,6 +169,8 @@ def _png_chunks(metadata: Metadata) -> PngImagePlugin.PngInfo:
         chunks.add_text("Comment", metadata.comment.decode("latin-1"))
     if metadata.xmp is not None:
         chunks.add_itxt("XML:com.adobe.xmp", metadata.xmp.decode("utf-8", "replace"))
+    if "cicp" in metadata.colour:
+        chunks.add(b"cICP", metadata.colour["cicp"])
     if "gamma" in metadata.colour:
         chunks.add(b"gAMA", struct.pack(">I", round(metadata.colour["gamma"] * 100000)))
     if "srgb" in metadata.colour:

@@ -24,6 +24,7 @@ from typing import IO, Any
 import numpy as np
 
 from asymvq_jax.errors import TensorFileError
+from asymvq_jax.files.kinds import name_archive
 from asymvq_jax.files.stored import DTYPES, StoredTensor, known_dtype, read_slice
 
 # The first of the pickles in a file of torch's before 1.6.
@@ -328,7 +329,7 @@ def _read_zip(path: Path) -> Any:
         entries = {entry.filename: entry for entry in archive.infolist()}
         main = next((name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")), None)
         if main is None:
-            raise TensorFileError(f"{path} is a zip archive without a PyTorch checkpoint in it; unpack it first")
+            raise TensorFileError(f"{path} {name_archive(entries)}")
         root = main.removesuffix("data.pkl")
         if f"{root}constants.pkl" in entries:
             raise TensorFileError(
@@ -447,7 +448,8 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
             for part in ("_parameters", "_buffers", "_modules"):
                 yield from _children(state.get(part))
         else:
-            yield from _children(state)
+            # What is made of its arguments has no state.
+            yield from _children(state or value.arguments)
 
 
 # How pickles begin a text, a name, and a tensor; see `write`.

@@ -124,6 +124,8 @@ def read_file(path: str | epath.Path) -> bytes:
         if file.is_dir():
             raise ImageError(f"{path} is a directory; expected a picture file")
         return bytes(file.read_bytes())
+    except ImageError:
+        raise
     except FileNotFoundError:
         raise ImageError(f"no picture at {path}") from None
     except (OSError, ValueError) as error:
@@ -152,6 +154,9 @@ def _decode(data: bytes, name: str, *, large: bool, with_metadata: bool) -> tupl
             if image.mode in ("CMYK", "LAB"):
                 # The pixels are no longer what it is for.
                 metadata = replace(metadata, profile=None)
+            if image.format == "PNG" and (code := dict(_early_chunks(data)).get(b"cICP")):
+                # It goes before a profile, and Pillow does not know it.
+                metadata = replace(metadata, colour={**metadata.colour, "cicp": code})
             return pixels, metadata
     except UnknownKindError:
         if picture_format(data[:HEAD]) != "TIFF":

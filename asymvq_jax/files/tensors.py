@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import io
-import pickle
+import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from etils import epath
 
-from asymvq_jax.errors import InputError
+from asymvq_jax.errors import InputError, TensorFileError
+from asymvq_jax.files import pickles, safe_tensors
 from asymvq_jax.files.decoding import Array
 from asymvq_jax.files.formats import HEAD, picture_format
+from asymvq_jax.files.kinds import kind_of
+from asymvq_jax.files.stored import StoredTensor
 
 # In the order in which one is looked for beside a picture.
 SUFFIXES = (".npy", ".npz", ".safetensors", ".latent", ".pt", ".pth")
@@ -43,57 +46,65 @@ def read_latent_file(path: str | epath.Path) -> LatentFile:
     Raises:
         InputError: the file is missing, damaged, or of another kind, or holds several arrays or none of real numbers.
     """
-    try:
-        data = epath.Path(path).read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"latent {path} cannot be read: {reason}") from None
+    if "://" not in str(path):
+        return _read(Path(path), str(path))
+    with tempfile.NamedTemporaryFile() as copy:
+        try:
+            copy.write(epath.Path(path).read_bytes())
+        except OSError as error:
+            raise InputError(f"latent {path} cannot be read: {error.strerror or error}") from None
+        copy.flush()
+        return _read(Path(copy.name), str(path))
+
+
+def _read(path: Path, name: str) -> LatentFile:
+    """A local file, which messages call `name`."""
     scaled = None
     try:
-        kind, arrays = _arrays(data)
+        kind, arrays = _arrays(path)
         if _COMFY in arrays:
             kind, scaled = "ComfyUI latent", _COMFY_UNSCALED not in arrays
             arrays = {_COMFY: arrays[_COMFY]}
-        values = _one(arrays)
+        return LatentFile(_one(arrays), scaled, kind)
+    except TensorFileError as error:
+        raise InputError(f"latent {str(error).replace(str(path), name)}; or save it as .npy with numpy.save") from None
     except InputError as error:
-        raise InputError(f"latent {path} {error}") from None
-    return LatentFile(values, scaled, kind)
+        raise InputError(f"latent {name} {error}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"latent {name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _arrays(data: bytes) -> tuple[str, Mapping[str, object]]:
+def _arrays(path: Path) -> tuple[str, Mapping[str, Array | StoredTensor]]:
     """The kind of a file and what it holds by name."""
-    if not data:
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    if not head:
         raise InputError("is empty; save it again as .npy with numpy.save")
-    if data.startswith(b"\x93NUMPY"):
-        return ".npy", {"": _load_numpy(data)}
-    if data.startswith(b"PK"):
-        with _opened_zip(data) as archive:
-            names = archive.namelist()
-        if any(name.endswith("data.pkl") for name in names):
-            return "torch file", _load_torch(data)
-        loaded = _load_numpy(data)
+    if head.startswith(b"\x93NUMPY"):
+        return ".npy", {"": np.asarray(_load_numpy(path))}
+    if head.startswith(b"PK") and _is_npz(path):
+        loaded = _load_numpy(path)
         assert isinstance(loaded, dict)
         return ".npz", loaded
-    if len(data) > 9 and data[8:9] == b"{" and int.from_bytes(data[:8], "little") < len(data):
-        return ".safetensors", _load_safetensors(data)
-    if data[:1] == b"\x80":
-        return "torch file", _load_torch(data)
-    if kind := picture_format(data[:HEAD]):
+    if kind := picture_format(head):
         raise InputError(f"is a picture ({kind}), not a latent")
-    raise InputError("is of no known kind; save it as .npy with numpy.save (or .npz, .safetensors, .pt)")
+    if kind_of(path) == "safetensors":
+        return ".safetensors", safe_tensors.read_head(path)[0]
+    return "torch file", pickles.read(path)[0]
 
 
-def _opened_zip(data: bytes) -> zipfile.ZipFile:
+def _is_npz(path: Path) -> bool:
     try:
-        return zipfile.ZipFile(io.BytesIO(data))
+        with zipfile.ZipFile(path) as archive:
+            return not any(name.endswith("data.pkl") for name in archive.namelist())
     except zipfile.BadZipFile as error:
         raise InputError(f"is a damaged archive: {error}; save it again as .npy with numpy.save") from None
 
 
-def _load_numpy(data: bytes) -> object:
+def _load_numpy(path: Path) -> object:
     """An array, or a dictionary of them."""
     try:
-        loaded = np.load(io.BytesIO(data), allow_pickle=False)
+        loaded = np.load(path, allow_pickle=False)
         return {name: loaded[name] for name in loaded.files} if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
     # What is raised for damaged files depends on the version and on the place.
     except Exception as error:
@@ -102,54 +113,18 @@ def _load_numpy(data: bytes) -> object:
         raise InputError(f"is damaged: {error}; save it again as .npy with numpy.save") from None
 
 
-def _load_safetensors(data: bytes) -> Mapping[str, object]:
-    # Their own reader into NumPy does not know bfloat16, which this package brings.
-    import ml_dtypes
-    import safetensors
-
-    types = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-    try:
-        found = safetensors.deserialize(data)
-    except Exception as error:
-        raise InputError(f"is a damaged .safetensors file: {error}; save it again as .npy with numpy.save") from None
-    return {
-        name: np.frombuffer(tensor["data"], types[tensor["dtype"]]).reshape(tensor["shape"])
-        for name, tensor in found
-        if tensor["dtype"] in types
-    }
-
-
-def _load_torch(data: bytes) -> Mapping[str, object]:
-    try:
-        import torch
-    except ImportError:
-        raise InputError(
-            "is a torch file, which takes PyTorch to read; save it as .npy instead: numpy.save(path, tensor.numpy())"
-        ) from None
-    try:
-        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    # Torch raises whatever its unpickler trips over, in words about turning the protection off.
-    except (Exception, pickle.UnpicklingError):
-        raise InputError(
-            "is a damaged torch file, or one of more than tensors; save it as .npy: numpy.save(path, tensor.numpy())"
-        ) from None
-    found = loaded if isinstance(loaded, dict) else {"": loaded}
-    return {
-        str(name): value.detach().float().numpy() if torch.is_tensor(value) and value.is_floating_point() else value
-        for name, value in found.items()
-    }
-
-
-def _one(arrays: Mapping[str, object]) -> Array:
+def _one(arrays: Mapping[str, Array | StoredTensor]) -> Array:
     """The one array that can be a latent: by its name where there are several."""
-    numbers = {name: value for name, value in arrays.items() if isinstance(value, np.ndarray)}
-    named = [name for name in _NAMES if name in numbers]
-    if not numbers:
+    named = [name for name in arrays if name.rpartition(".")[2] in _NAMES]
+    if not arrays:
         raise InputError("holds no array; expected one of real numbers, as numpy.save writes .npy files")
-    if len(numbers) > 1 and len(named) != 1:
-        shown = ", ".join(f"{name} {value.shape}" for name, value in list(numbers.items())[:5])
-        raise InputError(f"holds {len(numbers)} arrays ({shown}): expected one; save it alone as .npy with numpy.save")
-    value = numbers[named[0]] if len(numbers) > 1 else next(iter(numbers.values()))
-    if value.dtype.kind not in "fiu" and str(value.dtype) != "bfloat16":
-        raise InputError(f"holds values of type {value.dtype}: expected real numbers")
-    return value.astype(np.float32) if value.dtype.kind not in "fiu" or value.dtype == np.float16 else value
+    if len(arrays) > 1 and len(named) != 1:
+        shown = ", ".join(f"{name} {value.shape}" for name, value in list(arrays.items())[:5])
+        raise InputError(f"holds {len(arrays)} arrays ({shown}): expected one; save it alone as .npy with numpy.save")
+    chosen = arrays[named[0]] if len(arrays) > 1 else next(iter(arrays.values()))
+    value: Array = chosen.read() if isinstance(chosen, StoredTensor) else chosen
+    if value.dtype.kind not in "fiu":
+        # NumPy's files have no name for it.
+        hint = " (bfloat16, probably: save float32 instead)" if value.dtype.str == "|V2" else ""
+        raise InputError(f"holds values of type {value.dtype}{hint}: expected real numbers")
+    return value.astype(np.float32) if value.dtype == np.float16 else value

@@ -112,11 +112,30 @@ def weight_files(folder: Path, *stems: str) -> list[Path]:
             plain = [n for n in (f"{stem}{suffix}.index.json", f"{stem}{suffix}") if n in names]
             if chosen := [*plain, *indexes, *_only_variant(folder, found)][:1]:
                 return _shards(folder / chosen[0]) if chosen[0].endswith(".json") else [folder / chosen[0]]
-    there = [name for name in names if name.endswith((*SUFFIXES, ".msgpack", ".h5", ".onnx"))]
+            if numbered := _numbered(folder, names, stem, suffix):
+                return numbered
+    readable = [name for name in names if name.endswith(SUFFIXES)]
+    there = readable or [name for name in names if name.endswith((".msgpack", ".h5", ".onnx"))]
+    what = "to read one of them, name the file" if readable else "no weights of a kind that is read"
     raise TensorFileError(
         f"{folder} has a config.json but no {stems[0]}.safetensors"
-        + (f"; there is {', '.join(there)}, and no weights of a kind that is read" if there else "")
+        + (f"; there is {', '.join(there)}: {what}" if there else "")
     )
+
+
+def _numbered(folder: Path, names: Iterable[str], stem: str, suffix: str) -> list[Path]:
+    """The shards of an index that is not there, all of them by their numbers."""
+    form = re.compile(rf"{re.escape(stem)}(\.\w+)?-(\d+)-of-(\d+){re.escape(suffix)}")
+    found = [match for name in names if (match := form.fullmatch(name))]
+    if not found:
+        return []
+    wanted = {(found[0][1], i, int(found[0][3])) for i in range(1, int(found[0][3]) + 1)}
+    if absent := wanted - {(match[1], int(match[2]), int(match[3])) for match in found}:
+        raise TensorFileError(
+            f"{folder} holds {len(wanted) - len(absent)} of {len(wanted)} shards, such as {found[0][0]}: "
+            "download the others as well"
+        )
+    return [folder / match[0] for match in found if match[1] == found[0][1]]
 
 
 def _only_variant(folder: Path, found: list[str]) -> list[str]:
@@ -221,7 +240,10 @@ def read_json(path: Path) -> dict[str, object]:
         TensorFileError: the file is missing or no JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        if text.startswith("version https://git-lfs"):
+            raise ValueError("it is a Git LFS pointer: run `git lfs pull` in the clone")
+        content = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise TensorFileError(f"{path} is not readable as JSON: {error}") from None
     if not isinstance(content, dict):

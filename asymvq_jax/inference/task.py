@@ -16,7 +16,7 @@ from asymvq_jax.convert.convert import as_told, read_model
 from asymvq_jax.devices import sharding
 from asymvq_jax.errors import InputError
 from asymvq_jax.files.formats import HEAD, picture_format
-from asymvq_jax.files.masks import Channel, Mask, load_mask
+from asymvq_jax.files.masks import Channel, Mask, load_mask, turned
 from asymvq_jax.files.outputs import check_not_input, check_writable, write_bytes
 from asymvq_jax.files.pictures import FORMATS, Picture, check_fits, read_file, read_picture, read_size, write_picture
 from asymvq_jax.files.tensors import LatentFile, read_latent_file
@@ -143,7 +143,10 @@ def _read(task: Task) -> tuple[Picture, Mask]:
     mask = load_mask(task.mask, soft=task.soft_mask, channel=task.mask_channel, invert=task.invert_mask, large=large)
     if mask.size != picture.size:
         (h, w), (ih, iw) = mask.size, picture.size
-        raise InputError(f"the mask is {w} x {h} px and the picture {iw} x {ih} px; they must have the same size")
+        raise InputError(
+            f"the mask is {w} x {h} px and the picture {iw} x {ih} px; they must have the same size"
+            + turned(mask.size, picture.size)
+        )
     return picture, mask
 
 

@@ -9,11 +9,11 @@ import sys
 
 import numpy as np
 from etils import epath
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from asymvq_jax.files import images
 from asymvq_jax.files.outputs import write_bytes, writing
+from asymvq_jax.training.board import Board
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +35,8 @@ class RunLog:
         # The last line of a killed run may be cut off; any other has been damaged since.
         if damaged := sum(at is None for at in done[:-1]):
             log.warning("%s: %d damaged lines are left out", self._file, damaged)
+        self._board = Board(directory / "tensorboard", first_step=step + 1)
         self.flush()
-        # An unbounded queue: its reader ends at an error of the disk, and a full queue would then block for ever.
-        with writing(directory):
-            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1, max_queue=0)
         self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
 
     def progress(self, step: int) -> None:
@@ -58,7 +56,7 @@ class RunLog:
                 file.write(self._lines[-1] + "\n")
         for name, value in finite.items():
             if value is not None:
-                self._board.add_scalar(name, value, step)
+                self._board.scalar(name, value, step)
         with tqdm.external_write_mode():
             log.info("%s", note)
 
@@ -66,20 +64,19 @@ class RunLog:
         """Writes a picture grid, (h, w, 3) uint8."""
         if self.active:
             images.write(self._directory / "pictures" / f"{step:08d}.png", grid)
-            self._board.add_image("pictures", grid, step, dataformats="HWC")
+            self._board.picture("pictures", grid, step)
 
     def flush(self) -> None:
-        """Brings metrics.jsonl up to date; object stores cannot append, so there it is written whole."""
+        """Brings the files up to date; object stores cannot append, so there they are written whole."""
         if self.active:
+            self._board.flush()
             write_bytes(self._file, "".join(line + "\n" for line in self._lines).encode())
 
     def close(self) -> None:
         """Ends the bar and the files."""
         if self.active:
-            self.flush()
             self._bar.close()
-            with writing(self._directory):
-                self._board.close()
+            self.flush()
 
 
 def _step(line: bytes) -> int | None:

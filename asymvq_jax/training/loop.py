@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from asymvq_jax.config import Config, ModelConfig, to_json
+from asymvq_jax.convert.reading import read_model
 from asymvq_jax.data import pipeline
 from asymvq_jax.data.identity import digest_arrays
 from asymvq_jax.devices import sharding
@@ -34,7 +35,6 @@ from asymvq_jax.files import images
 from asymvq_jax.files.threads import quiet_threads
 from asymvq_jax.losses.lpips import load_lpips
 from asymvq_jax.models.autoencoder import Autoencoder, structure
-from asymvq_jax.models.checkpoints import load_parameters
 from asymvq_jax.models.parameters import Params, all_finite, merge, split
 from asymvq_jax.training.checkpoints import Resumed, RunCheckpoints, owned
 from asymvq_jax.training.logs import RunLog
@@ -164,10 +164,13 @@ class Run:
         if not path:
             return None
         try:
-            return load_parameters(path)
+            model = read_model(path)
+            return model.config, split(model)[1]
         except UserError as error:
             if self.saved.latest_step() is None:
-                raise ConfigError(f"run.init_from={path!r}: {error}") from None
+                hint = "; `asymvq convert` has this option, and writes what a run begins with"
+                hint = hint if "--scaling-factor" in str(error) else ""
+                raise ConfigError(f"run.init_from={path!r}: {error}{hint}") from None
             log.warning(
                 "run.init_from=%r cannot be read (%s), and is not needed to resume; the pictures lack the column "
                 "'plain decode'", path, error,

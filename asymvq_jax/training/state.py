@@ -158,7 +158,7 @@ def starting_parameters(config: Config, source: ModelConfig, params: Params) -> 
     if differing:
         raise ConfigError(
             f"run.init_from={config.run.init_from!r} holds another encoder: {', '.join(differing)}; "
-            "set these fields to the checkpoint's values"
+            "set these fields to the checkpoint's values, or name another one (asymvq_jax.convert reads them)"
         )
     sizes = ("decoder_channels", "decoder_blocks", "decoder_layers")
     decoder = all(getattr(source, name) == getattr(config.model, name) for name in sizes)

@@ -83,6 +83,23 @@ def test_bad_files_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("c.py", "\ndef get_config(:", r"c\.py, line 2: SyntaxError: "),
+        ("c.py", "\n\ndef get_config():\n    return Confg()", r"c\.py, line 4: NameError: name 'Confg'"),
+        ("c.py", "import nothing_of_this_name", r"c\.py, line 1: ModuleNotFoundError: "),
+        ("c.py", "raise SystemExit(3)", r"c\.py, line 1: SystemExit: 3"),
+        ("c.py", "from asymvq_jax.config import RunConfig\nRunConfig(steps=-1)", r"c\.py: run\.steps=-1: expected"),
+        ("c.json", "{}", r"c\.json: expected a Python file"),
+    ],
+)
+def test_a_file_that_fails_is_one_line_with_its_place(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path / name)
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: RunConfig(init_from="x", steps="4"), "run.steps='4': expected an integer"),

@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import logging
+import os
 import re
+from collections import Counter
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from fuzzing import TIMES, tell
 from safetensors.numpy import save_file
 
 from asymvq_jax.commands.convert import main
@@ -225,6 +228,7 @@ def test_autoencoders_that_are_not_ours(original, tmp_path):
     other = original | {"post_quant_conv.weight": one(4, 3, 1, 1)}
     for tensors, message in (
         (gumbel, "is a VQGAN with a Gumbel quantiser"),
+        (original | {"bn.running_mean": one(4)}, "is FLUX.2's autoencoder"),
         (other, "has latents of 3 channels .* a decoder that takes 4"),
         (prefixed(original, "a.") | prefixed(original, "b."), r"holds 2 models of one kind, a\.\*, b\.\*"),
     ):
@@ -244,6 +248,7 @@ def test_autoencoders_that_are_not_ours(original, tmp_path):
 def test_sources_that_have_to_be_downloaded(original, tmp_path):
     for source, message in (
         ("https://host/org/name/x.safetensors", "is a URL, and nothing is downloaded here: download it"),
+        ("org-of/some-model/vae", "first: hf download org-of/some-model --local-dir FOLDER, and name FOLDER/vae"),
         ("org-of/some-model", "model's id on the Hugging Face hub, download it first: hf download org-of/some-model"),
         (tmp_path / "none", "no checkpoint at"),
     ):
@@ -326,11 +331,11 @@ def test_targets_that_cannot_be_written(original, tmp_path, monkeypatch, capsys)
 
 
 def test_damaged_configurations_are_read_or_refused_in_one_line(theirs, tmp_path):
-    """Seeded: 100 config.json with a byte changed or values of other types."""
+    """Seeded: 100 config.json (FUZZ=10: 1000) with a byte changed or values of other types."""
     save_file(theirs, tmp_path / WEIGHTS)
     stored, values = config_to_diffusers(CONFIG), (None, "x", -1, 0, 1e9, [], {}, True, [32, "x"], [None], float("nan"))
     said = []
-    for seed in range(100):
+    for seed in range(100 * TIMES):
         rng = np.random.default_rng(seed)
         changed = dict(stored)
         changed[sorted(stored)[rng.integers(len(stored))]] = values[rng.integers(len(values))]
@@ -342,5 +347,80 @@ def test_damaged_configurations_are_read_or_refused_in_one_line(theirs, tmp_path
             describe(tmp_path)
         except (ConvertError, TensorFileError, UserError) as error:
             said.append(str(error).splitlines()[0])
-    assert len(said) > 50
-    assert all(str(tmp_path) in line or line.startswith("model.") for line in said)
+    count = 100 * TIMES
+    tell("damaged config.json", Counter({"read": count - len(said), "refused in one line": len(said)}))
+    assert len(said) > count // 2
+    assert all(str(tmp_path) in line for line in said)
+
+
+def test_a_configuration_that_is_not_that_of_the_weights(theirs, tmp_path):
+    """One line that says what differs, before a structure of that size is made."""
+    save_file(theirs, tmp_path / WEIGHTS)
+    for changes, message in (
+        ({"block_out_channels": [32, 64]}, r"encoder_channels \(32, 64\) \(the weights have \(32, 32\)\)"),
+        ({"layers_per_block": 10**6}, r"encoder_blocks 1000000 \(the weights have 1\)"),
+        ({"mid_block_add_attention": False}, "mid_attention False"),
+        ({"_class_name": "VQModel", "num_vq_embeddings": 16}, r"codebook_size 16 \(the weights have 0\)"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config_to_diffusers(CONFIG) | changes))
+        with pytest.raises(ConvertError, match=message) as error:
+            describe(tmp_path)
+        assert str(error.value).startswith(f"{tmp_path / 'config.json'} is of another model than the weights")
+    for field, value in (("scaling_factor", 0), ("norm_num_groups", 7)):
+        (tmp_path / "config.json").write_text(json.dumps(config_to_diffusers(CONFIG) | {field: value}))
+        with pytest.raises(ConvertError, match=rf"^{re.escape(str(tmp_path / 'config.json'))}: model\."):
+            describe(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config_to_diffusers(CONFIG) | {"act_fn": "swish"}))
+    assert describe(tmp_path).config == CONFIG
+    (tmp_path / "config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(TensorFileError, match=r"config\.json is not readable as JSON: it is a Git LFS pointer"):
+        describe(tmp_path)
+
+
+def test_a_description_stands_for_its_folder(theirs, original, tmp_path):
+    (tmp_path / "vae").mkdir()
+    save_file(theirs, tmp_path / "vae" / WEIGHTS)
+    (tmp_path / "vae/config.json").write_text(json.dumps(config_to_diffusers(CONFIG)))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    for name in ("vae/config.json", "model_index.json"):
+        assert_same(describe(tmp_path / name), original, theirs)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["latest", "checkpoint/mp_rank_00_model_states.pt"], "a checkpoint of DeepSpeed: name .*/mp_rank_00_model_st"),
+        (["__0_0.distcp", ".metadata"], "a checkpoint of torch.distributed: write it as one file"),
+        (["data.pkl", "version", "data/0"], "an unpacked PyTorch file: pack it again"),
+        (["optimizer.bin", "model.safetensors"], r"did you mean .*/model\.safetensors\?"),
+        (["checkpoints/last.ckpt"], r"did you mean .*/checkpoints/last\.ckpt\?"),
+    ],
+)
+def test_folders_of_trainers_are_called_by_their_names(names, message, tmp_path):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(ConvertError, match=message):
+        describe(tmp_path)
+
+
+def test_names_that_lead_nowhere(tmp_path):
+    with pytest.raises(ConvertError, match=r"^x{100}\.\.\.x{20} cannot be read: File name too long$"):
+        describe("x" * 5000)
+    os.mkfifo(tmp_path / "pipe.ckpt")
+    with pytest.raises(ConvertError, match=r"pipe\.ckpt is neither a file nor a folder"):
+        describe(tmp_path / "pipe.ckpt")
+
+
+def test_a_scale_in_half_precision_is_the_number_that_was_meant(original, tmp_path):
+    for kind in (np.float16, np.float32):
+        save_file(original | {"scale_factor": np.array(0.13025, kind)}, tmp_path / "x.safetensors")
+        assert describe(tmp_path / "x.safetensors").config.scaling_factor == 0.13025
+
+
+def test_what_an_interrupted_download_leaves_is_said(original, tmp_path, caplog):
+    blank = {n: np.zeros_like(x) if n.startswith("decoder.up.") else x for n, x in original.items()}
+    save_file(blank, tmp_path / "x.safetensors")
+    describe(tmp_path / "x.safetensors").load()
+    count = sum(n.startswith("decoder.up.") and x.ndim == 4 for n, x in blank.items())
+    assert f"{count} kernels are zero throughout" in caplog.text

@@ -7,7 +7,8 @@ import tifffile
 from PIL import Image
 
 from asymvq_jax.errors import ImageError, MaskError
-from asymvq_jax.files.masks import HAZE, generated, load_mask, percent, reduce_mask
+from asymvq_jax.files.masks import HAZE, generated, load_mask, percent, read_mask_size, reduce_mask, turned
+from asymvq_jax.files.pictures import read_picture
 
 REGION = np.zeros((40, 60), bool)
 REGION[8:20, 10:40] = True
@@ -84,6 +85,56 @@ def test_a_jpeg_s_black_and_white(tmp_path):
     assert (mask.values[..., 0] != REGION).mean() < 0.05
     Image.fromarray(WHITE // 255).save(tmp_path / "dark.jpg", quality=95)
     assert load_mask(tmp_path / "dark.jpg").empty
+
+
+def test_a_blurred_edge_has_few_values_and_no_labels(tmp_path):
+    edge = cv2.GaussianBlur(WHITE, (3, 3), 0)
+    assert 2 < len(np.unique(edge)) <= 16
+    np.testing.assert_array_equal(load_mask(_save(tmp_path / "m.png", edge)).values[..., 0], edge >= 128)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        REGION,
+        REGION[None],
+        REGION[..., None].astype(np.float32),
+        WHITE,
+        REGION.astype(np.int64),
+        REGION.astype(np.float16),
+    ],
+    ids=lambda array: f"{array.dtype}{array.shape}",
+)
+def test_arrays_of_segmentation_models(tmp_path, array):
+    np.save(tmp_path / "m.npy", array)
+    np.testing.assert_array_equal(load_mask(tmp_path / "m.npy").values[..., 0], REGION)
+    assert read_mask_size(tmp_path / "m.npy") == REGION.shape
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.stack([REGION, REGION]), "of shape .2, 40, 60.: expected one plane"),
+        (REGION * 700.0, "floating-point pixels from 0 to 700"),
+        (REGION * -1, "array of int64: expected bool"),
+        (np.array([["a", "b"], ["c", "d"]]), "expected bool"),
+        (np.array([[None]]), "not a readable NumPy array"),
+    ],
+)
+def test_other_arrays_are_refused(tmp_path, array, message):
+    np.save(tmp_path / "m.npy", array)
+    with pytest.raises(MaskError, match=rf"^mask .*m\.npy .*{message}"):
+        load_mask(tmp_path / "m.npy")
+
+
+def test_a_mask_that_was_not_turned_with_its_picture_is_told(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(PHOTO).save(tmp_path / "photo.jpg", exif=exif)
+    _save(tmp_path / "m.png", WHITE)
+    sizes = read_mask_size(tmp_path / "m.png"), read_picture(tmp_path / "photo.jpg").size
+    assert "EXIF" in turned(*sizes)
+    assert turned(sizes[0], sizes[0]) == turned((8, 8), (8, 8)) == turned((8, 9), (9, 9)) == ""
 
 
 AMBIGUOUS = {

@@ -1,6 +1,9 @@
 """Latents as programs save them: files, layouts and scales."""
 
 import re
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -33,14 +36,21 @@ def _write(path, kind):
         torch.save(torch.from_numpy(Z), path)
     elif kind == "torch dictionary":
         torch.save({"samples": torch.from_numpy(Z).half(), "batch_index": [0]}, path)
+    elif kind == "torch list":
+        torch.save([torch.from_numpy(Z).requires_grad_()], path)
+    elif kind == "array in torch":
+        torch.save({"out": {"latents": Z}, "mask": Z[0, 0]}, path)
     elif kind == "old torch":
         torch.save(torch.from_numpy(Z), path, _use_new_zipfile_serialization=False)
 
 
 @pytest.mark.parametrize(
     "kind",
-    [".npy", ".npz", ".npz with several", ".safetensors", "bfloat16", "torch tensor", "torch dictionary", "old torch"],
-)
+    [
+        ".npy", ".npz", ".npz with several", ".safetensors", "bfloat16", "torch tensor", "torch dictionary",
+        "torch list", "array in torch", "old torch",
+    ],
+)  # fmt: skip
 def test_files_are_told_by_their_content(tmp_path, kind):
     path = tmp_path / "a.bin"
     with path.open("wb") as stream:
@@ -49,6 +59,24 @@ def test_files_are_told_by_their_content(tmp_path, kind):
     assert read.scaled is None
     tolerance = 1e-2 if kind in ("bfloat16", "torch dictionary") else 0
     np.testing.assert_allclose(read.values, Z, atol=tolerance, rtol=tolerance)
+
+
+def test_diffusers_outputs_are_read_and_torch_is_not_needed(tmp_path):
+    from diffusers.models.autoencoders.vae import DecoderOutput
+
+    torch.save(DecoderOutput(sample=torch.from_numpy(Z)), tmp_path / "a.pt")
+    program = """
+        import sys
+        from asymvq_jax.files.tensors import read_latent_file
+        print(read_latent_file(sys.argv[1]).values.sum(), "torch" in sys.modules)
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "a.pt")],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    total, torch_there = done.stdout.split()
+    assert abs(float(total) - Z.sum()) < 1e-3
+    assert torch_there == "False"
 
 
 def test_comfyui_says_by_a_mark_that_a_latent_is_not_scaled(tmp_path):

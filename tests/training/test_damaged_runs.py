@@ -1,7 +1,6 @@
 """A hundred damaged runs: each resumes as it was, or is refused with one line; never a wrong number, or a traceback."""
 
 import json
-import os
 import random
 import re
 import shutil
@@ -10,6 +9,7 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
+from fuzzing import TIMES, tell
 
 from asymvq_jax.commands import train as command
 from asymvq_jax.config import (
@@ -30,9 +30,7 @@ from asymvq_jax.training.logs import RunLog
 from asymvq_jax.training.loop import train
 from asymvq_jax.training.state import abstract_state, make_blueprint
 
-# FUZZ=10 tries ten times as many, of another seed.
-FUZZ = int(os.environ.get("FUZZ", "1"))
-COUNT = 100 * FUZZ
+COUNT = 100 * TIMES
 ITEMS = ("config", "model", "training", "progress")
 
 
@@ -93,7 +91,7 @@ def _damage(file, kind: str, rng: random.Random) -> None:
 
 
 def test_damaged_steps_resume_or_are_refused_with_one_line(run, one_device, tmp_path):
-    sound, rng = _resume(_config(run), one_device), random.Random(FUZZ)
+    sound, rng = _resume(_config(run), one_device), random.Random(TIMES)
     step = run / "checkpoints" / "2"
     files = sorted(path.relative_to(step) for path in step.rglob("*") if path.is_file())
     # Large files hold the numbers, and are as likely as all the others together.
@@ -115,6 +113,7 @@ def test_damaged_steps_resume_or_are_refused_with_one_line(run, one_device, tmp_
             assert _equal(result, sound), f"{kind}: {file}"
             results[kind, "resumed"] += 1
         shutil.rmtree(copy)
+    tell("damaged checkpoints", Counter({f"{kind}, {end}": count for (kind, end), count in results.items()}))
     assert all(results[kind, "refused"] for kind in ("missing", "cut", "flipped")), results
     assert sum(results.values()) == COUNT
     assert all(re.fullmatch(rf"{tmp_path}/\d+/checkpoints/2 cannot be read: .+", message) for message in messages)
@@ -174,7 +173,7 @@ def test_numbers_that_are_not_finite_are_damage(run, one_device, tmp_path, monke
 
 
 def test_damaged_metrics_never_end_a_run(run, tmp_path):
-    rng = random.Random(FUZZ)
+    rng, outcomes = random.Random(TIMES), Counter[str]()
     whole = (run / "metrics.jsonl").read_bytes()
     for i in range(COUNT):
         directory = tmp_path / str(i)
@@ -184,6 +183,8 @@ def test_damaged_metrics_never_end_a_run(run, tmp_path):
         RunLog(directory, step=2, steps=3, active=True).close()
         for line in (directory / "metrics.jsonl").read_text().splitlines():
             assert json.loads(line, parse_constant=pytest.fail)["step"] <= 2
+        outcomes["gone on with, JSON in every line"] += 1
+    tell("damaged metrics.jsonl", outcomes)
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(OutputError, match=r"metrics\.jsonl"):
         RunLog(tmp_path, step=2, steps=3, active=True)

@@ -22,6 +22,7 @@ from processes import ROOT
 
 from asymvq_jax.commands import train as command
 from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
+from asymvq_jax.convert.convert import convert
 from asymvq_jax.devices import cluster
 from asymvq_jax.errors import CheckpointError, ConfigError, ExitCode, NonFiniteError, OutputError
 from asymvq_jax.files import images
@@ -242,13 +243,17 @@ def test_pictures_that_come_and_go_between_two_halves_of_a_run_are_told(first, c
 
 
 def test_a_run_resumes_without_its_first_stage_and_refuses_another(first, caplog):
-    shutil.copytree(first / "first", first / "gone")
+    convert(first / "first", first / "gone", "diffusers")
     changes = {"directory": str(first / "orphan"), "init_from": str(first / "gone")}
     assert train(_config(first, steps=1, **changes)) == 0
     shutil.rmtree(first / "gone")
     assert train(_config(first, steps=2, **changes)) == 0
     assert "gone' cannot be read (no checkpoint at" in caplog.text
     assert "lack the column 'plain decode'" in caplog.text
+    # The same encoder, whatever the form.
+    convert(first / "first", first / "original.safetensors", "ldm")
+    for same in ("first", "original.safetensors"):
+        assert train(_config(first, steps=2, **changes | {"init_from": str(first / same)})) == 0
     save_model(first / "gone", Autoencoder(dataclasses.replace(MODEL, condition=False), rngs=nnx.Rngs(1)))
     with pytest.raises(
         CheckpointError, match=r"gone' holds another encoder \(digest \w+\) than the one that .*restore"
