@@ -12,6 +12,7 @@ from asymvq_jax.errors import ConvertError
 from asymvq_jax.files.fields import (
     COUNT,
     COUNTS,
+    FEW,
     NUMBER,
     NUMBERS,
     SWITCH,
@@ -186,10 +187,10 @@ TYPES = {
     **dict.fromkeys(("block_out_channels", "down_block_out_channels", "up_block_out_channels",
                      "decoder_block_out_channels"), COUNTS),
     **dict.fromkeys(("down_block_types", "up_block_types"), TEXTS),
+    **dict.fromkeys(("layers_per_block", "layers_per_down_block", "layers_per_up_block"), FEW),
     **dict.fromkeys(
         (
-            "in_channels", "out_channels", "latent_channels", "layers_per_block", "layers_per_down_block",
-            "layers_per_up_block", "norm_num_groups", "num_vq_embeddings", "vq_embed_dim",
+            "in_channels", "out_channels", "latent_channels", "norm_num_groups", "num_vq_embeddings", "vq_embed_dim",
         ),
         COUNT,
     ),

@@ -153,7 +153,12 @@ def _describe_folder(folder: Path, told: Mapping[str, float], opened: Weights | 
     opened_all = opened or open_folder(folder, WEIGHTS)
     found = find_autoencoder(opened_all, video=config.encoder_layers != "sd")
     if config.encoder_layers == "sd":
-        _compare(config, sizes(found, opened_all), file)
+        try:
+            read = sizes(found, opened_all, config.norm_groups)
+        except ConvertError:
+            # What is missing is listed below.
+            read = config
+        _compare(config, read, file)
     unexpected = {n: x for n, x in found.rest.items() if not n.startswith(HARMLESS)} if opened is None else {}
     log.info("%s: diffusers' %s", folder, stored["_class_name"])
     return _described(config, found, folder, unexpected)
@@ -200,11 +205,16 @@ def describe_found(found: Found, opened: Weights, told: Mapping[str, float]) -> 
     return _described(config, found, opened.path)
 
 
-def sizes(found: Found, opened: Weights) -> ModelConfig:
+def sizes(found: Found, opened: Weights, norm_groups: int | None = None) -> ModelConfig:
     """Reads the sizes off the tensors of an autoencoder; those of its scale are the default's.
 
+    Args:
+        found: the autoencoder.
+        opened: its file.
+        norm_groups: what no tensor tells; None: as the file's metadata say, or the default's.
+
     Raises:
-        ConvertError: tensors that every autoencoder has are missing.
+        ConvertError: tensors that every autoencoder has are missing, or their sizes are those of no model.
     """
     tensors = found.tensors
     down, up, block, q = (
@@ -231,10 +241,11 @@ def sizes(found: Found, opened: Weights) -> ModelConfig:
     encoder, decoder = channels(f"encoder.{down}"), channels(f"decoder.{up}")
     middle = "mid_block.attentions.0" if found.form == "diffusers" else "mid.attn_1"
     branch = "decoder.condition_encoder." if found.form == "diffusers" else "decoder.encoder."
-    groups = opened.metadata.get("norm_groups", "")
+    said = opened.metadata.get("norm_groups", "")
+    groups = norm_groups or (int(said) if said.isdigit() else ModelConfig().norm_groups)
     epsilon, patch = _statistics(found, opened)
     codes = tensors.get("quantize.embedding.weight")
-    return ModelConfig(
+    read: dict[str, Any] = dict(
         image_channels=tensors["encoder.conv_in.weight"].shape[1],
         latent_channels=tensors["decoder.conv_in.weight"].shape[1],
         scaling_factor=1.0 if epsilon else ModelConfig().scaling_factor,
@@ -251,8 +262,12 @@ def sizes(found: Found, opened: Weights) -> ModelConfig:
         quant_conv="quant_conv.weight" in tensors,
         codebook_size=0 if codes is None else codes.shape[0],
         condition=any(name.startswith(branch) for name in tensors),
-        norm_groups=int(groups) if groups.isdigit() else ModelConfig().norm_groups,
+        norm_groups=groups,
     )
+    try:
+        return ModelConfig(**read)
+    except ConfigError as error:
+        raise ConvertError(f"{opened.path}: {error}") from None
 
 
 def _statistics(found: Found, opened: Weights) -> tuple[float, int]:

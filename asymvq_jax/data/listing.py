@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
+import lzma
 import os
 import posixpath
 import shutil
 import sqlite3
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
@@ -23,7 +25,12 @@ from asymvq_jax.files.folders import HIDDEN, NOT_A_FILE, UNREADABLE_FOLDER, Tall
 from asymvq_jax.files.formats import HEAD, named_as_other, named_as_picture, picture_format
 from asymvq_jax.files.outputs import writing
 
-GZIP = b"\x1f\x8b"
+# How compressed files begin, and what reads them.
+COMPRESSED: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
+    b"\x1f\x8b": gzip.open,  # type: ignore[dict-item]
+    b"BZh": bz2.open,  # type: ignore[dict-item]
+    b"\xfd7zXZ": lzma.open,  # type: ignore[dict-item]
+}
 NOT_A_PICTURE = "not pictures"
 LOST_LINK = "links to what is not a picture of the archive"
 
@@ -147,7 +154,7 @@ def _signed(key: int) -> int:
 
 
 def list_source(database: sqlite3.Connection, source: str, scratch: Path) -> Pictures:
-    """Lists the pictures of a directory, a .tar or a .tar.gz, and prints what is left out, by reason.
+    """Lists the pictures of a directory or a .tar (also .gz, .bz2, .xz), and prints what is left out, by reason.
 
     Args:
         database: to put the list in.
@@ -198,10 +205,13 @@ def _in_folder(folder: Path, left_out: Tally) -> Iterator[Picture | Link]:
 
 def _in_archive(archive: Path, scratch: Path, left_out: Tally) -> Iterator[Picture | Link]:
     with archive.open("rb") as file:
-        compressed = file.read(len(GZIP)) == GZIP
-    if compressed:
-        _unpack(archive, scratch)
-    return _in_tar(scratch if compressed else archive, archive, left_out)
+        head = file.read(8)
+    if head.startswith((b"PK\x03\x04", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd")):
+        raise DataError(f"{archive} is an archive of a kind that is not read (zip, 7z, rar, zstd): unpack it first")
+    reader = next((reader for beginning, reader in COMPRESSED.items() if head.startswith(beginning)), None)
+    if reader is not None:
+        _unpack(archive, scratch, reader)
+    return _in_tar(scratch if reader else archive, archive, left_out)
 
 
 def _in_tar(tar: Path, origin: Path, left_out: Tally) -> Iterator[Picture | Link]:
@@ -215,14 +225,17 @@ def _in_tar(tar: Path, origin: Path, left_out: Tally) -> Iterator[Picture | Link
             ) from None
 
 
-def _unpack(archive: Path, target: Path) -> None:
+def _unpack(archive: Path, target: Path, reader: Callable[[IO[bytes]], IO[bytes]]) -> None:
     """Compressed pictures cannot be read in another order than the archive's."""
     with writing(target), archive.open("rb") as file, target.open("wb") as plain:
         counted = tqdm.wrapattr(file, "read", archive.stat().st_size, desc=f"unpacking {archive.name}")
         try:
-            with counted as compressed, gzip.open(compressed) as unpacked:
+            with counted as compressed, reader(compressed) as unpacked:
                 shutil.copyfileobj(unpacked, plain, 2**24)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, OSError) as error:
+            if isinstance(error, OSError) and error.errno:
+                # Of the disk, and not of the archive.
+                raise
             raise DataError(f"{archive} is damaged: {error}") from None
 
 

@@ -15,6 +15,8 @@ class Type(NamedTuple):
 
 
 COUNT = Type("a whole number above 0", lambda value: type(value) is int and value > 0)
+# Layers, of which more would take for ever to lay out.
+FEW = Type("a whole number from 1 to 100", lambda value: type(value) is int and 0 < value <= 100)
 NUMBER = Type("a number", lambda value: type(value) in (int, float) and math.isfinite(value))
 SWITCH = Type("true or false", lambda value: type(value) is bool)
 TEXT = Type("a text", lambda value: type(value) is str)

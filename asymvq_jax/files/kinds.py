@@ -82,7 +82,8 @@ def kind_of(path: Path) -> Kind:
         raise TensorFileError(f"{path} is a tar archive: unpack it first")
     if len(head) < 1024 and re.fullmatch(rb"[\t\n\r -~]+", head):
         shown = head.decode().strip().partition("\n")[0][:80]
-        raise TensorFileError(f"{path} is a text ({shown!r}) and not weights: download it again")
+        wanted = "safetensors file" if path.suffix == ".safetensors" else "PyTorch checkpoint"
+        raise TensorFileError(f"{path} is not a {wanted}, but a text ({shown!r}): download it again")
     if path.suffix == ".safetensors":
         raise TensorFileError(f"{path} is not a safetensors file, or a damaged one")
     raise TensorFileError(f"{path} is not a PyTorch checkpoint, and not a safetensors file either")

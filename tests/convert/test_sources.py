@@ -282,6 +282,7 @@ def test_the_hubs_cache(theirs, original, tmp_path):
         ("block_out_channels", None, "missing block_out_channels"),
         ("scaling_factor", "0.18", "scaling_factor='0.18' (expected a number)"),
         ("block_out_channels", [32, None], "block_out_channels=[32, None] (expected a list of whole numbers)"),
+        ("layers_per_block", 10**9, "layers_per_block=1000000000 (expected a whole number from 1 to 100)"),
         ("latent_channels", 4.0, "latent_channels=4.0 (expected a whole number above 0)"),
         ("use_quant_conv", "yes", "use_quant_conv='yes' (expected true or false)"),
         ("down_block_types", "DownEncoderBlock2D", "down_block_types='DownEncoderBlock2D' (expected a list of texts)"),
@@ -358,7 +359,7 @@ def test_a_configuration_that_is_not_that_of_the_weights(theirs, tmp_path):
     save_file(theirs, tmp_path / WEIGHTS)
     for changes, message in (
         ({"block_out_channels": [32, 64]}, r"encoder_channels \(32, 64\) \(the weights have \(32, 32\)\)"),
-        ({"layers_per_block": 10**6}, r"encoder_blocks 1000000 \(the weights have 1\)"),
+        ({"layers_per_block": 60}, r"encoder_blocks 60 \(the weights have 1\)"),
         ({"mid_block_add_attention": False}, "mid_attention False"),
         ({"_class_name": "VQModel", "num_vq_embeddings": 16}, r"codebook_size 16 \(the weights have 0\)"),
     ):
@@ -375,6 +376,20 @@ def test_a_configuration_that_is_not_that_of_the_weights(theirs, tmp_path):
     (tmp_path / "config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     with pytest.raises(TensorFileError, match=r"config\.json is not readable as JSON: it is a Git LFS pointer"):
         describe(tmp_path)
+
+
+def test_groups_are_what_the_configuration_says(tmp_path):
+    config = dataclasses.replace(CONFIG, encoder_channels=(8, 12), decoder_channels=(8, 12), norm_groups=4)
+    tensors = dump_tensors(random_model(config), "diffusers")
+    save_file(tensors, tmp_path / WEIGHTS)
+    (tmp_path / "config.json").write_text(json.dumps(config_to_diffusers(config)))
+    assert describe(tmp_path).config == config
+    # Without it nothing tells.
+    save_file(tensors, tmp_path / "alone.safetensors")
+    with pytest.raises(
+        ConvertError, match=r"alone\.safetensors: model\.encoder_channels=\(8, 12\): expected .*groups=32"
+    ):
+        describe(tmp_path / "alone.safetensors")
 
 
 def test_a_description_stands_for_its_folder(theirs, original, tmp_path):

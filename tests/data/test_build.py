@@ -105,14 +105,14 @@ def _nested(folder: str, path: Path) -> None:
                 tar.add(file, arcname=file.name)
 
 
-@pytest.mark.parametrize("kind", ["tar", "tar.gz", "tars in a tar", "tars in a folder"])
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "tar.bz2", "tar.xz", "tars in a tar", "tars in a folder"])
 def test_archives_hold_the_same_pictures(tmp_path, folder, kind):
     if kind.startswith("tars"):
         _nested(folder, tmp_path / "classes")
         source = str(tmp_path / "classes")
         source = _tar(source, tmp_path / "all.tar") if kind == "tars in a tar" else source
     else:
-        source = _tar(folder, tmp_path / f"all.{kind}", "w:gz" if kind == "tar.gz" else "w")
+        source = _tar(folder, tmp_path / f"all.{kind}", f"w:{kind.partition('.')[2]}")
     build(source, str(tmp_path), "mine", shard_mib=SHARD_MIB)
     assert _contents(_read(tmp_path)) == _contents(map(images.read, Path(folder).rglob("picture*")))
     prefix = "class" if kind.startswith("tars") else ("picture", "sub")
@@ -245,6 +245,7 @@ def test_another_source_or_other_options_are_refused(tmp_path, folder):
         (lambda p: p / "cut.tar", "cut.tar is not a readable tar"),
         (lambda p: p / "damaged.tar", "damaged.tar is not a readable tar: damaged at byte"),
         (lambda p: p / "cut.tar.gz", "cut.tar.gz is damaged"),
+        (lambda p: p / "photos.zip", "photos.zip is an archive of a kind that is not read (zip"),
         (lambda p: p / "corrupt", "nothing is left for the train split: 0 pictures, 0 GB (0 too small and 2 corrupt"),
     ],
 )
@@ -262,6 +263,7 @@ def test_unusable_sources_are_named(tmp_path, folder, make, message, capsys):
     (tmp_path / "damaged.tar").write_bytes(whole[:middle] + b"\xff" * 512 + whole[middle + 512 :])
     packed = Path(_tar(folder, tmp_path / "whole.tar.gz", "w:gz")).read_bytes()
     (tmp_path / "cut.tar.gz").write_bytes(packed[: len(packed) // 2])
+    (tmp_path / "photos.zip").write_bytes(b"PK\x03\x04" + bytes(60))
     assert main([str(make(tmp_path)), str(tmp_path / "target"), "--name=mine"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "target/mine/1.0.0").exists()

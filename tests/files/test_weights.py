@@ -257,7 +257,7 @@ def test_what_we_write_is_read_by_others_and_by_us(tmp_path):
         (bytes(100), "begins with zeros only"),
         (b"", r"is empty \(0 bytes\)"),
         (b"PK\x03\x04 cut short", "is truncated: it is a zip archive without its end"),
-        (b"Entry not found\n", r"is a text \('Entry not found'\) and not weights: download it again"),
+        (b"Entry not found\n", r"is not a PyTorch checkpoint, but a text \('Entry not found'\): dow"),
         (b'{"error": "Access denied"}', "is a server's error message"),
         (b"\x08\x08\x12\x07pytorch\x1a\x062.1.0", "is an ONNX program"),
         (b"sys_info".ljust(257, b"\0") + b"ustar".ljust(255, b"\0"), r"is a file of PyTorch's before 0\.1\.10"),
