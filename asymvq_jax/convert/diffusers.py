@@ -187,7 +187,7 @@ TYPES = {
     **dict.fromkeys(("block_out_channels", "down_block_out_channels", "up_block_out_channels",
                      "decoder_block_out_channels"), COUNTS),
     **dict.fromkeys(("down_block_types", "up_block_types"), TEXTS),
-    **dict.fromkeys(("layers_per_block", "layers_per_down_block", "layers_per_up_block"), FEW),
+    **dict.fromkeys(("layers_per_block", "layers_per_down_block", "layers_per_up_block", "num_res_blocks"), FEW),
     **dict.fromkeys(
         (
             "in_channels", "out_channels", "latent_channels", "norm_num_groups", "num_vq_embeddings", "vq_embed_dim",
@@ -199,7 +199,7 @@ TYPES = {
 
 # Those of video models' autoencoders.
 VIDEO_TYPES = {
-    **dict.fromkeys(("base_dim", "decoder_base_dim", "z_dim", "num_res_blocks"), COUNT),
+    **dict.fromkeys(("base_dim", "decoder_base_dim", "z_dim"), COUNT),
     **dict.fromkeys(("in_channels", "input_channels", "out_channels"), COUNT),
     "dim_mult": COUNTS,
     "temperal_downsample": SWITCHES,
