@@ -187,7 +187,7 @@ TYPES = {
     **dict.fromkeys(("block_out_channels", "down_block_out_channels", "up_block_out_channels",
                      "decoder_block_out_channels"), COUNTS),
     **dict.fromkeys(("down_block_types", "up_block_types"), TEXTS),
-    **dict.fromkeys(("layers_per_block", "layers_per_down_block", "layers_per_up_block", "num_res_blocks"), FEW),
+    **dict.fromkeys(("layers_per_block", "layers_per_down_block", "layers_per_up_block"), FEW),
     **dict.fromkeys(
         (
             "in_channels", "out_channels", "latent_channels", "norm_num_groups", "num_vq_embeddings", "vq_embed_dim",
@@ -201,6 +201,7 @@ TYPES = {
 VIDEO_TYPES = {
     **dict.fromkeys(("base_dim", "decoder_base_dim", "z_dim"), COUNT),
     **dict.fromkeys(("in_channels", "input_channels", "out_channels"), COUNT),
+    "num_res_blocks": FEW,
     "dim_mult": COUNTS,
     "temperal_downsample": SWITCHES,
     **dict.fromkeys(("latents_mean", "latents_std"), NUMBERS),
