@@ -1,7 +1,5 @@
 """TensorBoard's event file: the records are those of its own library, and one that cannot be written is left."""
 
-import resource
-import signal
 import struct
 import subprocess
 import sys
@@ -43,26 +41,24 @@ def test_events_are_written_at_once_as_the_library_writes_them(tmp_path):
 
 def test_a_full_disk_is_told_once_and_nothing_is_printed_at_exit(tmp_path):
     program = """
-        import logging, sys
+        import logging, resource, signal, sys
         import numpy as np
         from etils import epath
         from asymvq_jax.training.board import Board
 
         logging.basicConfig(format="%(message)s")
+        # As a quota does.
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))
         board = Board(epath.Path(sys.argv[1]), first_step=0)
         for step in range(3):
             board.picture("noise", np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8), step)
         board.flush()
         """
 
-    def limit():
-        # As a quota does.
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))
-
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "board")],
-        capture_output=True, text=True, preexec_fn=limit, timeout=60, check=False,
+        capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0
     (line,) = done.stderr.splitlines()
