@@ -7,6 +7,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from etils import epath
@@ -30,11 +31,13 @@ class LatentFile:
         values: as stored, finite or not, of real numbers.
         scaled: whether it is times the scaling factor; None where the file does not say.
         kind: of the file, for messages.
+        layout: where its channels are; None where the file does not say.
     """
 
     values: Array
     scaled: bool | None
     kind: str
+    layout: Literal["channels-first"] | None = None
 
 
 def read_latent_file(path: str | epath.Path) -> LatentFile:
@@ -48,16 +51,31 @@ def read_latent_file(path: str | epath.Path) -> LatentFile:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"latent {path} cannot be read: {reason}") from None
-    scaled = None
+    return decode_latent_file(data, str(path))
+
+
+def decode_latent_file(data: bytes, name: str) -> LatentFile:
+    """As `read_latent_file`, of a file's bytes; messages call it `name`."""
+    scaled: bool | None = None
+    layout: Literal["channels-first"] | None = None
     try:
         kind, arrays = _arrays(data)
         if _COMFY in arrays:
-            kind, scaled = "ComfyUI latent", _COMFY_UNSCALED not in arrays
+            kind, scaled, layout = "ComfyUI latent", _COMFY_UNSCALED not in arrays, "channels-first"
             arrays = {_COMFY: arrays[_COMFY]}
         values = _one(arrays)
     except InputError as error:
-        raise InputError(f"latent {path} {error}") from None
-    return LatentFile(values, scaled, kind)
+        raise InputError(f"latent {name} {error}") from None
+    return LatentFile(values, scaled, kind, layout)
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether a file is of a kind that takes no more memory than its bytes, and no unpickling: .npy or safetensors."""
+    return data.startswith(b"\x93NUMPY") or _is_safetensors(data)
+
+
+def _is_safetensors(data: bytes) -> bool:
+    return len(data) > 9 and data[8:9] == b"{" and int.from_bytes(data[:8], "little") < len(data)
 
 
 def _arrays(data: bytes) -> tuple[str, Mapping[str, object]]:
@@ -74,7 +92,7 @@ def _arrays(data: bytes) -> tuple[str, Mapping[str, object]]:
         loaded = _load_numpy(data)
         assert isinstance(loaded, dict)
         return ".npz", loaded
-    if len(data) > 9 and data[8:9] == b"{" and int.from_bytes(data[:8], "little") < len(data):
+    if _is_safetensors(data):
         return ".safetensors", _load_safetensors(data)
     if data[:1] == b"\x80":
         return "torch file", _load_torch(data)
