@@ -227,6 +227,10 @@ def sizes(found: Found, opened: Weights) -> ModelConfig:
     encoder, decoder = channels(f"encoder.{down}"), channels(f"decoder.{up}")
     middle = "mid_block.attentions.0" if found.form == "diffusers" else "mid.attn_1"
     branch = "decoder.condition_encoder." if found.form == "diffusers" else "decoder.encoder."
+    first = tensors.get(f"{branch}layers.0.weight")
+    condition_mask = first is not None and first.shape[1] == tensors["encoder.conv_in.weight"].shape[1] + 1
+    # ASUKA's code reduces masks in this way, and its decoder is the one that sees them.
+    any_masked = opened.metadata.get("mask_area_any", str(int(condition_mask))) == "1"
     groups = opened.metadata.get("norm_groups", "")
     epsilon, patch = _statistics(found, opened)
     codes = tensors.get("quantize.embedding.weight")
@@ -247,6 +251,8 @@ def sizes(found: Found, opened: Weights) -> ModelConfig:
         quant_conv="quant_conv.weight" in tensors,
         codebook_size=0 if codes is None else codes.shape[0],
         condition=any(name.startswith(branch) for name in tensors),
+        condition_mask=condition_mask,
+        mask_reduction="area-any" if any_masked else "nearest",
         norm_groups=int(groups) if groups.isdigit() else ModelConfig().norm_groups,
     )
 
