@@ -26,6 +26,9 @@ CERTAIN = 0.9
 FOREIGN = 0.3
 # A layout is found from this correlation on, if that of the other is less by so much.
 ALIKE, DISTINCT = 0.5, 0.2
+# Scaled latents spread by about 1. A latent that does within this factor, as it is or once it is scaled, and not nearly
+# so well the other way, is known.
+SPREAD = 2.0
 # Fewer of the latent's pixels outside the mask say nothing.
 ENOUGH = 12
 
@@ -227,6 +230,93 @@ def _in_patches(
         raise InputError(f"the latent's shape {inner.shape} {problem}: give its layout and whether it is scaled")
     name, seen = max(found, key=lambda key: likeness[key])
     return Reading(found[name, seen], name, seen, "as given" if scaled is not None else "by its shape")
+
+
+def understand_alone(
+    array: Array,
+    config: ModelConfig,
+    *,
+    layout: Layout | None = None,
+    scaled: bool | None = None,
+    norm: Normalization | None = None,
+) -> Reading:
+    """Brings latents that no picture belongs to into the form that `decode` takes.
+
+    Args:
+        array: (b, c, h, w) or (b, h, w, c), or either without b.
+        config: the model's.
+        layout: the array's; None: found by its shape.
+        scaled: see `understand`; None: found by the shape, where a diffusion model sees patches, or else by the values'
+            spread, for which the scaling factor is there.
+        norm: see `understand`.
+
+    Returns:
+        The reading; its latent is (b, h, w, c).
+
+    Raises:
+        InputError: the array is not of this model, or its layout or its scale cannot be told.
+    """
+    array, channels = np.asarray(array), config.latent_channels
+    if array.dtype.kind not in "fiu" or array.ndim not in (3, 4) or array.size == 0:
+        raise InputError(
+            f"the latent has shape {array.shape} and type {array.dtype}: expected real numbers, "
+            f"(b, {channels}, h, w) or (b, h, w, {channels}), or either without b"
+        )
+    if not np.isfinite(array).all():
+        raise InputError("the latent holds values that are not finite (NaN or infinity)")
+    norm = norm or normalization(config)
+    batch = (array if array.ndim == 4 else array[None]).astype(np.float32)
+    axes: dict[Layout, int] = {"channels-first": 1, "channels-last": 3}
+    # Whether a latent of so many channels is scaled; without patches the number does not show it.
+    seen = {channels: None} if norm.patch == 1 else {channels * norm.patch**2: True, channels: False}
+    fitting = [
+        (name, known)
+        for name, axis in axes.items()
+        for count, known in seen.items()
+        if batch.shape[axis] == count and layout in (None, name) and (known is None or scaled in (None, known))
+    ]
+    if not fitting:
+        where = "" if layout is None else f" with the {layout.replace('-', ' ')}"
+        counts = " or ".join(map(str, seen))
+        raise InputError(f"the latent has shape {array.shape}: expected {counts} channels{where}, as the model has")
+    if len(fitting) > 1:
+        raise InputError(
+            f"the latent's shape {array.shape} fits with the channels first and last: give --latent-layout "
+            + " or ".join(LAYOUTS)
+        )
+    name, known = fitting[0]
+    latent = jnp.asarray(batch.transpose(0, 2, 3, 1) if name == "channels-first" else batch)
+    reason = "as given" if known is None else "by its shape"
+    if known is None and scaled is None:
+        known, reason = _scale_by_spread(latent, norm)
+    scaled = scaled if known is None else known
+    return Reading(norm.remove(latent) if scaled else latent, name, bool(scaled), reason)
+
+
+def _scale_by_spread(latent: jax.Array, norm: Normalization) -> tuple[bool, str]:
+    """Whether (b, h, w, c) is scaled, and why; raises InputError where its spread does not show it."""
+    seen = norm.apply(latent)
+    if jnp.all(jnp.asarray(norm.scale) == 1) and jnp.all(jnp.asarray(norm.mean) == 0):
+        return True, "the model does not scale its latents"
+    spread, unscaled = (_spread(x) for x in (latent, seen))
+    near, far = sorted((_apart(spread, 1.0), _apart(unscaled, 1.0)))
+    best = _apart(spread, 1.0) == near
+    if near > SPREAD or far < 1.5 * near:
+        raise InputError(
+            f"the latent's values have a standard deviation of {spread:.2f}, and of {unscaled:.2f} once scaled, where "
+            "that of scaled latents is about 1, which does not show what they are: give --latent-scaled yes or no"
+        )
+    return best, f"a standard deviation of {spread if best else unscaled:.2f}{'' if best else ' once scaled'}"
+
+
+def _spread(latent: jax.Array) -> float:
+    """The standard deviation about each channel's mean in each picture."""
+    return float(jnp.sqrt(jnp.square(latent - latent.mean((1, 2), keepdims=True)).mean()))
+
+
+def _apart(value: float, other: float) -> float:
+    """The ratio of two numbers, 1 or more."""
+    return max(value / other, other / value) if value > 0 else float("inf")
 
 
 def _kept(mask: Array | None, shape: tuple[int, int], factor: int) -> npt.NDArray[np.bool_]:
