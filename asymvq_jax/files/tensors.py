@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from asymvq_jax.errors import InputError
+from asymvq_jax.files.addresses import bucket_errors
 from asymvq_jax.files.decoding import Array
 from asymvq_jax.files.formats import HEAD, picture_format
 
@@ -44,7 +45,8 @@ def read_latent_file(path: str | epath.Path) -> LatentFile:
         InputError: the file is missing, damaged, or of another kind, or holds several arrays or none of real numbers.
     """
     try:
-        data = epath.Path(path).read_bytes()
+        with bucket_errors(path):
+            data = epath.Path(path).read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"latent {path} cannot be read: {reason}") from None

@@ -13,32 +13,10 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from asymvq_jax.devices.chips import CHIPS, GIB, Chip
 from asymvq_jax.errors import TopologyError
 
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Chip:
-    """A chip's published figures (cloud.google.com/tpu/docs)."""
-
-    name: str
-    # As jax.Device.device_kind has it.
-    kind: str
-    # Bytes; the runtime keeps a part of it (0.25 GiB on v5e), which only the compiler knows.
-    memory: int
-    # bfloat16 FLOP/s, and bytes/s between the chip and its memory.
-    peak: float
-    bandwidth: float
-    # Topologies to name in an error message; their number of sides is the only one allowed.
-    examples: tuple[str, ...]
-
-
-CHIPS = (
-    Chip("v5e", "TPU v5 lite", 16 * GIB, 197e12, 819e9, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
-    Chip("v5p", "TPU v5", 95 * GIB, 459e12, 2765e9, ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8")),
-    Chip("v6e", "TPU v6 lite", 32 * GIB, 918e12, 1640e9, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
-)
+__all__ = ["CHIPS", "GIB", "Chip", "Roofline", "Target", "largest_fit", "open_topology", "roofline"]
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,43 @@ def listing(name: str, program: Program, batch: int, target: Target) -> str:
     return "\n".join([f"\n{name}, on each chip"] + [f"  {label:<20}{value}" for label, value in rows])
 
 
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """The least that a run takes: hours, chip-hours, and what they cost."""
+
+    steps: int
+    pictures: int
+    hours: float
+    chip_hours: float
+    money: float
+
+    def describe(self) -> str:
+        """Two lines."""
+        return (
+            f"\nrun.steps={self.steps} of {self.pictures} pictures: at least {self.hours:.3g} hours, "
+            f"{self.chip_hours:.4g} chip-hours, {self.money:.4g} at the price given\n"
+            "  a bound, not an estimate: steps at the least time above, without collectives, compilation, input, "
+            "evaluation, checkpoints and restarts"
+        )
+
+
+def cost(program: Program, config: Config, target: Target, price: float) -> Cost | None:
+    """What run.steps of a training step take at least; None where nothing is known of the step's time.
+
+    Args:
+        program: the training step.
+        config: the run.
+        target: the chips.
+        price: for an hour of one chip.
+    """
+    values = numbers(program, config.data.batch_size, target)
+    if "seconds" not in values:
+        return None
+    hours = values["seconds"] * config.run.steps / 3600
+    chip_hours = hours * len(target.devices)
+    return Cost(config.run.steps, config.data.batch_size, hours, chip_hours, chip_hours * price)
+
+
 def numbers(program: Program, batch: int, target: Target) -> dict[str, Any]:
     """All numbers of a program: bytes, FLOPs and seconds on one chip, images a second on all."""
     values = dataclasses.asdict(program)

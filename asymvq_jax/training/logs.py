@@ -6,6 +6,8 @@ import json
 import logging
 import math
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 from etils import epath
@@ -13,9 +15,43 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from asymvq_jax.files import images
+from asymvq_jax.files.addresses import in_bucket
 from asymvq_jax.files.outputs import write_bytes, writing
 
 log = logging.getLogger(__name__)
+
+
+class _Board:
+    """TensorBoard's events. Object stores cannot append: there each `flush` writes what is new as a file of its own."""
+
+    def __init__(self, directory: epath.Path, *, step: int) -> None:
+        self._directory = directory
+        self._kept = tempfile.TemporaryDirectory() if in_bucket(directory) else None
+        self._part = 0
+        self._open(purge_step=step + 1)
+
+    def _open(self, purge_step: int | None) -> None:
+        place = str(self._directory) if self._kept is None else self._kept.name
+        # An unbounded queue: its reader ends at an error of the disk, and a full queue would then block for ever.
+        self.events = SummaryWriter(place, purge_step=purge_step, max_queue=0, filename_suffix=f".{self._part}")
+        self._part += 1
+
+    def flush(self) -> None:
+        if self._kept is not None:
+            self._end_part()
+            self._open(purge_step=None)
+
+    def close(self) -> None:
+        self._end_part()
+        if self._kept is not None:
+            self._kept.cleanup()
+
+    def _end_part(self) -> None:
+        self.events.close()
+        if self._kept is not None:
+            for file in sorted(Path(self._kept.name).iterdir()):
+                write_bytes(self._directory / file.name, file.read_bytes())
+                file.unlink()
 
 
 class RunLog:
@@ -23,6 +59,8 @@ class RunLog:
 
     def __init__(self, directory: epath.Path, *, step: int, steps: int, active: bool) -> None:
         self.active = active
+        # The run's time when an earlier start logged its last line, s.
+        self.last_seconds = 0.0
         if not active:
             return
         self._directory = directory
@@ -30,15 +68,15 @@ class RunLog:
         with writing(self._file):
             lines = self._file.read_bytes().splitlines() if self._file.exists() else []
         done = [_step(line) for line in lines]
+        self.last_seconds = max((_seconds(line) for line in lines), default=0.0)
         # A run that was killed has logged steps beyond its last checkpoint, which are about to be done again.
         self._lines = [line.decode() for line, at in zip(lines, done, strict=True) if at is not None and at <= step]
         # The last line of a killed run may be cut off; any other has been damaged since.
         if damaged := sum(at is None for at in done[:-1]):
             log.warning("%s: %d damaged lines are left out", self._file, damaged)
-        self.flush()
-        # An unbounded queue: its reader ends at an error of the disk, and a full queue would then block for ever.
         with writing(directory):
-            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1, max_queue=0)
+            self._board = _Board(directory / "tensorboard", step=step)
+        self.flush()
         self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
 
     def progress(self, step: int) -> None:
@@ -53,12 +91,12 @@ class RunLog:
         # JSON has no number that is not finite.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._lines.append(json.dumps({"step": step, **finite}, allow_nan=False))
-        if "://" not in str(self._file):
+        if not in_bucket(self._file):
             with writing(self._file), self._file.open("a") as file:
                 file.write(self._lines[-1] + "\n")
         for name, value in finite.items():
             if value is not None:
-                self._board.add_scalar(name, value, step)
+                self._board.events.add_scalar(name, value, step)
         with tqdm.external_write_mode():
             log.info("%s", note)
 
@@ -66,12 +104,14 @@ class RunLog:
         """Writes a picture grid, (h, w, 3) uint8."""
         if self.active:
             images.write(self._directory / "pictures" / f"{step:08d}.png", grid)
-            self._board.add_image("pictures", grid, step, dataformats="HWC")
+            self._board.events.add_image("pictures", grid, step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Brings metrics.jsonl up to date; object stores cannot append, so there it is written whole."""
+        """Brings metrics.jsonl up to date, and TensorBoard's events in a bucket, where no file can be appended to."""
         if self.active:
             write_bytes(self._file, "".join(line + "\n" for line in self._lines).encode())
+            with writing(self._directory):
+                self._board.flush()
 
     def close(self) -> None:
         """Ends the bar and the files."""
@@ -90,6 +130,14 @@ def _step(line: bytes) -> int | None:
     except (ValueError, KeyError, TypeError):
         return None
     return step if isinstance(step, int) else None
+
+
+def _seconds(line: bytes) -> float:
+    try:
+        seconds = json.loads(line.decode())["seconds"]
+    except (ValueError, KeyError, TypeError):
+        return 0.0
+    return float(seconds) if isinstance(seconds, int | float) else 0.0
 
 
 def _refuse(constant: str) -> None:

@@ -15,6 +15,7 @@ from asymvq_jax.commands import plan_denoising as plan_denoising_command
 from asymvq_jax.commands import plan_table
 from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, RunConfig
 from asymvq_jax.devices import sharding
+from asymvq_jax.devices.flops import matmul_flops
 from asymvq_jax.diffusion import layers
 from asymvq_jax.diffusion.unet import UNet, UNetConfig
 from asymvq_jax.diffusion.unet import read_config as read_unet_config
@@ -32,7 +33,7 @@ from asymvq_jax.plan.compile import (
     plan_picture,
     plan_step,
 )  # fmt: skip
-from asymvq_jax.plan.counting import collectives, matmul_flops
+from asymvq_jax.plan.counting import collectives
 
 SMALL = ModelConfig(encoder_channels=(32, 32), decoder_channels=(32, 64), encoder_blocks=1, decoder_blocks=1)
 BATCH = 8
@@ -389,6 +390,21 @@ def test_a_plan_that_does_not_fit_says_by_how_much_and_what_would(pretended, cap
     out = capsys.readouterr().out
     assert "with --model.remat=true: 14.00 GiB of 16.00 GiB: fits" in out
     assert "with --mesh.data=1 --mesh.fsdp=8: 24.00 GiB of 16.00 GiB: too much by 8.00 GiB" in out
+
+
+def test_what_a_run_costs_at_least(pretended, capsys, tmp_path):
+    report = tmp_path / "plan.json"
+    words = [*pretended, "--data.batch_size=16", "--price=1.2", "--json", str(report)]
+    assert command.main(words) == 0
+    said = capsys.readouterr().out
+    cost = json.loads(report.read_text())["cost"]
+    hours = 100_000 * 1e11 / 819e9 / 3600
+    assert cost["hours"] == pytest.approx(hours)
+    assert cost["money"] == pytest.approx(hours * 8 * 1.2)
+    assert f"run.steps=100000 of 16 pictures: at least {hours:.3g} hours" in said
+    assert "a bound, not an estimate" in said
+    assert command.main([*pretended, "--price=-1"]) == 2
+    assert "--price -1.0: expected zero or more" in capsys.readouterr().err
 
 
 def test_search(pretended, capsys, tmp_path):

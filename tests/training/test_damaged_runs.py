@@ -73,7 +73,7 @@ def _resume(config, mesh):
     with jax.set_mesh(mesh):
         checkpoints = RunCheckpoints(config)
         resumed = checkpoints.resume(abstract_state(make_blueprint(config), mesh), lambda _: None)
-        checkpoints.close()
+        checkpoints.close(together=True)
     return [np.asarray(x) for x in jax.tree.leaves(resumed.state)], resumed.progress, int(resumed.state.step)
 
 
