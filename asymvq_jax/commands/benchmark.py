@@ -30,8 +30,8 @@ need its test requirements: pip install -e '.[test]'.
 asymvq benchmark NAME --help lists the options.
 """
 NAMES = (
-    "everything", "decode", "train_step", "generate", "input", "large_pictures", "start_up", "reproduction", "endurance",
-    "embed",
+    "everything", "decode", "train_step", "generate", "input", "large_pictures", "start_up", "reproduction",
+    "endurance", "embed",
 )  # fmt: skip
 
 

@@ -112,6 +112,7 @@ def build(
         by_split = {split: [contents[shard] for shard in shards if shard.split == split] for split in splits}
         if missing or work != final:
             _write_metadata(work, name, by_split)
+        if work != final:
             with writing(final):
                 work.rename(final)
     for split, parts in by_split.items():

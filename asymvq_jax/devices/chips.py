@@ -19,14 +19,19 @@ class Chip:
     # bfloat16 FLOP/s, and bytes/s between the chip and its memory.
     peak: float
     bandwidth: float
+    # Bytes/s that it sends to the others of its slice, all links together, and its share of a pod's network to others.
+    ici: float
+    dcn: float
     # Topologies to name in an error message; their number of sides is the only one allowed.
     examples: tuple[str, ...]
 
 
+_SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8")
 CHIPS = (
-    Chip("v5e", "TPU v5 lite", 16 * GIB, 197e12, 819e9, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
-    Chip("v5p", "TPU v5", 95 * GIB, 459e12, 2765e9, ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8")),
-    Chip("v6e", "TPU v6 lite", 32 * GIB, 918e12, 1640e9, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
+    Chip("v5e", "TPU v5 lite", 16 * GIB, 197e12, 819e9, 200e9, 3.125e9, _SQUARES),
+    Chip("v5p", "TPU v5", 95 * GIB, 459e12, 2765e9, 600e9, 6.25e9, _CUBES),
+    Chip("v6e", "TPU v6 lite", 32 * GIB, 918e12, 1640e9, 400e9, 12.5e9, _SQUARES),
 )
 # Dense bfloat16 FLOP/s of GPUs, by the beginning of their kind (NVIDIA's data sheets).
 GPU_PEAKS = {

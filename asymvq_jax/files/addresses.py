@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import fsspec
+from etils import epath
 
 from asymvq_jax.errors import ConfigError, UserError, first_line
 
@@ -48,12 +49,23 @@ def bucket_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     check_address(os.fspath(path))
     try:
         yield
-    except (OSError, UserError):
+    except (UserError, FileNotFoundError):
         raise
     except Exception as error:
         if not in_bucket(path):
             raise
+        # Of a refusal's text the first line says which address, the others what the service answered.
         raise OSError(first_line(error)) from error
+
+
+def move_folder(source: epath.Path, target: epath.Path) -> None:
+    """Moves a folder; in a bucket file by file, for there they have no folders."""
+    if in_bucket(source):
+        with bucket_errors(source):
+            fsspec.filesystem(str(source).partition("://")[0]).mv(str(source), str(target), recursive=True)
+        return
+    target.parent.mkdir(exist_ok=True)
+    source.rename(target)
 
 
 def check_local(path: str, field: str = "") -> None:

@@ -12,6 +12,10 @@ import numpy as np
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
+# What a chip sends to the other slices, which libtpu compiles to transfers by the hosts.
+BETWEEN_SLICES = "between slices"
+
+_SEND = re.compile(r" = \(([^()]*(?:\([^()]*\)[^()]*)*)\) send\(.*_xla_megascale")
 _COLLECTIVE = re.compile(rf" = ([^=]*?) ({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) .*\{$")
@@ -30,8 +34,13 @@ class Collective:
     kind: str
     axes: tuple[str, ...]
     count: int
-    # The whole arrays: what an all-reduce sums, an all-gather ends with, a reduce-scatter begins with.
+    # The whole arrays: what an all-reduce sums, an all-gather ends with, a reduce-scatter begins with. Between slices
+    # what the chip sends.
     bytes: int
+
+    def sent(self) -> float:
+        """Bytes that a chip sends at least, in a large group: an all-reduce's arrays twice, others' once."""
+        return 2.0 * self.bytes if self.kind == "all-reduce" else float(self.bytes)
 
 
 def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
@@ -51,6 +60,10 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
     for name, line in _instructions(hlo):
         match = _COLLECTIVE.search(line)
         if match is None:
+            if sent := _SEND.search(line):
+                key = BETWEEN_SLICES, ("slices",)
+                count[key] += runs[name]
+                size[key] += runs[name] * _payload(sent[1].partition(", u32[]")[0], BETWEEN_SLICES, False, 1)
             continue
         result, kind, start = match.groups()
         groups = _groups(line, math.prod(mesh.values()))

@@ -8,8 +8,10 @@ from typing import Any
 
 from asymvq_jax.config import Config
 from asymvq_jax.devices import sharding
+from asymvq_jax.devices.chips import Chip
 from asymvq_jax.plan.chips import GIB, Target, roofline
 from asymvq_jax.plan.compile import Program, ways
+from asymvq_jax.plan.counting import BETWEEN_SLICES
 
 
 def fits(program: Program, target: Target) -> bool:
@@ -71,6 +73,9 @@ def listing(name: str, program: Program, batch: int, target: Target) -> str:
     rows += [(c.kind, f"{decimal(c.bytes)}B over {' x '.join(c.axes)}, in {c.count}") for c in program.collectives]
     if "seconds" in values:
         bound = "arithmetic" if values["compute bound"] else "memory traffic"
+        if program.collectives:
+            times = [f"{decimal(s)}s {where}" for where, s in values["network seconds"].items() if s]
+            rows += [("network", f"{' and '.join(times)}, at least; it may overlap with the rest")]
         rows += [
             ("least time", f"{decimal(values['seconds'])}s, set by {bound}"),
             ("most speed", f"{values['images per second']:.1f} images/s on all chips, MFU {values['mfu']:.1%}"),
@@ -115,6 +120,14 @@ def cost(program: Program, config: Config, target: Target, price: float) -> Cost
     return Cost(config.run.steps, config.data.batch_size, hours, chip_hours, chip_hours * price)
 
 
+def network_seconds(program: Program, chip: Chip) -> dict[str, float]:
+    """The least time of a program's collectives on each network, by the chips' published bandwidths."""
+    sent = {True: 0.0, False: 0.0}
+    for each in program.collectives:
+        sent[each.kind == BETWEEN_SLICES] += each.sent()
+    return {"in a slice": sent[False] / chip.ici, "between slices": sent[True] / chip.dcn}
+
+
 def numbers(program: Program, batch: int, target: Target) -> dict[str, Any]:
     """All numbers of a program: bytes, FLOPs and seconds on one chip, images a second on all."""
     values = dataclasses.asdict(program)
@@ -128,5 +141,6 @@ def numbers(program: Program, batch: int, target: Target) -> dict[str, Any]:
             "compute bound": least.compute_bound,
             "images per second": batch / least.seconds,
             "mfu": least.mfu,
+            "network seconds": network_seconds(program, target.chip),
         }
     return values

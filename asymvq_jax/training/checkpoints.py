@@ -28,6 +28,7 @@ from orbax.checkpoint import checkpoint_managers as cm
 from asymvq_jax import config as configs
 from asymvq_jax.config import Config
 from asymvq_jax.errors import CheckpointError, ConfigError, OutputError, first_line
+from asymvq_jax.files.addresses import move_folder
 from asymvq_jax.files.locks import only_owner
 from asymvq_jax.files.outputs import explained, try_out
 from asymvq_jax.models.checkpoints import (
@@ -130,7 +131,11 @@ class RunCheckpoints:
             preservation_policy=keep,
             cleanup_tmp_directories=True,
             # What is written in the background waits for the other processes' parts.
-            async_options=ocp.AsyncOptions(timeout_secs=math.ceil(config.run.wait_limit)),
+            async_options=ocp.AsyncOptions(
+                timeout_secs=math.ceil(config.run.wait_limit),
+                # Else a step whose directory cannot be made is waited for until then.
+                create_directories_asynchronously=False,
+            ),
         )
         with self._opening():
             self._manager = ocp.CheckpointManager(self._root, options=options)
@@ -253,12 +258,11 @@ class RunCheckpoints:
     def _put_aside(self, steps: list[int]) -> None:
         if jax.process_index() == 0:
             aside = self._root.parent / DAMAGED
-            aside.mkdir(exist_ok=True)
             for step in steps:
                 target = next(
                     p for i in itertools.count() if not (p := aside / f"{step}{f'.{i}' if i else ''}").exists()
                 )
-                (self._root / str(step)).rename(target)
+                move_folder(self._root / str(step), target)
         multihost_utils.sync_global_devices("damaged steps are put aside")
         self._manager.reload()
 

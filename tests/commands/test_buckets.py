@@ -103,6 +103,7 @@ def events(folder) -> list[event_pb2.Event]:
 
 
 def test_a_run_lives_in_a_bucket_and_resumes_there(trained, caplog):
+    caplog.set_level("INFO", "asymvq_jax")
     assert {p.name for p in (trained / "checkpoints").iterdir()} <= {"1", "2"}
     assert train(config(steps=3)) == 0
     assert "resuming gs://bucket/run at step 2" in caplog.text
@@ -117,6 +118,7 @@ def test_a_run_lives_in_a_bucket_and_resumes_there(trained, caplog):
 
 def test_the_pictures_of_a_folder_are_listed_with_few_requests(bucket, storage, caplog):
     storage.forget()
+    caplog.set_level("INFO", "asymvq_jax")
     train_half, held_out = open_sources(config().data)
     assert len(train_half) + len(held_out) == 8
     assert storage.requests.total() < 8

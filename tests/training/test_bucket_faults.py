@@ -36,7 +36,7 @@ def _config(name: str, **changes) -> Config:
         model=MODEL,
         loss=LossConfig(gan_start=-1, perceptual_weight=0.0),
         data=DataConfig(image_size=16, batch_size=8),
-        optimizer=OptimizerConfig(base_learning_rate=1e-4, warmup_steps=2),
+        optimizer=OptimizerConfig(base_learning_rate=1e-4, warmup_steps=2, schedule="constant"),
     )
 
 
