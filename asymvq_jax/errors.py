@@ -15,7 +15,8 @@ class ExitCode(enum.IntEnum):
     WRONG_INPUT = 2
     # "Temporary failure, try again" in sysexits.h: told to stop, saved, and resumes when started again.
     SAVED = 75
-    # "Remote error": another process of the run has ended; the run resumes when all of them are started again.
+    # "Remote error": another process of the run, or what it writes to, has ended or does not answer; the run resumes
+    # when all of them are started again.
     LOST_PEER = 76
     # Ctrl-C, as shells report it.
     INTERRUPTED = 130

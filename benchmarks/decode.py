@@ -14,10 +14,10 @@ from flax import nnx
 from asymvq_jax.commands.entry import command
 from asymvq_jax.config import ModelConfig, load_config
 from asymvq_jax.devices.compilation import keep_compiled_programs
+from asymvq_jax.devices.flops import matmul_flops
 from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.checkpoints import load_model
 from asymvq_jax.models.parameters import merge
-from asymvq_jax.plan.counting import matmul_flops
 from benchmarks import contest, subjects
 
 

@@ -21,6 +21,7 @@ from asymvq_jax.commands.entry import command
 from asymvq_jax.config import Dtype, ModelConfig
 from asymvq_jax.convert.convert import read_model
 from asymvq_jax.devices.compilation import keep_compiled_programs
+from asymvq_jax.devices.flops import matmul_flops
 from asymvq_jax.diffusion.pipeline import read_unet
 from asymvq_jax.diffusion.sampling import denoise
 from asymvq_jax.diffusion.schedulers import SchedulerConfig, make_solver
@@ -28,7 +29,6 @@ from asymvq_jax.diffusion.unet import UNet, UNetConfig
 from asymvq_jax.errors import UserError
 from asymvq_jax.models.autoencoder import Autoencoder, in_dtype, structure
 from asymvq_jax.models.parameters import merge, split
-from asymvq_jax.plan.counting import matmul_flops
 from benchmarks import contest
 
 SCALE, TOKENS = ModelConfig().scaling_factor, 77

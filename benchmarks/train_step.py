@@ -14,11 +14,11 @@ from asymvq_jax.commands.entry import command
 from asymvq_jax.config import Config, load_config
 from asymvq_jax.devices import sharding
 from asymvq_jax.devices.compilation import keep_compiled_programs
+from asymvq_jax.devices.flops import matmul_flops
 from asymvq_jax.files import images
 from asymvq_jax.losses.lpips import load_lpips
 from asymvq_jax.models.checkpoints import load_parameters
 from asymvq_jax.models.parameters import Params, split
-from asymvq_jax.plan.counting import matmul_flops
 from asymvq_jax.training.state import abstract_state, create_state, make_blueprint
 from asymvq_jax.training.step import compiled_step
 from benchmarks import contest, subjects

@@ -10,7 +10,9 @@ os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disab
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.gettempdir() + "/asymvq_jax_test_cache")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+import buckets
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -23,3 +25,10 @@ def pytest_collection_modifyitems(items):
     """Sorts the tests by their folders."""
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.parent.name, len(LONGEST)))
+
+
+@pytest.fixture(scope="session")
+def storage(tmp_path_factory):
+    """Google Cloud Storage on this machine, with gs://bucket."""
+    with buckets.running(tmp_path_factory.mktemp("storage")) as running:
+        yield running

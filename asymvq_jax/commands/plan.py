@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ class Plan:
     picture: str | None = None
     # Compile for a TPU as a run does, which takes ten times as long.
     thorough: bool = False
+    # Dollars, or any money, for an hour of one chip: says what the run's run.steps take at least.
+    price: float | None = None
     # Write the numbers to this .json file.
     json: str | None = None
     settings: Settings
@@ -49,6 +52,8 @@ def work(options: Plan) -> None:
 
     if options.json:
         check_writable(options.json, (".json",))
+    if options.price is not None and (options.price < 0 or options.picture):
+        raise UserError(f"--price {options.price}: expected zero or more, and no --picture")
     if options.topology != "local":
         # The devices present are not needed; a TPU among them stays free for others.
         jax.config.update("jax_platforms", "cpu")
@@ -56,6 +61,9 @@ def work(options: Plan) -> None:
     if options.search and target.chip is None:
         kind = target.devices[0].device_kind
         raise UserError(f"--search: the memory of {kind} is not known; name a chip's with --topology")
+    if options.price is not None and target.chip is None:
+        kind = target.devices[0].device_kind
+        raise UserError(f"--price: the speed of {kind} is not known; name a chip's with --topology")
     numbers = _picture(options, options.picture, target) if options.picture else _run(options, target)
     if options.json:
         write_bytes(options.json, (json.dumps(numbers, indent=2) + "\n").encode())
@@ -71,6 +79,10 @@ def _run(options: Plan, target: Target) -> dict[str, Any]:
     print(report.heading(config, target, options.config))
     programs = {"train step": compile.plan_step(config, target)}
     print(report.listing("train step", programs["train step"], batch, target), flush=True)
+    cost = None
+    if options.price is not None:
+        cost = report.cost(programs["train step"], config, target, options.price)
+        print(cost.describe() if cost else "  no cost: the step does not fit")
     numbers: dict[str, Any] = {
         "config": options.config,
         "settings": flatten(config),
@@ -79,6 +91,8 @@ def _run(options: Plan, target: Target) -> dict[str, Any]:
         "mesh": dict(sharding.make_mesh(config.mesh, target.devices).shape),
         "batch": batch,
     }
+    if cost is not None:
+        numbers["cost"] = dataclasses.asdict(cost)
     if not report.fits(programs["train step"], target):
         changes = advice.variants(config, target)
         if options.suggest or options.search:

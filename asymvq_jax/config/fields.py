@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -373,10 +374,14 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    # Slices that the devices are of: groups with fast links inside, such as TPU slices, and a slower network between.
+    # The batch alone is split over them, as a part of mesh.data. -1: as many as the devices say.
+    slices: int = -1
 
     def __post_init__(self) -> None:
         settle(self, "mesh")
-        sizes = dataclasses.astuple(self)
+        require(self.slices == -1 or self.slices >= 1, "mesh.slices", self.slices, "a positive number, or -1")
+        sizes = (self.data, self.fsdp, self.tensor)
         require(
             all(s == -1 or s >= 1 for s in sizes) and sizes.count(-1) <= 1,
             "mesh",
@@ -421,11 +426,24 @@ class RunConfig:
     keep: int = 3
     # Where the last checkpoint is damaged, resume from the last one that is not; else the run is refused.
     fall_back: bool = False
+    # "START:END": a trace of the steps after START up to END is written for TensorBoard's profile page; empty: none.
+    profile_steps: str = ""
+    # The most seconds that a process waits for the others, or for a checkpoint to be written, before it says who is
+    # missing and ends with exit code 76.
+    wait_limit: float = 300.0
 
     def __post_init__(self) -> None:
         settle(self, "run")
         for name in ("steps", "log_every", "eval_every", "eval_pictures", "keep"):
             require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "at least 1")
+        bounds = re.fullmatch(r"(\d+):(\d+)", self.profile_steps)
+        require(
+            not self.profile_steps or (bounds is not None and int(bounds[1]) < int(bounds[2])),
+            "run.profile_steps",
+            self.profile_steps,
+            "START:END with START < END, such as 100:105, or nothing",
+        )
+        require(self.wait_limit > 0, "run.wait_limit", self.wait_limit, "a positive number of seconds")
         # Grain's seeds have 32 bits.
         require(0 <= self.seed < 2**32, "run.seed", self.seed, "an integer from 0 to 2**32 - 1")
         require(bool(self.directory), "run.directory", self.directory, "a path")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -16,10 +17,12 @@ from asymvq_jax.convert.mapping import BATCHES, Format, dump_each, weights
 from asymvq_jax.convert.reading import as_told, read_model
 from asymvq_jax.convert.reading import describe as describe_source
 from asymvq_jax.convert.sources import in_bucket
-from asymvq_jax.errors import ConvertError
+from asymvq_jax.errors import ConvertError, OutputError
+from asymvq_jax.files import addresses
+from asymvq_jax.files.outputs import try_out, writing
 from asymvq_jax.files.weights import check_space, check_target, write_atomically, write_tensors
 from asymvq_jax.models.autoencoder import Autoencoder
-from asymvq_jax.models.checkpoints import save_model
+from asymvq_jax.models.checkpoints import checkpoint_path, save_model
 
 __all__ = ["as_told", "config_to_diffusers", "convert", "describe", "diffusers_to_config", "read_model"]
 log = logging.getLogger(__name__)
@@ -42,7 +45,8 @@ def convert(
             AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLWan (2.1), AutoencoderKLQwenImage
             or VQModel, or a pipeline with one in vae/ or vqvae/; or a file of weights, safetensors or PyTorch's, that
             holds an autoencoder like these, alone or in a whole diffusion model.
-        target: a directory for jax and diffusers; for ldm a .safetensors or .ckpt file. It must not exist.
+        target: a directory for jax, also in a bucket (gs://...), and for diffusers; for ldm a .safetensors or .ckpt
+            file. It must not exist.
         to: the form to write.
         scaling_factor: where the source does not say it.
         shift_factor: likewise.
@@ -50,8 +54,10 @@ def convert(
     Raises:
         UserError: the source is unreadable, incomplete or not representable, or the target exists or cannot be written.
     """
-    target = Path(target)
     told = as_told(scaling_factor, shift_factor)
+    if addresses.in_bucket(target):
+        return _convert_into_bucket(source, str(target), to, told)
+    target = Path(target)
     if to == "ldm" and target.suffix not in (".safetensors", ".ckpt"):
         raise ConvertError(f"{target}: expected a name that ends in .safetensors or .ckpt for --to ldm")
     check_target(target)
@@ -68,6 +74,20 @@ def convert(
         write_atomically(target, lambda path: _write_diffusers(model, path))
     else:
         write_atomically(target, lambda path: _write_original(model, path))
+    return model
+
+
+def _convert_into_bucket(source: str | Path, target: str, to: Target, told: Mapping[str, float]) -> Autoencoder:
+    """As `convert`; other programs read their weights from disks."""
+    if to != "jax":
+        addresses.check_local(target, "--out")
+    path = checkpoint_path(target)
+    with writing(target):
+        if path.exists():
+            raise OutputError(f"{target} exists already; choose another target or remove it first")
+        try_out(path.parent)
+    model = read_model(source, told)
+    save_model(target, model)
     return model
 
 

@@ -12,6 +12,7 @@ import math
 import re
 import shutil
 import sqlite3
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -39,6 +40,7 @@ from asymvq_jax.data.shards import (
 )
 from asymvq_jax.data.sources import TFDS, in_order
 from asymvq_jax.errors import DataError, ImageError, OutputError
+from asymvq_jax.files.addresses import bucket_errors, in_bucket
 from asymvq_jax.files.locks import only_owner
 from asymvq_jax.files.outputs import try_out, writing
 
@@ -54,16 +56,18 @@ def build(
     min_side: int = 0,
     shard_mib: float = 256,
     workers: int = 1,
-) -> Path:
+) -> epath.Path:
     """Writes the data set, or what is missing of it; prints what it does.
 
     Every shard is written under a hidden name, renamed once it is complete, and described by a manifest with the names
-    of its pictures and its SHA-256; the directory has its name once all are there. All bytes follow from the source and
-    the options, however often the build was interrupted.
+    of its pictures and its SHA-256; the directory has its name once all are there. In a bucket, where nothing can be
+    renamed, shards are uploaded once they are complete, and TFDS's metadata come last. All bytes follow from the source
+    and the options, however often the build was interrupted.
 
     Args:
-        source: a directory, a .tar or a .tar.gz; its pictures are ordered by a hash of their names.
-        target: TFDS's data_dir.
+        source: a directory, a .tar or a .tar.gz, here or in a bucket; its pictures are ordered by a hash of their
+            names.
+        target: TFDS's data_dir, here or in a bucket.
         name: of the data set.
         held_out: the share of the pictures that makes the validation split, or another source that does.
         min_side: pictures whose shorter side is below this are left out, px.
@@ -79,11 +83,13 @@ def build(
     """
     _check_options(name, held_out, min_side, shard_mib, workers)
     for path in (source, held_out) if isinstance(held_out, str) else (source,):
-        if not Path(path).exists():
+        with bucket_errors(path):
+            exists = epath.Path(path).exists()
+        if not exists:
             raise DataError(f"{path} does not exist; expected a directory, a .tar or a .tar.gz of pictures")
-    directory = Path(target) / name
+    directory = epath.Path(target) / name
     with writing(directory):
-        try_out(epath.Path(directory))
+        try_out(directory)
     with (
         only_owner(directory, "build"),
         _scratch(directory) as scratch,
@@ -93,19 +99,20 @@ def build(
     ):
         splits = _splits(database, source, held_out, scratch)
         final = directory / VERSION
-        work = final if final.exists() else directory / f".{VERSION}.incomplete"
-        shards = _plan(work, name, splits, min_side, shard_mib)
+        work = final if in_bucket(final) or final.exists() else directory / f".{VERSION}.incomplete"
+        shards = _plan(work, name, splits, min_side, shard_mib, scratch if in_bucket(final) else Path(work))
         read = tqdm(pool.map(read_content, shards), "checksums", len(shards), unit=" shards")
         contents = dict(zip(shards, read, strict=True))
         missing = [shard for shard, content in contents.items() if content is None]
         print(f"{len(shards) - len(missing)} of {len(shards)} shards are complete and match their checksums")
-        _check_room(directory, missing)
+        _check_room(scratch, missing, at_once=not in_bucket(final))
         with tqdm(total=sum(len(shard.pictures) for shard in missing), unit=" pictures", desc="building") as bar:
             for shard in missing:
                 contents[shard] = write_shard(shard, min_side, pool, 4 * workers, bar)
         by_split = {split: [contents[shard] for shard in shards if shard.split == split] for split in splits}
         if missing or work != final:
             _write_metadata(work, name, by_split)
+        if work != final:
             with writing(final):
                 work.rename(final)
     for split, parts in by_split.items():
@@ -130,9 +137,13 @@ def _check_options(name: str, held_out: float | str, min_side: int, shard_mib: f
 
 
 @contextmanager
-def _scratch(directory: Path) -> Iterator[Path]:
-    """A directory for unpacked archives; what a killed build left there is removed."""
-    scratch = directory / ".unpacked"
+def _scratch(directory: epath.Path) -> Iterator[Path]:
+    """A directory for unpacked archives; what a killed build left there is removed. For a bucket, a temporary one."""
+    if in_bucket(directory):
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
+        return
+    scratch = Path(directory) / ".unpacked"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
@@ -151,8 +162,10 @@ def _splits(database: sqlite3.Connection, source: str, held_out: float | str, sc
     return {"train": pictures[count:], "validation": pictures[:count]}
 
 
-def _plan(work: Path, name: str, splits: dict[str, Pictures], min_side: int, shard_mib: float) -> list[Shard]:
-    """The shards to write; raises DataError if others were begun in `work`."""
+def _plan(
+    work: epath.Path, name: str, splits: dict[str, Pictures], min_side: int, shard_mib: float, partials: Path
+) -> list[Shard]:
+    """The shards to write, each first in `partials`; raises DataError if others were begun in `work`."""
     plan: dict[str, Any] = {"minimum side": min_side}
     shards = []
     for split, pictures in splits.items():
@@ -161,7 +174,7 @@ def _plan(work: Path, name: str, splits: dict[str, Pictures], min_side: int, sha
         plan[f"{split} names and sizes"] = pictures.digest()
         for i, path in enumerate(_template(work, name, split).sharded_filepaths(count)):
             part = pictures[i * len(pictures) // count : (i + 1) * len(pictures) // count]
-            shards.append(Shard(split, Path(path), part))
+            shards.append(Shard(split, epath.Path(path), part, partials / f".{path.name}.partial"))
     file = work / MANIFESTS / "plan.json"
     if not file.exists():
         if (work / "dataset_info.json").exists():
@@ -177,19 +190,21 @@ def _plan(work: Path, name: str, splits: dict[str, Pictures], min_side: int, sha
     return shards
 
 
-def _template(work: Path, name: str, split: str) -> tfds.core.ShardedFileTemplate:
+def _template(work: epath.Path, name: str, split: str) -> tfds.core.ShardedFileTemplate:
     return tfds.core.ShardedFileTemplate(data_dir=work, dataset_name=name, split=split, filetype_suffix="array_record")
 
 
-def _check_room(directory: Path, shards: Sequence[Shard]) -> None:
-    needed, free = sum(shard.pictures.size for shard in shards), shutil.disk_usage(directory).free
+def _check_room(scratch: Path, shards: Sequence[Shard], *, at_once: bool) -> None:
+    """Raises OutputError where the disk of `scratch` has no room for the shards, or for one after the other."""
+    sizes = [shard.pictures.size for shard in shards]
+    needed, free = sum(sizes) if at_once else max(sizes, default=0), shutil.disk_usage(scratch).free
     if needed > free:
         raise OutputError(
-            f"{directory} has room for {free / 1e9:.1f} GB; the pictures take up to {needed / 1e9:.1f} GB"
+            f"{scratch.parent} has room for {free / 1e9:.1f} GB; the pictures take up to {needed / 1e9:.1f} GB"
         )
 
 
-def _write_metadata(work: Path, name: str, by_split: dict[str, list[Content]]) -> None:
+def _write_metadata(work: epath.Path, name: str, by_split: dict[str, list[Content]]) -> None:
     infos = []
     for split, parts in by_split.items():
         total = Content.total(parts)
@@ -215,16 +230,18 @@ def check(target: str, name: str, *, workers: int = 1) -> None:
     Raises:
         DataError: there is no such data set, or it is damaged; the message says where.
     """
-    directory = Path(target) / name / VERSION
-    if not (directory / MANIFESTS).is_dir() or not (directory / "dataset_info.json").exists():
+    directory = epath.Path(target) / name / VERSION
+    with bucket_errors(directory):
+        complete = (directory / MANIFESTS).is_dir() and (directory / "dataset_info.json").exists()
+    if not complete:
         raise DataError(f"{directory} holds no complete data set of this command's; build it first")
     min_side = read_json(directory / MANIFESTS / "plan.json")["minimum side"]
     splits = tfds.builder_from_directory(directory).info.splits
-    shards = [Path(path) for split in splits.values() for path in split.filepaths]
+    shards = [epath.Path(path) for split in splits.values() for path in split.filepaths]
     with ThreadPoolExecutor(workers) as pool:
         damages = [d for d in tqdm(pool.map(find_damage, shards), "checksums", len(shards), unit=" shards") if d]
         for split in () if damages else splits:
-            counts = [read_json(manifest_of(Path(path)))["count"] for path in splits[split].filepaths]
+            counts = [read_json(manifest_of(epath.Path(path)))["count"] for path in splits[split].filepaths]
             if splits[split].shard_lengths != counts:
                 damages.append(f"dataset_info.json counts other {split} pictures than the manifests")
                 continue

@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
+from etils import epath
 from tqdm import tqdm
 
 from asymvq_jax.data.identity import name_key
 from asymvq_jax.data.sources import SUFFIXES
 from asymvq_jax.errors import DataError, OutputError
-from asymvq_jax.files.folders import HIDDEN, NOT_A_FILE, UNREADABLE_FOLDER, Tally, list_folder
+from asymvq_jax.files.addresses import bucket_errors, in_bucket
+from asymvq_jax.files.folders import HIDDEN, NOT_A_FILE, UNREADABLE_FOLDER, Tally, list_folder, remote_sizes
 from asymvq_jax.files.formats import HEAD, named_as_other, named_as_picture, picture_format
 from asymvq_jax.files.outputs import writing
 
@@ -158,17 +160,18 @@ def list_source(database: sqlite3.Connection, source: str, scratch: Path) -> Pic
 
     Args:
         database: to put the list in.
-        source: the directory or archive.
+        source: the directory or archive, here or in a bucket (gs://...).
         scratch: where a compressed archive is unpacked to.
 
     Raises:
         DataError: the source cannot be read, is not an archive, or holds no picture.
         OutputError: there is no room for the list.
     """
-    path, left_out = Path(source), Tally()
+    path, left_out = epath.Path(source), Tally()
     try:
-        files = _in_folder(path, left_out) if path.is_dir() else _in_archive(path, scratch, left_out)
-        pictures = Pictures(database, tqdm(files, f"listing {path.name}", unit=" files"), source, left_out)
+        with bucket_errors(source):
+            files = _in_folder(path, left_out) if path.is_dir() else _in_archive(path, scratch, left_out)
+            pictures = Pictures(database, tqdm(files, f"listing {path.name}", unit=" files"), source, left_out)
     except OSError as error:
         raise DataError(f"{source} cannot be read: {error}") from None
     except sqlite3.OperationalError as error:
@@ -185,25 +188,26 @@ def _text(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _in_folder(folder: Path, left_out: Tally) -> Iterator[Picture | Link]:
+def _in_folder(folder: epath.Path, left_out: Tally) -> Iterator[Picture | Link]:
     listing = list_folder(folder, recursive=True)
     for each in listing.left_out:
         if each.reason.startswith(UNREADABLE_FOLDER):
             raise DataError(f"{folder}: {each}; make them readable, or move them elsewhere")
         left_out.include(each)
+    sizes = remote_sizes(folder) if in_bucket(folder) else None
     for file in listing.pictures:
         name = _text(file.relative_to(listing.folder).as_posix())
-        yield Picture(name, os.fsencode(file), 0, os.stat(file).st_size)
+        yield Picture(name, os.fsencode(file), 0, os.stat(file).st_size if sizes is None else sizes[str(file)])
     for file in listing.others:
         name = _text(file.relative_to(listing.folder).as_posix())
         if file.suffix.lower() == ".tar":
-            for inner in _in_tar(Path(file), Path(file), left_out):
+            for inner in _in_tar(file, file, left_out):
                 yield _nested(name, inner)
         else:
             left_out.add(NOT_A_PICTURE, name)
 
 
-def _in_archive(archive: Path, scratch: Path, left_out: Tally) -> Iterator[Picture | Link]:
+def _in_archive(archive: epath.Path, scratch: Path, left_out: Tally) -> Iterator[Picture | Link]:
     with archive.open("rb") as file:
         head = file.read(8)
     if head.startswith((b"PK\x03\x04", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd")):
@@ -211,10 +215,10 @@ def _in_archive(archive: Path, scratch: Path, left_out: Tally) -> Iterator[Pictu
     reader = next((reader for beginning, reader in COMPRESSED.items() if head.startswith(beginning)), None)
     if reader is not None:
         _unpack(archive, scratch, reader)
-    return _in_tar(scratch if reader else archive, archive, left_out)
+    return _in_tar(epath.Path(scratch) if reader else archive, archive, left_out)
 
 
-def _in_tar(tar: Path, origin: Path, left_out: Tally) -> Iterator[Picture | Link]:
+def _in_tar(tar: epath.Path, origin: epath.Path, left_out: Tally) -> Iterator[Picture | Link]:
     with tar.open("rb") as file:
         try:
             for found in _members(file, left_out):
@@ -225,10 +229,10 @@ def _in_tar(tar: Path, origin: Path, left_out: Tally) -> Iterator[Picture | Link
             ) from None
 
 
-def _unpack(archive: Path, target: Path, reader: Callable[[IO[bytes]], IO[bytes]]) -> None:
+def _unpack(archive: epath.Path, target: Path, reader: Callable[[IO[bytes]], IO[bytes]]) -> None:
     """Compressed pictures cannot be read in another order than the archive's."""
     with writing(target), archive.open("rb") as file, target.open("wb") as plain:
-        counted = tqdm.wrapattr(file, "read", archive.stat().st_size, desc=f"unpacking {archive.name}")
+        counted = tqdm.wrapattr(file, "read", archive.stat().length, desc=f"unpacking {archive.name}")
         try:
             with counted as compressed, reader(compressed) as unpacked:
                 shutil.copyfileobj(unpacked, plain, 2**24)

@@ -20,7 +20,7 @@ from etils import epath
 from asymvq_jax.config import DataConfig, MaskConfig
 from asymvq_jax.data.identity import Identity, identify
 from asymvq_jax.data.masks import find_files, random_mask
-from asymvq_jax.data.sources import Source, open_source, open_sources, within
+from asymvq_jax.data.sources import Once, Source, by_itself, open_source, open_sources, within
 from asymvq_jax.errors import DataError, ImageError
 
 log = logging.getLogger(__name__)
@@ -49,9 +49,10 @@ class Inputs(NamedTuple):
         return found
 
 
-def open_inputs(config: DataConfig, kept: epath.Path | None = None) -> Inputs:
+def open_inputs(config: DataConfig, kept: epath.Path | None = None, once: Once = by_itself) -> Inputs:
     """Lists the data once, for training and evaluation alike; see `open_sources`."""
-    return Inputs(*open_sources(config, kept), find_files(config.mask))
+    masks = once(lambda: [*map(os.fspath, find_files(config.mask))])
+    return Inputs(*open_sources(config, kept, once), [*map(epath.Path, masks)])
 
 
 def training_batches(

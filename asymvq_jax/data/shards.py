@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fsspec
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
@@ -22,6 +25,7 @@ from asymvq_jax.data.listing import Picture, Pictures
 from asymvq_jax.data.sources import in_order
 from asymvq_jax.errors import DataError, ImageError, OutputError, TooSmallError
 from asymvq_jax.files import images
+from asymvq_jax.files.addresses import bucket_errors, in_bucket
 from asymvq_jax.files.outputs import write_bytes, writing
 
 MANIFESTS = "manifests"
@@ -38,8 +42,10 @@ class Shard:
     """A file of a data set, and the pictures that belong into it."""
 
     split: str
-    path: Path
+    path: epath.Path
     pictures: Pictures
+    # A file of this machine that becomes it once it is complete.
+    partial: Path
 
 
 class Content(NamedTuple):
@@ -80,12 +86,12 @@ def read_content(shard: Shard) -> Content | None:
     return Content.of(read_json(manifest_of(shard.path)))
 
 
-def manifest_of(shard: Path) -> Path:
+def manifest_of(shard: epath.Path) -> epath.Path:
     """The file that describes a shard."""
     return shard.parent / MANIFESTS / f"{shard.name}.json"
 
 
-def find_damage(shard: Path) -> str | None:
+def find_damage(shard: epath.Path) -> str | None:
     """What a complete shard lacks; None where it is whole."""
     manifest = manifest_of(shard)
     for file in (manifest, shard):
@@ -100,7 +106,7 @@ def find_damage(shard: Path) -> str | None:
     return None if _sha256(shard) == checksum else f"{shard} does not match its checksum"
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: epath.Path) -> dict[str, Any]:
     """What `write_json` has written.
 
     Raises:
@@ -115,12 +121,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: epath.Path, content: dict[str, Any]) -> None:
     """Writes a file whole or not at all."""
     write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: epath.Path | Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -134,9 +140,7 @@ def _records(shard: Path) -> int:
 
 def _record(picture: Picture, min_side: int) -> bytes:
     """The serialised record; raises ImageError or OSError where the picture is to be left out."""
-    with open(picture.file, "rb") as file:
-        file.seek(picture.offset)
-        data = file.read(picture.size)
+    data = _stored(picture)
     if len(data) < picture.size:
         raise DataError(f"{picture.name} has become shorter since it was listed")
     # Decoded as training does, so that what is corrupt or too small there is so here.
@@ -150,6 +154,18 @@ def _record(picture: Picture, min_side: int) -> bytes:
     example = FEATURES.encode_example({"image": data, "file_name": picture.name})
     # Else the order of the features changes from one process to the next.
     return bytes(SERIALIZER.get_tf_example(example).SerializeToString(deterministic=True))
+
+
+def _stored(picture: Picture) -> bytes:
+    """A picture's bytes; raises OSError where they cannot be read."""
+    address = os.fsdecode(picture.file)
+    if in_bucket(address):
+        scheme, _, path = address.partition("://")
+        with bucket_errors(address):
+            return bytes(fsspec.filesystem(scheme).cat_file(path, picture.offset, picture.offset + picture.size))
+    with open(picture.file, "rb") as file:
+        file.seek(picture.offset)
+        return file.read(picture.size)
 
 
 def write_shard(shard: Shard, min_side: int, pool: ThreadPoolExecutor, ahead: int, bar: tqdm[Any]) -> Content:
@@ -166,13 +182,12 @@ def write_shard(shard: Shard, min_side: int, pool: ThreadPoolExecutor, ahead: in
         OutputError: it cannot be written.
         DataError: a picture changed while it was read.
     """
-    partial_file = shard.path.with_name(f".{shard.path.name}.partial")
     kept: list[str] = []
     left_out: dict[str, list[str]] = {TOO_SMALL: [], CORRUPT: [], UNREADABLE: []}
     size = 0
     try:
         # Grain wants groups of one record.
-        writer = ArrayRecordWriter(str(partial_file), "group_size:1")
+        writer = ArrayRecordWriter(str(shard.partial), "group_size:1")
         for picture, future in in_order(pool, partial(_record, min_side=min_side), shard.pictures, ahead):
             bar.update()
             try:
@@ -192,16 +207,20 @@ def write_shard(shard: Shard, min_side: int, pool: ThreadPoolExecutor, ahead: in
         writer.close()
     except RuntimeError as error:
         raise OutputError(f"{shard.path} cannot be written: {error}") from None
-    if _records(partial_file) != len(kept):
-        raise OutputError(f"{partial_file} holds {_records(partial_file)} records after {len(kept)} were written")
+    if _records(shard.partial) != len(kept):
+        raise OutputError(f"{shard.partial} holds {_records(shard.partial)} records after {len(kept)} were written")
     manifest = {
-        "sha256": _sha256(partial_file),
+        "sha256": _sha256(shard.partial),
         "bytes": size,
         "count": len(kept),
         "pictures": kept,
         **left_out,
     }
     with writing(shard.path):
-        partial_file.replace(shard.path)
+        if in_bucket(shard.path):
+            fsspec.filesystem(str(shard.path).partition("://")[0]).put_file(str(shard.partial), str(shard.path))
+            shard.partial.unlink()
+        else:
+            shard.partial.replace(shard.path)
     write_json(manifest_of(shard.path), manifest)
     return Content.of(manifest)

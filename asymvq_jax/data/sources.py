@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,13 +21,15 @@ from asymvq_jax.config import DataConfig
 from asymvq_jax.data.identity import Identity, identify, name_key
 from asymvq_jax.errors import DataError, ImageError, first_line
 from asymvq_jax.files import images
-from asymvq_jax.files.addresses import check_address
+from asymvq_jax.files.addresses import check_address, in_bucket
 from asymvq_jax.files.folders import BROKEN_LINK, list_folder
 from asymvq_jax.files.outputs import write_bytes
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+# Returns what its argument does, which may be called on another process.
+Once = Callable[[Callable[[], list[str]]], list[str]]
 
 
 class Source(Protocol):
@@ -54,12 +57,18 @@ class Sources(NamedTuple):
     held_out: Source
 
 
-def open_sources(config: DataConfig, kept: epath.Path | None = None) -> Sources:
+def by_itself(work: Callable[[], list[str]]) -> list[str]:
+    """What `work` returns: each process lists for itself."""
+    return work()
+
+
+def open_sources(config: DataConfig, kept: epath.Path | None = None, once: Once = by_itself) -> Sources:
     """Both halves of the source that `config` names, from one listing.
 
     Args:
         config: the data.
         kept: a directory that keeps what was found out about a folder's pictures for the next time.
+        once: lists a folder for all processes, as `cluster.from_first` does; by default each does it by itself.
 
     Raises:
         DataError: the source is missing, empty, or cannot be read.
@@ -67,7 +76,9 @@ def open_sources(config: DataConfig, kept: epath.Path | None = None) -> Sources:
     if config.source == "photos":
         return Sources(*(Files(_photos(train), keep_decoded=True) for train in (True, False)))
     if config.source == "folder":
-        return Sources(*(Files(paths, root, keep_decoded=config.keep_decoded) for paths, root in _halves(config, kept)))
+        return Sources(
+            *(Files(paths, root, keep_decoded=config.keep_decoded) for paths, root in _halves(config, kept, once))
+        )
     return Sources(TFDS(config, "train_split"), TFDS(config, "eval_split"))
 
 
@@ -165,14 +176,18 @@ def within(path: epath.Path, root: epath.Path) -> str:
     return str(path.relative_to(root).as_posix())
 
 
-def _halves(config: DataConfig, kept: epath.Path | None) -> Iterator[tuple[list[epath.Path], epath.Path]]:
+def _halves(config: DataConfig, kept: epath.Path | None, once: Once) -> Iterator[tuple[list[epath.Path], epath.Path]]:
     """Paths of the training and of the held-out half of a folder, and the directories that they lie in."""
+
+    def listed(path: str, field: str) -> list[epath.Path]:
+        found = once(lambda: [*map(os.fspath, large_enough(list_pictures(path, field), config.min_side, field, kept))])
+        return [*map(epath.Path, found)]
+
     root = epath.Path(config.path)
-    paths = large_enough(list_pictures(config.path, "data.path"), config.min_side, "data.path", kept)
+    paths = listed(config.path, "data.path")
     if config.eval_path:
         yield paths, root
-        others = list_pictures(config.eval_path, "data.eval_path")
-        yield large_enough(others, config.min_side, "data.eval_path", kept), epath.Path(config.eval_path)
+        yield listed(config.eval_path, "data.eval_path"), epath.Path(config.eval_path)
         return
     if len(paths) < 2:
         raise DataError(f"data.path={config.path!r} holds one picture only; name held-out ones with --data.eval_path")
@@ -210,8 +225,7 @@ def list_pictures(path: str, field: str) -> list[epath.Path]:
     Raises:
         DataError: the directory is missing, is a file, cannot be read, or holds no picture.
     """
-    check_address(path, field)
-    if "://" not in path and Path(path).is_file():
+    if not in_bucket(path) and Path(path).is_file():
         hint = _packed([path])
         raise DataError(f"{field}={path!r} is a file; expected a directory of pictures{'; ' if hint else ''}{hint}")
     listing = list_folder(path, f"{field}=", recursive=True)
@@ -247,7 +261,7 @@ def large_enough(
     Raises:
         DataError: all pictures are smaller.
     """
-    if not min_side or "://" in str(paths[0]):
+    if not min_side or in_bucket(paths[0]):
         return paths
     key = {"pictures": list(identify(map(str, paths))), "min_side": min_side}
     file = None if kept is None else kept / f"too_small.{field}.json"
@@ -323,7 +337,7 @@ class TFDS:
         try:
             self._source: Any = builder.as_data_source(split=self._split, decoders=decoders)
             count = len(self._source)
-            shards = [Path(each.filename) for each in info.splits[self._split].file_instructions]
+            shards = [epath.Path(each.filename) for each in info.splits[self._split].file_instructions]
         except NotImplementedError as error:
             reason = first_line(error)
             raise DataError(
@@ -334,7 +348,8 @@ class TFDS:
             raise DataError(f"{named}: {first_line(error)} {config.path} has {sizes}") from None
         if not count:
             raise DataError(f"{config.path} has no records in split {self._split!r}")
-        missing = [shard for shard in shards if "://" not in str(shard) and not shard.exists()]
+        # In a bucket each question is a request, and a shard that is missing is named when it is read.
+        missing = [shard for shard in shards if not in_bucket(shard) and not shard.exists()]
         if missing:
             raise DataError(
                 f"{missing[0]} is missing, one of {len(shards)} shards of {named}; copy or build the data set again "

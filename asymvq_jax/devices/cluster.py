@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import socket
 import sys
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
-from asymvq_jax.errors import ConfigError
+from asymvq_jax.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # How many processes a launcher has started, which of them this is, and which on its host.
@@ -120,6 +126,33 @@ def share() -> tuple[int, int]:
         for kind in ("cuda", "rocm"):
             jax.config.update(f"jax_{kind}_visible_devices", os.environ.get("JAX_LOCAL_DEVICE_IDS", local))
     return int(index), int(count)
+
+
+def from_first(work: Callable[[], T]) -> T:
+    """What `work` returns on process 0, on all processes; the others do not call it.
+
+    Args:
+        work: returns what JSON can hold.
+
+    Raises:
+        UserError: on all processes, where `work` does.
+    """
+    if jax.process_count() == 1:
+        return work()
+    data = b""
+    if jax.process_index() == 0:
+        try:
+            answer: dict[str, Any] = {"value": work()}
+        except UserError as error:
+            answer = {"error": str(error)}
+        data = json.dumps(answer).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.array(len(data), np.int32)))
+    sent = np.frombuffer(data.ljust(size), np.uint8)
+    told: dict[str, Any] = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent)).tobytes())
+    if "error" in told:
+        raise UserError(told["error"])
+    value: T = told["value"]
+    return value
 
 
 def leave(code: int) -> None:

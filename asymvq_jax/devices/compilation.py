@@ -24,8 +24,7 @@ def keep_compiled_programs() -> None:
     told = getattr(jax.config, name)
     try:
         place = told or str(Path.home() / ".cache" / "asymvq_jax" / "xla")
-        if "://" not in place:
-            try_out(epath.Path(place))
+        try_out(epath.Path(place))
     # Path.home() raises RuntimeError for a user who has none.
     except (OSError, RuntimeError) as error:
         log.info("compiled programs are not kept: %s", error)

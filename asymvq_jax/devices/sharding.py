@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from asymvq_jax.config import MeshConfig
@@ -27,8 +28,11 @@ MIN_SHARDED_BYTES = 4 * 2**20
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Arranges the devices in the mesh (data, fsdp, tensor).
 
+    Where they are of several slices, the slices lie along data, each of them whole, so that only the batch is split
+    over the network between them.
+
     Raises:
-        ConfigError: the sizes do not multiply to the number of devices.
+        ConfigError: the sizes do not multiply to the number of devices, or data does not divide over the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
@@ -44,7 +48,21 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             advice = f"choose {named} so that the product divides {len(devices)}"
         raise ConfigError(f"mesh (data, fsdp, tensor)={tuple(sizes)} does not fit {len(devices)} device(s); {advice}")
     sizes = [len(devices) // known if s == -1 else s for s in sizes]
+    slices = count_slices(devices)
+    if config.slices not in (-1, slices):
+        raise ConfigError(f"mesh.slices={config.slices}: the devices are of {slices}; set it to that, or to -1")
+    if slices > 1:
+        if sizes[0] % slices:
+            raise ConfigError(f"mesh.data={sizes[0]}: expected a multiple of the {slices} slices of the devices")
+        inside, between = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
+        arranged = mesh_utils.create_hybrid_device_mesh(inside, between, devices)
+        return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def count_slices(devices: Sequence[jax.Device]) -> int:
+    """Of how many slices the devices are; those that do not say are of one."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def make_height_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:

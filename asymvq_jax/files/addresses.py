@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from asymvq_jax.errors import ConfigError
+import fsspec
+from etils import epath
+
+from asymvq_jax.errors import ConfigError, UserError, first_line
 
 # What etils.epath and TensorStore need for each kind of address.
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
+
+
+def in_bucket(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is an address, such as gs://bucket/run, and not one of this machine."""
+    return "://" in os.fspath(path)
 
 
 def check_address(path: str, field: str = "") -> None:
@@ -15,12 +26,12 @@ def check_address(path: str, field: str = "") -> None:
 
     Args:
         path: a path or an address.
-        field: how messages call it, such as "data.path".
+        field: how messages call it, such as "data.path", or an option, such as "--image".
     """
     scheme, address, _ = path.partition("://")
     if not address:
         return
-    named = f"{field}={path!r}" if field else path
+    named = _named(path, field)
     if scheme not in PACKAGES:
         known = ", ".join(f"{name}://" for name in PACKAGES)
         raise ConfigError(f"{named}: expected a path of this machine, or an address that begins with {known}")
@@ -28,3 +39,42 @@ def check_address(path: str, field: str = "") -> None:
     if importlib.util.find_spec(package) is None:
         extra = " (or: pip install 'asymvq-jax[gcs]')" if scheme == "gs" else ""
         raise ConfigError(f"{named} needs the package {package}; install it with: pip install {package}{extra}")
+    # Else what TensorStore or another host writes is not seen, once its folder has been listed.
+    fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
+
+
+@contextmanager
+def bucket_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Inside, what the client of a bucket raises, of many types, becomes an OSError, as file systems raise them."""
+    check_address(os.fspath(path))
+    try:
+        yield
+    except (UserError, FileNotFoundError):
+        raise
+    except Exception as error:
+        if not in_bucket(path):
+            raise
+        # Of a refusal's text the first line says which address, the others what the service answered.
+        raise OSError(first_line(error)) from error
+
+
+def move_folder(source: epath.Path, target: epath.Path) -> None:
+    """Moves a folder; in a bucket file by file, for there they have no folders."""
+    if in_bucket(source):
+        with bucket_errors(source):
+            fsspec.filesystem(str(source).partition("://")[0]).mv(str(source), str(target), recursive=True)
+        return
+    target.parent.mkdir(exist_ok=True)
+    source.rename(target)
+
+
+def check_local(path: str, field: str = "") -> None:
+    """Raises ConfigError for an address, where only a path of this machine can be used; `field` as `check_address`."""
+    if in_bucket(path):
+        raise ConfigError(f"{_named(path, field)} is in a bucket; expected a path of this machine: copy it here first")
+
+
+def _named(path: str, field: str) -> str:
+    if not field:
+        return path
+    return f"{field} {path}" if field.startswith("--") else f"{field}={path!r}"

@@ -8,9 +8,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePath, PurePosixPath
 
+import fsspec
 from etils import epath
 
 from asymvq_jax.errors import DataError
+from asymvq_jax.files.addresses import bucket_errors, check_address, in_bucket
 from asymvq_jax.files.formats import HEAD, named_as_other, named_as_picture, picture_format
 
 HIDDEN = "hidden (the name begins with a dot)"
@@ -104,19 +106,21 @@ def list_folder(folder: str | os.PathLike[str], label: str = "", *, recursive: b
     Raises:
         DataError: there is no such folder, or it cannot be read.
     """
+    check_address(os.fspath(folder), label.rstrip("="))
     root, tally = epath.Path(folder), Tally()
     pictures: list[epath.Path] = []
     others: list[epath.Path] = []
     name = f"{label} {folder}".strip() if not label.endswith("=") else f"{label}{os.fspath(folder)!r}"
     try:
-        if not root.exists():
-            raise DataError(f"{name} does not exist")
-        if not root.is_dir():
-            raise DataError(
-                f"{name} is a file; expected a directory" if root.is_file() else f"{name} is not a directory"
-            )
-        found = _local(str(root), recursive, tally) if "://" not in str(root) else _remote(root, recursive, tally)
-        for path in map(epath.Path, sorted(found)):
+        with bucket_errors(root):
+            if not root.exists():
+                raise DataError(f"{name} does not exist")
+            if not root.is_dir():
+                raise DataError(
+                    f"{name} is a file; expected a directory" if root.is_file() else f"{name} is not a directory"
+                )
+            found = sorted((_remote if in_bucket(root) else _local)(str(root), recursive, tally))
+        for path in map(epath.Path, found):
             try:
                 (pictures if _is_picture(path) else others).append(path)
             except OSError as error:
@@ -169,28 +173,34 @@ def _relative(path: str, root: str) -> str:
     return os.path.relpath(path, root) if path != root else path
 
 
-def _remote(root: epath.Path, recursive: bool, tally: Tally) -> Iterator[str]:
-    """Files under a folder of a bucket, in no order; it has no links."""
+def _remote(root: str, recursive: bool, tally: Tally) -> Iterator[str]:
+    """Files under a folder of a bucket, in no order; it has no links, and one request lists a thousand of them."""
+    scheme, _, folder = root.partition("://")
+    bucket, folder = fsspec.filesystem(scheme), folder.rstrip("/")
+    entries = bucket.find(folder, detail=True) if recursive else {e["name"]: e for e in bucket.ls(folder, detail=True)}
+    for entry in entries.values():
+        # Objects that stand for empty folders end with a slash.
+        if entry["type"] != "file" or entry["name"].endswith("/"):
+            continue
+        inside = PurePosixPath(entry["name"]).relative_to(folder)
+        if any(part.startswith(".") for part in inside.parts):
+            tally.add(HIDDEN, str(inside))
+        else:
+            yield f"{scheme}://{folder}/{inside}"
 
-    def stop(error: OSError) -> None:
-        raise error
 
-    for folder, folders, names in root.walk(on_error=stop):
-        inside = folder.relative_to(root)
-        for name in names:
-            if any(part.startswith(".") for part in (*inside.parts, name)):
-                tally.add(HIDDEN, str(inside / name))
-            else:
-                yield str(folder / name)
-        if not recursive:
-            folders.clear()
-            return
+def remote_sizes(root: epath.Path) -> dict[str, int]:
+    """Bytes of every file under a folder of a bucket, by its address; one request for a thousand of them."""
+    scheme, _, folder = str(root).partition("://")
+    with bucket_errors(root):
+        found = fsspec.filesystem(scheme).find(folder, detail=True)
+    return {f"{scheme}://{name}": int(entry["size"]) for name, entry in found.items()}
 
 
 def _is_picture(path: epath.Path) -> bool:
     if named_as_picture(path) or named_as_other(path):
         return named_as_picture(path)
-    with path.open("rb") as stream:
+    with bucket_errors(path), path.open("rb") as stream:
         return picture_format(stream.read(HEAD)) is not None
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from asymvq_jax.errors import OutputError
+from asymvq_jax.files.addresses import in_bucket
 from asymvq_jax.files.outputs import writing
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def only_owner(directory: str | os.PathLike[str], what: str) -> Iterator[None]:
     Raises:
         OutputError: another process holds it.
     """
-    if "://" in os.fspath(directory):
+    if in_bucket(directory):
         yield
         return
     with writing(os.fspath(directory)):

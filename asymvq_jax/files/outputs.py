@@ -8,25 +8,39 @@ from contextlib import contextmanager
 
 from etils import epath
 
-from asymvq_jax.errors import OutputError
+from asymvq_jax.errors import OutputError, first_line
+from asymvq_jax.files.addresses import bucket_errors, in_bucket
 
 
 @contextmanager
-def writing(path: str | epath.Path) -> Iterator[None]:
-    """Turns an error of the file system inside into an OutputError that names `path`."""
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns an error of the file system, or of a bucket, inside into an OutputError that names `path`."""
     try:
-        yield
+        with bucket_errors(path):
+            yield
     except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error}") from None
+        reason = explained(error, path)
+        raise OutputError(f"{path} cannot be written: {reason}") from None
+
+
+def explained(error: OSError, path: str | os.PathLike[str]) -> str:
+    """What an error in writing says; of a bucket's, whose text may be an address alone, in words."""
+    if not in_bucket(path):
+        return str(error)
+    missing = "no such bucket, or nothing of that name: " if isinstance(error, FileNotFoundError) else ""
+    return f"{missing}{first_line(error)}"
 
 
 def try_out(directory: epath.Path) -> None:
     """Makes a directory and writes a file there, which it removes; raises OSError where that is not possible."""
     probe = directory / ".writable"
-    directory.mkdir(parents=True, exist_ok=True)
-    probe.write_bytes(b"")
-    # Another process may have removed it.
-    probe.unlink(missing_ok=True)
+    with bucket_errors(directory):
+        # Buckets have no directories, and must not be made by mistake.
+        if not in_bucket(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        # Another process may have removed it.
+        probe.unlink(missing_ok=True)
 
 
 def check_name(path: str | epath.Path, suffixes: Collection[str]) -> None:
@@ -34,7 +48,9 @@ def check_name(path: str | epath.Path, suffixes: Collection[str]) -> None:
     file = epath.Path(path)
     if file.suffix.lower() not in suffixes:
         raise OutputError(f"{path}: expected a name that ends in one of {', '.join(suffixes)}")
-    if file.is_dir():
+    with writing(path):
+        is_directory = file.is_dir()
+    if is_directory:
         raise OutputError(f"{path} is a directory; name a file")
 
 
@@ -72,6 +88,11 @@ def write_bytes(path: str | epath.Path, data: bytes) -> None:
         OutputError: the file cannot be written; an older one is as it was.
     """
     file = epath.Path(path)
+    if in_bucket(path):
+        # An object appears once all of it has arrived.
+        with writing(path):
+            file.write_bytes(data)
+        return
     # Another process may be writing the same file.
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     with writing(path):

@@ -14,6 +14,7 @@ from etils import epath
 from PIL import Image
 
 from asymvq_jax.errors import ImageError, OutputError
+from asymvq_jax.files.addresses import bucket_errors
 from asymvq_jax.files.decoding import Array, Pixels, UnknownKindError, decode_pixels, opened, orientation, read_tiff
 from asymvq_jax.files.formats import HEAD, picture_format
 from asymvq_jax.files.metadata import NOTHING, Metadata, read_metadata, save_options
@@ -121,12 +122,12 @@ def read_file(path: str | epath.Path) -> bytes:
     """The bytes of a file; raises ImageError where the file is missing."""
     file = epath.Path(path)
     try:
+        with bucket_errors(path):
+            return bytes(file.read_bytes())
+    # Asked only now: in a bucket every question is a request.
+    except (FileNotFoundError, IsADirectoryError):
         if file.is_dir():
-            raise ImageError(f"{path} is a directory; expected a picture file")
-        return bytes(file.read_bytes())
-    except ImageError:
-        raise
-    except FileNotFoundError:
+            raise ImageError(f"{path} is a directory; expected a picture file") from None
         raise ImageError(f"no picture at {path}") from None
     except (OSError, ValueError) as error:
         raise ImageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
@@ -171,7 +172,13 @@ def read_size(path: str | epath.Path, *, large: bool = False) -> tuple[int, int]
         ImageError: the file is missing or no picture.
     """
     file = epath.Path(path)
-    if not file.is_file():
+    try:
+        with bucket_errors(path):
+            is_file = file.is_file()
+    except OSError:
+        is_file = False
+    if not is_file:
+        # Says what is wrong.
         read_file(path)
     try:
         with file.open("rb") as stream, opened(stream, str(path), large=large) as image:

@@ -16,6 +16,7 @@ from etils import epath
 
 from asymvq_jax.errors import OutputError, TensorFileError
 from asymvq_jax.files import pickles, safe_tensors
+from asymvq_jax.files.addresses import check_local
 from asymvq_jax.files.kinds import kind_of
 from asymvq_jax.files.outputs import try_out
 from asymvq_jax.files.stored import Table
@@ -46,6 +47,7 @@ def open_weights(path: str | Path) -> Weights:
         TensorFileError: the file is missing, no weights file, damaged, or a pickle that would run code; the message
             says what it is and what to do.
     """
+    check_local(str(path))
     path = Path(path)
     try:
         tensors, metadata = safe_tensors.read_head(path) if kind_of(path) == "safetensors" else pickles.read(path)

@@ -16,13 +16,15 @@ from jax.sharding import SingleDeviceSharding
 from asymvq_jax import config as configs
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.errors import CheckpointError, OutputError, first_line
-from asymvq_jax.files.addresses import check_address
+from asymvq_jax.files.addresses import bucket_errors, check_address, in_bucket
 from asymvq_jax.files.threads import quiet_threads
 from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.embedded import embedded_parameters, is_embedded
 from asymvq_jax.models.parameters import Params, fingerprint, merge, split
 
 STEPS = "checkpoints"
+# Orbax's mark of a checkpoint in a bucket that is complete.
+COMMITTED = "commit_success.txt"
 # Among the JSON beside arrays: the fingerprint of each item that holds some.
 FINGERPRINTS = "fingerprints"
 
@@ -30,7 +32,7 @@ FINGERPRINTS = "fingerprints"
 def checkpoint_path(path: str | Path, field: str = "") -> epath.Path:
     """The absolute path of a checkpoint or run; `field` is how messages call it."""
     check_address(str(path), field)
-    return epath.Path(path) if "://" in str(path) else epath.Path(path).absolute()
+    return epath.Path(path) if in_bucket(path) else epath.Path(path).absolute()
 
 
 def save_model(path: str | Path, model: Autoencoder) -> None:
@@ -50,8 +52,10 @@ def save_model(path: str | Path, model: Autoencoder) -> None:
         try:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
                 checkpointer.save(target, args=items)
-        # Orbax's threads raise what TensorStore does, a ValueError where a disk is full.
-        except (OSError, ValueError, RuntimeError) as error:
+        # Orbax's threads raise what TensorStore does, a ValueError where a disk is full; clients of buckets what else.
+        except Exception as error:
+            if not isinstance(error, OSError | ValueError | RuntimeError) and not in_bucket(target):
+                raise
             full = "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
             reason = "No space left on device" if full else first_line(error)
             raise OutputError(f"{target} cannot be written: {reason}") from None
@@ -150,12 +154,27 @@ def steps_in(folder: epath.Path) -> list[epath.Path]:
     """The finished steps of a run, which lie in a folder, from the first to the last."""
     if not folder.is_dir():
         return []
-    return sorted((p for p in folder.iterdir() if p.name.isdecimal()), key=lambda p: int(p.name))
+    steps = (p for p in folder.iterdir() if p.name.isdecimal() and _is_finished(p))
+    return sorted(steps, key=lambda p: int(p.name))
+
+
+def _is_finished(checkpoint: epath.Path) -> bool:
+    """Whether all of a checkpoint was written: it has its name only then, but in Google's buckets, where Orbax adds a
+    file at the end."""
+    return not str(checkpoint).startswith("gs://") or bool((checkpoint / COMMITTED).exists())
 
 
 def find_step(path: str | Path) -> epath.Path:
     """The directory that holds the items `config` and `model`: `path` itself, or its last step if it is a run."""
     root = checkpoint_path(path)
+    try:
+        with bucket_errors(root):
+            return _find_step(root, path)
+    except OSError as error:
+        raise CheckpointError(f"no checkpoint can be read at {path}: {first_line(error)}") from None
+
+
+def _find_step(root: epath.Path, path: str | Path) -> epath.Path:
     if root.is_file() or (root / "config.json").exists() or (root / "model_index.json").exists():
         raise CheckpointError(
             f"{path} is not a checkpoint of this package, but another program's weights; convert it first: "
@@ -168,7 +187,7 @@ def find_step(path: str | Path) -> epath.Path:
     for parent in (root / STEPS, root):
         if steps := steps_in(parent):
             return steps[-1]
-    if (root / "model").is_dir() and (root / "config").is_dir():
+    if (root / "model").is_dir() and (root / "config").is_dir() and _is_finished(root):
         return root
     raise CheckpointError(
         f"{path} holds no model checkpoint (no finished step, and no items 'model' and 'config'); expected a run's "

@@ -13,32 +13,10 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from asymvq_jax.devices.chips import CHIPS, GIB, Chip
 from asymvq_jax.errors import TopologyError
 
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Chip:
-    """A chip's published figures (cloud.google.com/tpu/docs)."""
-
-    name: str
-    # As jax.Device.device_kind has it.
-    kind: str
-    # Bytes; the runtime keeps a part of it (0.25 GiB on v5e), which only the compiler knows.
-    memory: int
-    # bfloat16 FLOP/s, and bytes/s between the chip and its memory.
-    peak: float
-    bandwidth: float
-    # Topologies to name in an error message; their number of sides is the only one allowed.
-    examples: tuple[str, ...]
-
-
-CHIPS = (
-    Chip("v5e", "TPU v5 lite", 16 * GIB, 197e12, 819e9, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
-    Chip("v5p", "TPU v5", 95 * GIB, 459e12, 2765e9, ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8")),
-    Chip("v6e", "TPU v6 lite", 32 * GIB, 918e12, 1640e9, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
-)
+__all__ = ["CHIPS", "GIB", "Chip", "Roofline", "Target", "largest_fit", "open_topology", "roofline"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +43,7 @@ QUICK: dict[str, float | str] = (
 
 
 def open_topology(name: str, *, thorough: bool = False) -> Target:
-    """The devices of "v5e:16x16" and the like, or with "local" those present.
+    """The devices of "v5e:16x16" and the like, of several such slices ("2xv5e:16x16"), or with "local" those present.
 
     A TPU's are descriptions only: programs can be compiled for them, on a CPU, but not run.
 
@@ -88,12 +66,15 @@ def open_topology(name: str, *, thorough: bool = False) -> Target:
 
 
 def _tpu_devices(name: str) -> Sequence[jax.Device]:
-    version, _, sides = name.partition(":")
+    several = re.fullmatch(r"([1-9]\d*)x(.*)", name)
+    slices, single = (int(several[1]), several[2]) if several else (1, name)
+    version, _, sides = single.partition(":")
     chip = next((c for c in CHIPS if c.name == version), None)
     known = "; ".join(f"{c.name}: {', '.join(c.examples)}" for c in CHIPS)
     if chip is None or not re.fullmatch(r"\d+(x\d+)+", sides) or sides.count("x") != chip.examples[0].count("x"):
         raise TopologyError(
-            f"--topology {name}: expected local, or a chip and the sides of a slice, like v5e:16x16; known are {known}"
+            f"--topology {name}: expected local, or a chip and the sides of a slice, like v5e:16x16 (2xv5e:16x16: two "
+            f"of them); known are {known}"
         )
     if util.find_spec("libtpu") is None:
         raise TopologyError(
@@ -110,9 +91,13 @@ def _tpu_devices(name: str) -> Sequence[jax.Device]:
     }.items():
         os.environ.setdefault(variable, value)
     # libtpu assumes four chips per host unless an option says otherwise.
-    bounds = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(map(int, sides.split("x"))) == 1 else {}
+    bounds: dict[str, Any] = {}
+    if math.prod(map(int, sides.split("x"))) == 1:
+        bounds["chips_per_host_bounds"] = (1, 1, 1)
+    if slices > 1:
+        bounds["num_slices"] = slices
     try:
-        return topologies.get_topology_desc(name, "tpu", **bounds).devices
+        return topologies.get_topology_desc(single, "tpu", **bounds).devices
     except jax.errors.JaxRuntimeError as error:
         raise TopologyError(f"--topology {name}: {str(error).splitlines()[0]}; known are {known}") from None
 

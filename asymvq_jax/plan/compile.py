@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from asymvq_jax.config import Config, MeshConfig
 from asymvq_jax.devices import sharding
+from asymvq_jax.devices.flops import matmul_flops
 from asymvq_jax.diffusion.sampling import denoise
 from asymvq_jax.diffusion.schedulers import SchedulerConfig, make_solver
 from asymvq_jax.diffusion.unet import UNet, UNetConfig
@@ -32,7 +33,7 @@ from asymvq_jax.losses.lpips import LPIPS
 from asymvq_jax.models.autoencoder import structure
 from asymvq_jax.models.parameters import Params, merge, split
 from asymvq_jax.plan.chips import Target
-from asymvq_jax.plan.counting import Collective, collectives, matmul_flops
+from asymvq_jax.plan.counting import Collective, collectives
 from asymvq_jax.training.state import abstract_state, make_blueprint
 from asymvq_jax.training.step import compiled_step
 

@@ -1,18 +1,21 @@
-"""What a program does, counted: collectives in a compiled HLO module's text, FLOPs in a jaxpr."""
+"""What a program does, counted: collectives in a compiled HLO module's text."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
+# What a chip sends to the other slices, which libtpu compiles to transfers by the hosts.
+BETWEEN_SLICES = "between slices"
+
+_SEND = re.compile(r" = \(([^()]*(?:\([^()]*\)[^()]*)*)\) send\(.*_xla_megascale")
 _COLLECTIVE = re.compile(rf" = ([^=]*?) ({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) .*\{$")
@@ -31,8 +34,13 @@ class Collective:
     kind: str
     axes: tuple[str, ...]
     count: int
-    # The whole arrays: what an all-reduce sums, an all-gather ends with, a reduce-scatter begins with.
+    # The whole arrays: what an all-reduce sums, an all-gather ends with, a reduce-scatter begins with. Between slices
+    # what the chip sends.
     bytes: int
+
+    def sent(self) -> float:
+        """Bytes that a chip sends at least, in a large group: an all-reduce's arrays twice, others' once."""
+        return 2.0 * self.bytes if self.kind == "all-reduce" else float(self.bytes)
 
 
 def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
@@ -52,6 +60,10 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
     for name, line in _instructions(hlo):
         match = _COLLECTIVE.search(line)
         if match is None:
+            if sent := _SEND.search(line):
+                key = BETWEEN_SLICES, ("slices",)
+                count[key] += runs[name]
+                size[key] += runs[name] * _payload(sent[1].partition(", u32[]")[0], BETWEEN_SLICES, False, 1)
             continue
         result, kind, start = match.groups()
         groups = _groups(line, math.prod(mesh.values()))
@@ -173,65 +185,3 @@ def _axes(groups: list[list[int]], mesh: Mapping[str, int]) -> tuple[str, ...]:
     """The mesh's axes along which the members of a group differ."""
     places = [np.stack(np.unravel_index(group, list(mesh.values()))) for group in groups]
     return tuple(axis for i, axis in enumerate(mesh) if any(np.ptp(place[i]) for place in places))
-
-
-def matmul_flops(jaxpr: Any) -> float:
-    """FLOPs of a jaxpr's convolutions and matrix products: two for each product with an element that exists.
-
-    Zeros that padding or dilation put in do not count. A loop of unknown length counts once, of a conditional the
-    dearest branch, and of a choice by platform the default, which accelerators take.
-    """
-    total = 0.0
-    platforms = {e.outvars[0] for e in jaxpr.eqns if e.primitive.name == "platform_index"}
-    for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
-        if name == "conv_general_dilated":
-            lhs, rhs, out = (x.aval.shape for x in (*equation.invars, *equation.outvars))
-            total += _convolution(lhs, rhs, out, params)
-        elif name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
-        elif name == "cond":
-            branches = params["branches"][-1:] if equation.invars[0] in platforms else params["branches"]
-            total += max(map(matmul_flops, _inner(branches)))
-        else:
-            total += _repeats(name, params) * sum(map(matmul_flops, _inner(params.values())))
-    return total
-
-
-def _repeats(name: str, params: Mapping[str, Any]) -> int:
-    """How often the jaxpr inside an equation runs: loops, kernels over their grid, and parts of a mesh."""
-    if name == "scan":
-        return int(params["length"])
-    if name == "pallas_call":
-        return math.prod(params["grid_mapping"].grid)
-    return int(params["mesh"].size) if name == "shard_map" else 1
-
-
-def _inner(values: Iterable[Any]) -> Iterator[Any]:
-    """The jaxprs among an equation's parameters."""
-    for value in values:
-        if hasattr(value, "eqns"):
-            yield value
-        elif hasattr(value, "jaxpr"):
-            yield value.jaxpr
-        elif isinstance(value, tuple | list):
-            yield from _inner(value)
-
-
-def _convolution(lhs: tuple[int, ...], rhs: tuple[int, ...], out: tuple[int, ...], params: Mapping[str, Any]) -> float:
-    numbers = params["dimension_numbers"]
-    flops = 2.0 * lhs[numbers.lhs_spec[0]] * rhs[numbers.rhs_spec[0]] * rhs[numbers.rhs_spec[1]]
-    for i, (low, _) in enumerate(params["padding"]):
-        # Where each element of the output and of the kernel meet, in units of the dilated input.
-        at = (
-            np.add.outer(
-                np.arange(out[numbers.out_spec[i + 2]]) * params["window_strides"][i],
-                np.arange(rhs[numbers.rhs_spec[i + 2]]) * params["rhs_dilation"][i],
-            )
-            - low
-        )
-        step = params["lhs_dilation"][i]
-        flops *= np.count_nonzero((at >= 0) & (at <= (lhs[numbers.lhs_spec[i + 2]] - 1) * step) & (at % step == 0))
-    return float(flops / params["batch_group_count"])

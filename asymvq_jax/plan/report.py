@@ -8,8 +8,10 @@ from typing import Any
 
 from asymvq_jax.config import Config
 from asymvq_jax.devices import sharding
+from asymvq_jax.devices.chips import Chip
 from asymvq_jax.plan.chips import GIB, Target, roofline
 from asymvq_jax.plan.compile import Program, ways
+from asymvq_jax.plan.counting import BETWEEN_SLICES
 
 
 def fits(program: Program, target: Target) -> bool:
@@ -71,11 +73,59 @@ def listing(name: str, program: Program, batch: int, target: Target) -> str:
     rows += [(c.kind, f"{decimal(c.bytes)}B over {' x '.join(c.axes)}, in {c.count}") for c in program.collectives]
     if "seconds" in values:
         bound = "arithmetic" if values["compute bound"] else "memory traffic"
+        if program.collectives:
+            times = [f"{decimal(s)}s {where}" for where, s in values["network seconds"].items() if s]
+            rows += [("network", f"{' and '.join(times)}, at least; it may overlap with the rest")]
         rows += [
             ("least time", f"{decimal(values['seconds'])}s, set by {bound}"),
             ("most speed", f"{values['images per second']:.1f} images/s on all chips, MFU {values['mfu']:.1%}"),
         ]
     return "\n".join([f"\n{name}, on each chip"] + [f"  {label:<20}{value}" for label, value in rows])
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """The least that a run takes: hours, chip-hours, and what they cost."""
+
+    steps: int
+    pictures: int
+    hours: float
+    chip_hours: float
+    money: float
+
+    def describe(self) -> str:
+        """Two lines."""
+        return (
+            f"\nrun.steps={self.steps} of {self.pictures} pictures: at least {self.hours:.3g} hours, "
+            f"{self.chip_hours:.4g} chip-hours, {self.money:.4g} at the price given\n"
+            "  a bound, not an estimate: steps at the least time above, without collectives, compilation, input, "
+            "evaluation, checkpoints and restarts"
+        )
+
+
+def cost(program: Program, config: Config, target: Target, price: float) -> Cost | None:
+    """What run.steps of a training step take at least; None where nothing is known of the step's time.
+
+    Args:
+        program: the training step.
+        config: the run.
+        target: the chips.
+        price: for an hour of one chip.
+    """
+    values = numbers(program, config.data.batch_size, target)
+    if "seconds" not in values:
+        return None
+    hours = values["seconds"] * config.run.steps / 3600
+    chip_hours = hours * len(target.devices)
+    return Cost(config.run.steps, config.data.batch_size, hours, chip_hours, chip_hours * price)
+
+
+def network_seconds(program: Program, chip: Chip) -> dict[str, float]:
+    """The least time of a program's collectives on each network, by the chips' published bandwidths."""
+    sent = {True: 0.0, False: 0.0}
+    for each in program.collectives:
+        sent[each.kind == BETWEEN_SLICES] += each.sent()
+    return {"in a slice": sent[False] / chip.ici, "between slices": sent[True] / chip.dcn}
 
 
 def numbers(program: Program, batch: int, target: Target) -> dict[str, Any]:
@@ -91,5 +141,6 @@ def numbers(program: Program, batch: int, target: Target) -> dict[str, Any]:
             "compute bound": least.compute_bound,
             "images per second": batch / least.seconds,
             "mfu": least.mfu,
+            "network seconds": network_seconds(program, target.chip),
         }
     return values

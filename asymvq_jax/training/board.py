@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import struct
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,11 @@ from tensorboardX.crc32c import crc32c
 from tensorboardX.proto import event_pb2
 
 from asymvq_jax.errors import first_line
+from asymvq_jax.files.addresses import bucket_errors, in_bucket
 
 log = logging.getLogger(__name__)
+
+VERSION = "brain.Event:2"
 
 
 class Board:
@@ -31,14 +36,14 @@ class Board:
     """
 
     def __init__(self, directory: epath.Path, *, first_step: int) -> None:
-        self._file: epath.Path | None = directory / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
-        # Object stores cannot append: there the file is kept here, and written whole.
-        self._whole: bytearray | None = bytearray() if "://" in str(directory) else None
-        try:
+        self._name = str(directory / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}")
+        # Object stores cannot append: there each flush writes what is new as a file of its own.
+        self._new: bytearray | None = bytearray() if in_bucket(directory) else None
+        self._part = 0
+        self._lost = False
+        with self._giving_up():
             directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            self._give_up(error)
-        self._add(file_version="brain.Event:2")
+        self._add(file_version=VERSION)
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.SessionStatus.START)
         self._add(step=first_step, session_log=start)
 
@@ -51,29 +56,32 @@ class Board:
         self._add(step=step, summary=summary.image(name, picture, dataformats="HWC"))
 
     def flush(self) -> None:
-        """Brings the file in an object store up to date; others are."""
-        if self._file is not None and self._whole is not None:
-            try:
-                self._file.write_bytes(bytes(self._whole))
-            except OSError as error:
-                self._give_up(error)
+        """Writes what is new to an object store; other files are up to date."""
+        if self._new and not self._lost:
+            with self._giving_up():
+                epath.Path(f"{self._name}.{self._part:06d}").write_bytes(bytes(self._new))
+            self._part += 1
+            self._new.clear()
+            self._add(file_version=VERSION)
 
     def _add(self, **content: Any) -> None:
         data = event_pb2.Event(wall_time=time.time(), **content).SerializeToString()
         length = struct.pack("<Q", len(data))
         record = length + _checksum(length) + data + _checksum(data)
-        if self._whole is not None:
-            self._whole += record
-        elif self._file is not None:
-            try:
-                with self._file.open("ab") as file:
-                    file.write(record)
-            except OSError as error:
-                self._give_up(error)
+        if self._new is not None:
+            self._new += record
+        elif not self._lost:
+            with self._giving_up(), open(self._name, "ab") as file:
+                file.write(record)
 
-    def _give_up(self, error: OSError) -> None:
-        log.warning("TensorBoard's file cannot be written, and is left as it is: %s", first_line(error))
-        self._file = self._whole = None
+    @contextlib.contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        try:
+            with bucket_errors(self._name):
+                yield
+        except OSError as error:
+            log.warning("TensorBoard's file cannot be written, and is left as it is: %s", first_line(error))
+            self._lost = True
 
 
 def _checksum(data: bytes) -> bytes:

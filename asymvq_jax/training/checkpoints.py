@@ -12,6 +12,8 @@ import hashlib
 import itertools
 import json
 import logging
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,8 +28,9 @@ from orbax.checkpoint import checkpoint_managers as cm
 from asymvq_jax import config as configs
 from asymvq_jax.config import Config
 from asymvq_jax.errors import CheckpointError, ConfigError, OutputError, first_line
+from asymvq_jax.files.addresses import move_folder
 from asymvq_jax.files.locks import only_owner
-from asymvq_jax.files.outputs import try_out
+from asymvq_jax.files.outputs import explained, try_out
 from asymvq_jax.models.checkpoints import (
     FINGERPRINTS,
     STEPS,
@@ -66,7 +69,8 @@ def make_run_directory(config: Config) -> epath.Path:
     try:
         try_out(root)
     except OSError as error:
-        raise CheckpointError(f"run.directory={config.run.directory!r} is not writable: {error}") from None
+        reason = explained(error, root)
+        raise CheckpointError(f"run.directory={config.run.directory!r} is not writable: {reason}") from None
     return root
 
 
@@ -123,7 +127,16 @@ class RunCheckpoints:
             ]
         )
         self._config = config
-        options = ocp.CheckpointManagerOptions(preservation_policy=keep, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep,
+            cleanup_tmp_directories=True,
+            # What is written in the background waits for the other processes' parts.
+            async_options=ocp.AsyncOptions(
+                timeout_secs=math.ceil(config.run.wait_limit),
+                # Else a step whose directory cannot be made is waited for until then.
+                create_directories_asynchronously=False,
+            ),
+        )
         with self._opening():
             self._manager = ocp.CheckpointManager(self._root, options=options)
         self._unchecked = False
@@ -158,16 +171,26 @@ class RunCheckpoints:
         self._unchecked = True
 
     def check(self) -> None:
-        """Raises CheckpointError, in all processes alike, where a step written in the background has failed."""
+        """Raises CheckpointError, in all processes alike, where a step written in the background has failed in one."""
         if not self._unchecked:
             return
         ended = not self._manager.is_saving_in_progress()
-        if not multihost_utils.process_allgather(np.array(ended)).all():
-            return
-        self._unchecked = False
-        # Not check_for_errors, which may take the error from the thread that then deletes old steps.
-        with self._writing():
-            self._manager.wait_until_finished()
+        failure: CheckpointError | None = None
+        try:
+            if ended:
+                # Not check_for_errors, which may take the error from the thread that then deletes old steps.
+                with self._writing():
+                    self._manager.wait_until_finished()
+        except CheckpointError as error:
+            failure = error
+        # The others would wait for this one's part.
+        told = multihost_utils.process_allgather(np.array([ended, failure is not None])).reshape(-1, 2)
+        self._unchecked = not told[:, 0].all()
+        if failure is not None:
+            raise failure
+        if told[:, 1].any():
+            who = ", ".join(map(str, np.flatnonzero(told[:, 1])))
+            raise CheckpointError(self._not_written(f"that of process {who}, whose log says why"))
 
     def resume(self, abstract: TrainState, continues: Callable[[Resumed], None]) -> Resumed | None:
         """Reads the last step onto the shardings of `abstract`, whatever mesh wrote it.
@@ -235,21 +258,26 @@ class RunCheckpoints:
     def _put_aside(self, steps: list[int]) -> None:
         if jax.process_index() == 0:
             aside = self._root.parent / DAMAGED
-            aside.mkdir(exist_ok=True)
             for step in steps:
                 target = next(
                     p for i in itertools.count() if not (p := aside / f"{step}{f'.{i}' if i else ''}").exists()
                 )
-                (self._root / str(step)).rename(target)
+                move_folder(self._root / str(step), target)
         multihost_utils.sync_global_devices("damaged steps are put aside")
         self._manager.reload()
 
-    def close(self) -> None:
+    def close(self, *, together: bool) -> None:
         """Waits until everything is on disk.
+
+        Args:
+            together: whether all processes have come here, so that each learns of an error of another.
 
         Raises:
             CheckpointError: the last step cannot be written.
         """
+        while together and jax.process_count() > 1 and self._unchecked:
+            self.check()
+            time.sleep(0.05)
         with self._writing():
             self._manager.close()
 
@@ -268,10 +296,13 @@ class RunCheckpoints:
             # A failed computation, or another process that has ended.
             raise
         except Exception as error:  # TensorStore's errors are ValueErrors, the file system's OSErrors, and others.
-            raise CheckpointError(
-                f"run.directory={self._config.run.directory!r}: a checkpoint cannot be written: "
-                f"{first_line(error)}; the earlier ones are intact: start again to resume from the last"
-            ) from error
+            raise CheckpointError(self._not_written(first_line(error))) from error
+
+    def _not_written(self, reason: str) -> str:
+        return (
+            f"run.directory={self._config.run.directory!r}: a checkpoint cannot be written: {reason}; the earlier ones "
+            "are intact: start again to resume from the last"
+        )
 
 
 def _digest(progress: dict[str, Any]) -> str:

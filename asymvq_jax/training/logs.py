@@ -12,6 +12,7 @@ from etils import epath
 from tqdm import tqdm
 
 from asymvq_jax.files import images
+from asymvq_jax.files.addresses import in_bucket
 from asymvq_jax.files.outputs import write_bytes, writing
 from asymvq_jax.training.board import Board
 
@@ -23,6 +24,8 @@ class RunLog:
 
     def __init__(self, directory: epath.Path, *, step: int, steps: int, active: bool) -> None:
         self.active = active
+        # The run's time when an earlier start logged its last line, s.
+        self.last_seconds = 0.0
         if not active:
             return
         self._directory = directory
@@ -30,6 +33,7 @@ class RunLog:
         with writing(self._file):
             lines = self._file.read_bytes().splitlines() if self._file.exists() else []
         done = [_step(line) for line in lines]
+        self.last_seconds = max((_seconds(line) for line in lines), default=0.0)
         # A run that was killed has logged steps beyond its last checkpoint, which are about to be done again.
         self._lines = [line.decode() for line, at in zip(lines, done, strict=True) if at is not None and at <= step]
         # The last line of a killed run may be cut off; any other has been damaged since.
@@ -51,7 +55,7 @@ class RunLog:
         # JSON has no number that is not finite.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._lines.append(json.dumps({"step": step, **finite}, allow_nan=False))
-        if "://" not in str(self._file):
+        if not in_bucket(self._file):
             with writing(self._file), self._file.open("a") as file:
                 file.write(self._lines[-1] + "\n")
         for name, value in finite.items():
@@ -67,7 +71,7 @@ class RunLog:
             self._board.picture("pictures", grid, step)
 
     def flush(self) -> None:
-        """Brings the files up to date; object stores cannot append, so there they are written whole."""
+        """Brings metrics.jsonl up to date, and TensorBoard's events in a bucket, where no file can be appended to."""
         if self.active:
             self._board.flush()
             write_bytes(self._file, "".join(line + "\n" for line in self._lines).encode())
@@ -87,6 +91,14 @@ def _step(line: bytes) -> int | None:
     except (ValueError, KeyError, TypeError):
         return None
     return step if isinstance(step, int) else None
+
+
+def _seconds(line: bytes) -> float:
+    try:
+        seconds = json.loads(line.decode())["seconds"]
+    except (ValueError, KeyError, TypeError):
+        return 0.0
+    return float(seconds) if isinstance(seconds, int | float) else 0.0
 
 
 def _refuse(constant: str) -> None:

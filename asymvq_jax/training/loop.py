@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -20,7 +20,10 @@ from asymvq_jax.config import Config, ModelConfig, to_json
 from asymvq_jax.convert.reading import read_model
 from asymvq_jax.data import pipeline
 from asymvq_jax.data.identity import digest_arrays
-from asymvq_jax.devices import sharding
+from asymvq_jax.devices import cluster, sharding
+from asymvq_jax.devices.chips import peak_flops
+from asymvq_jax.devices.flops import matmul_flops
+from asymvq_jax.devices.waiting import Watch
 from asymvq_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -37,8 +40,10 @@ from asymvq_jax.losses.lpips import load_lpips
 from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.parameters import Params, all_finite, merge, split
 from asymvq_jax.training.checkpoints import Resumed, RunCheckpoints, owned
+from asymvq_jax.training.clock import KINDS, Clock, StepTimes
 from asymvq_jax.training.logs import RunLog
 from asymvq_jax.training.optimizer import autoencoder_schedule
+from asymvq_jax.training.profiling import Profile
 from asymvq_jax.training.signals import told_to_stop
 from asymvq_jax.training.state import (
     TrainState,
@@ -74,8 +79,14 @@ def train(config: Config) -> ExitCode:
     """
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.data.batch_size, config.optimizer.accumulate, mesh)
+    advice = f"start all processes again to resume from the last checkpoint in {config.run.directory}"
     try:
-        with quiet_threads(), owned(config), told_to_stop() as told, Run(config, mesh) as run, jax.set_mesh(mesh):
+        with quiet_threads(), Watch(config.run.wait_limit, advice) as watch, ExitStack() as held:
+            with watch.waiting("the start of all processes"):
+                held.enter_context(owned(config))
+            told = held.enter_context(told_to_stop())
+            run = held.enter_context(Run(config, mesh, watch))
+            held.enter_context(jax.set_mesh(mesh))
             return run.to_the_end(told)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
@@ -101,11 +112,14 @@ def train(config: Config) -> ExitCode:
 class Run:
     """One training run on one process: its data, its state, and what it writes. A context manager."""
 
-    def __init__(self, config: Config, mesh: Mesh) -> None:
+    def __init__(self, config: Config, mesh: Mesh, watch: Watch) -> None:
         self.config = config
         self.mesh = mesh
+        self.watch = watch
+        self.clock, self._times = Clock(), StepTimes()
         # What is quick to refuse, before a large data set is listed.
-        self.saved = RunCheckpoints(config)
+        with watch.waiting("the list of checkpoints"):
+            self.saved = RunCheckpoints(config)
         self.identities: dict[str, str] = {}
         initial = self._first_stage()
         self.schedule = autoencoder_schedule(config)
@@ -117,7 +131,7 @@ class Run:
             self.identities["LPIPS weights"] = f"digest {digest_arrays(weights)}"
 
         directory = epath.Path(config.run.directory)
-        inputs = pipeline.open_inputs(config.data, kept=directory)
+        inputs = pipeline.open_inputs(config.data, kept=directory, once=cluster.from_first)
         self.identities |= {name: str(each) for name, each in inputs.identities(config.data).items()}
         self.skipped = pipeline.SkippedFiles(inputs.train, config.data.max_corrupt_share)
         part, parts = _share(mesh)
@@ -128,17 +142,23 @@ class Run:
         if initial is not None and not config.run.train_encoder:
             frozen = {n: x for n, x in initial[1].items() if not is_trained(config, n)}
             self.identities[ENCODER] = f"digest {digest_arrays(frozen)}"
-        self.state, self.seconds = self._start(initial)
+        self.state = self._start(initial)
         self.plain: Autoencoder | None = None
         if initial is not None and not config.run.train_encoder:
             source_config, params = initial
             copies = {name: place(value, sharding.replicated(mesh)) for name, value in params.items()}
             self.plain = merge(structure(source_config)[0], copies)
         self.log = RunLog(directory, step=self.step, steps=config.run.steps, active=jax.process_index() == 0)
+        # What earlier starts did after that checkpoint is done again.
+        self.clock.spent["lost"] += max(0.0, self.log.last_seconds - self._seconds_saved)
+        self._profile = Profile(config.run.profile_steps, directory / "tensorboard")
         self._step = compiled_step(self.blueprint, self.state, mesh)
         self._evaluate = jax.jit(
             partial(eval_step, blueprint=self.blueprint, pictures=PICTURES), out_shardings=sharding.replicated(mesh)
         )
+        # Of a step, without recomputation, as a share of what all devices can do in a second; where that is known.
+        self._work: float | None = None
+        self._compiled: set[str] = set()
         self._plain_decode = nnx.jit(_plain_decode, out_shardings=sharding.replicated(mesh))
         self._describe(len(inputs.train))
 
@@ -151,7 +171,11 @@ class Run:
             # A checkpoint in writing waits for all processes, and one of them may be gone.
             return
         try:
-            self.saved.close()
+            self._times.close()
+            self._profile.close()
+            if kind is None or not issubclass(kind, CheckpointError) or jax.process_count() == 1:
+                with self.watch.waiting("the last checkpoint to be written"):
+                    self.saved.close(together=kind is None)
         finally:
             self.log.close()
 
@@ -179,16 +203,21 @@ class Run:
             )  # fmt: skip
             return None
 
-    def _start(self, initial: tuple[ModelConfig, Params] | None) -> tuple[TrainState, float]:
+    def _start(self, initial: tuple[ModelConfig, Params] | None) -> TrainState:
         """The state to begin with: the last checkpoint's if there is one."""
-        resumed = self.saved.resume(abstract_state(self.blueprint, self.mesh), self._continue)
+        self._seconds_saved = 0.0
+        with self.watch.waiting("the last checkpoint to be read"), self.clock.spending("restore"):
+            resumed = self.saved.resume(abstract_state(self.blueprint, self.mesh), self._continue)
         if resumed is None:
             taken = starting_parameters(self.config, *initial) if initial else None
-            return create_state(self.blueprint, self.mesh, taken), 0.0
+            return create_state(self.blueprint, self.mesh, taken)
         step = int(jax.device_get(resumed.state.step))
         log.info("resuming %s at step %d", self.config.run.directory, step)
         self._compare(resumed)
-        return resumed.state, float(resumed.progress["seconds"])
+        self._seconds_saved = float(resumed.progress["seconds"])
+        # Releases before 0.2 wrote the sum alone.
+        self.clock.continues(resumed.progress.get("spent") or {"steps": self._seconds_saved})
+        return resumed.state
 
     def _continue(self, resumed: Resumed) -> None:
         """Takes the data up where a step left them; raises where its position is damaged."""
@@ -255,33 +284,67 @@ class Run:
     def to_the_end(self, told: Callable[[], ExitCode | None]) -> ExitCode:
         """Runs the remaining steps, asking `told` before each whether to stop; returns the exit code (see `train`)."""
         c = self.config.run
-        step, clock = self.step, _Clock(self.seconds)
+        step = self.step
+        self.clock.begin()
         pending: list[Metrics] = []
         while step < c.steps:
-            if (code := told()) is not None:
-                self._report(step, pending, clock)
+            with self.watch.waiting(f"the processes at step {step}"):
+                code = told()
+            if code is not None:
+                self._report(step, pending)
                 self._check_good(step, {})
-                self._save(clock, None)
+                self._save(None)
                 log.info("told to stop: saved step %d; start again to resume", step)
                 return code
-            with clock.waiting():
+            with self.clock.spending("input"):
                 batch = self._next_batch()
             adversarial = 0 <= self.config.loss.gan_start <= step
-            with jax.transfer_guard("disallow"):
-                self.state, metrics = self._step(self.state, self.perceptual, batch, adversarial=adversarial)
+            self._profile.at(step, self.state)
+            with self._first_call(f"step {adversarial}") as first:
+                if first:
+                    self._count_work(batch, adversarial)
+                # A program's first call compiles it, which takes as long as it takes.
+                limited = nullcontext() if first else self.watch.waiting(f"step {step + 1}")
+                with (
+                    limited,
+                    jax.transfer_guard("disallow"),
+                    jax.profiler.StepTraceAnnotation("train", step_num=step + 1),
+                ):
+                    self.state, metrics = self._step(self.state, self.perceptual, batch, adversarial=adversarial)
             step += 1
+            self._times.add(metrics)
             pending.append(metrics)
             self.log.progress(step)
             evaluate = step % c.eval_every == 0 or step == c.steps
             if evaluate or step % c.log_every == 0:
-                self._report(step, pending, clock)
+                self._report(step, pending)
                 pending = []
             if evaluate:
-                with clock.paused():
+                with self.clock.spending("evaluate"):
                     held_out = self._validate(step)
                     self._check_good(step, held_out)
-                    self._save(clock, held_out)
+                self._save(held_out)
+        self._profile.at(step, self.state)
         return ExitCode.DONE
+
+    @contextmanager
+    def _first_call(self, program: str) -> Iterator[bool]:
+        """Charges the time inside to compilation, where the program has not been called before; yields whether."""
+        first = program not in self._compiled
+        self._compiled.add(program)
+        with self.clock.spending("compile") if first else nullcontext():
+            yield first
+
+    def _count_work(self, batch: Batch, adversarial: bool) -> None:
+        if (peak := peak_flops(jax.devices()[0].device_kind)) is None:
+            return
+        step = self._step
+        if self.config.model.remat:
+            model = dataclasses.replace(self.config.model, remat=False)
+            plain = make_blueprint(dataclasses.replace(self.config, model=model))
+            step = compiled_step(plain, self.state, self.mesh)
+        traced = step.trace(self.state, self.perceptual, batch, adversarial=adversarial)
+        self._work = matmul_flops(traced.jaxpr) / (peak * self.mesh.size)
 
     def _check_good(self, step: int, held_out: dict[str, float]) -> None:
         """Stops the run before it saves a step that has diverged: one whose figures or whose state are not finite."""
@@ -305,19 +368,20 @@ class Run:
         split_over = sharding.batch_sharding(self.mesh)
         return {name: jax.make_array_from_process_local_data(split_over, batch[name]) for name in ("image", "mask")}
 
-    def _report(self, step: int, pending: list[Metrics], clock: _Clock) -> None:
+    def _report(self, step: int, pending: list[Metrics]) -> None:
         """Logs the means since the last report; stops the run where one of them is not finite, or a write failed."""
-        self.saved.check()
+        with self.watch.waiting(f"the results of step {step}"):
+            self.saved.check()
+            values = jax.device_get(pending)
         if not pending:
             return
-        values = jax.device_get(pending)
         first = step - len(values) + 1
         for at, metrics in enumerate(values, first):
             bad = [name for name, value in metrics.items() if not np.isfinite(value)]
             if bad:
                 self._stop_diverged(at, bad)
         means = {name: float(np.mean([m[name] for m in values])) for name in values[-1]}
-        lap = clock.lap(len(values))
+        lap = self.clock.lap(len(values))
         remaining = (self.config.run.steps - step) / lap.steps_per_second
         per_second = lap.steps_per_second * self.config.data.batch_size
         rate = float(self.schedule(step - 1))
@@ -331,6 +395,10 @@ class Run:
                 "learning_rate": rate,
                 "images_per_second": per_second,
                 "input_wait_share": lap.waiting,
+                **{f"step_seconds/{name}": value for name, value in self._times.take().items()},
+                **({} if self._work is None else {"mfu": lap.steps_per_second * self._work}),
+                **_device_memory(),
+                "goodput": self.clock.goodput,
                 "seconds": lap.total,
             },
             f"step {step}/{self.config.run.steps}: {note}, learning rate {rate:.3g}; "
@@ -349,12 +417,21 @@ class Run:
         first: tuple[jax.Array, jax.Array] | None = None
         for begin in range(0, len(self.held_out["image"]), size):
             batch = {name: place(x[begin : begin + size], split_over) for name, x in self.held_out.items()}
-            metrics, recon = self._evaluate(self._parameters(), self.perceptual, batch)
+            with self._first_call("evaluation"):
+                metrics, recon = self._evaluate(self._parameters(), self.perceptual, batch)
             results.append(metrics)
             first = first or (batch["image"], recon)
         means = {f"held_out/{k}": float(np.mean([r[k] for r in jax.device_get(results)])) for k in results[0]}
         note = ", ".join(f"{name.removeprefix('held_out/')} {value:.4g}" for name, value in means.items())
-        self.log.metrics(step, means, f"step {step}: held out: {note}")
+        seconds = self.clock.total
+        shares = ", ".join(
+            f"{kind} {s / seconds:.0%}" for kind in KINDS if (s := self.clock.spent[kind]) / seconds > 0.005
+        )
+        self.log.metrics(
+            step,
+            means | {f"spent/{kind}": self.clock.spent[kind] for kind in KINDS},
+            f"step {step}: held out: {note}; time spent so far: {shares}",
+        )
         if first is not None and all(map(math.isfinite, means.values())):
             self.log.picture(step, self._grid(first[0], np.asarray(first[1])))
         return {name.removeprefix("held_out/"): value for name, value in means.items()}
@@ -372,14 +449,23 @@ class Run:
         errors = [images.error_map(a, b) for a, b in zip(ours, original, strict=True)]
         return images.grid([*columns, ("error x 4", errors)])
 
-    def _save(self, clock: _Clock, metrics: dict[str, float] | None) -> None:
-        progress = {"iterator": self.batches.get_state(), "seconds": clock.total, "inputs": self.identities}
-        self.saved.save(self.state, progress, metrics)
-        self.log.flush()
+    def _save(self, metrics: dict[str, float] | None) -> None:
+        progress = {"iterator": self.batches.get_state(), "seconds": self.clock.total, "inputs": self.identities}
+        progress["spent"] = dict(self.clock.spent)
+        self._times.add(None)
+        with self.watch.waiting(f"the checkpoint of step {self.step}"), self.clock.spending("save"):
+            self.saved.save(self.state, progress, metrics)
+            self.log.flush()
 
 
 def _plain_decode(model: Autoencoder, image: jax.Array) -> jax.Array:
     return model.decode(model.encode(images.to_float(image)).mode())[:PICTURES]
+
+
+def _device_memory() -> dict[str, float]:
+    """Bytes in use and their peak on this process's first device, where it tells."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {f"device_{name}": float(stats[name]) for name in ("bytes_in_use", "peak_bytes_in_use") if name in stats}
 
 
 def _share(mesh: Mesh) -> tuple[int, int]:
@@ -402,50 +488,6 @@ def _share(mesh: Mesh) -> tuple[int, int]:
             f"{jax.local_device_count()} devices of a process"
         )
     return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
-
-
-class _Lap(NamedTuple):
-    """What was done since the lap before, and the elapsed time."""
-
-    steps_per_second: float
-    # Share of the time in which the step waited for input.
-    waiting: float
-    total: float
-
-
-class _Clock:
-    """Elapsed time over all of the run's starts; speed and share of waiting since the last lap."""
-
-    def __init__(self, seconds: float) -> None:
-        self._before = seconds
-        self._begin = self._lap = time.perf_counter()
-        self._waited = 0.0
-
-    @property
-    def total(self) -> float:
-        """Seconds since the run's first start, without the time between its starts."""
-        return self._before + time.perf_counter() - self._begin
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time inside as waiting for input."""
-        begin = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - begin
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves the time inside out of the lap."""
-        begin = time.perf_counter()
-        yield
-        self._lap += time.perf_counter() - begin
-
-    def lap(self, steps: int) -> _Lap:
-        """Ends a lap of so many steps."""
-        now = time.perf_counter()
-        spent, waited = max(now - self._lap, 1e-9), self._waited
-        self._lap, self._waited = now, 0.0
-        return _Lap(steps / spent, waited / spent, self._before + now - self._begin)
 
 
 def _hms(seconds: float) -> str:

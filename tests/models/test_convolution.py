@@ -10,9 +10,9 @@ import pytest
 import torch
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from asymvq_jax.devices.flops import matmul_flops
 from asymvq_jax.models import convolution
 from asymvq_jax.models.convolution import convolve
-from asymvq_jax.plan.counting import matmul_flops
 
 # Picture, kernel size, outputs, stride, padding: those of the models, and odd ones.
 CASES = [

@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -15,12 +16,13 @@ from asymvq_jax.commands import plan_denoising as plan_denoising_command
 from asymvq_jax.commands import plan_table
 from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, RunConfig
 from asymvq_jax.devices import sharding
+from asymvq_jax.devices.flops import matmul_flops
 from asymvq_jax.diffusion import layers
 from asymvq_jax.diffusion.unet import UNet, UNetConfig
 from asymvq_jax.diffusion.unet import read_config as read_unet_config
-from asymvq_jax.errors import InputError
+from asymvq_jax.errors import ConfigError, InputError
 from asymvq_jax.models.parameters import merge, split
-from asymvq_jax.plan import advice, chips
+from asymvq_jax.plan import advice, chips, report
 from asymvq_jax.plan import compile as compiling
 from asymvq_jax.plan.chips import CHIPS, GIB, Target, largest_fit, open_topology, roofline
 from asymvq_jax.plan.compile import (
@@ -32,7 +34,7 @@ from asymvq_jax.plan.compile import (
     plan_picture,
     plan_step,
 )  # fmt: skip
-from asymvq_jax.plan.counting import collectives, matmul_flops
+from asymvq_jax.plan.counting import BETWEEN_SLICES, collectives
 
 SMALL = ModelConfig(encoder_channels=(32, 32), decoder_channels=(32, 64), encoder_blocks=1, decoder_blocks=1)
 BATCH = 8
@@ -297,6 +299,31 @@ def test_decode_compiles_for_a_tpu_that_is_not_here():
     assert 0 < least.mfu <= 1
 
 
+def test_a_step_on_several_slices_tells_the_networks_apart():
+    """Gradients are summed within each slice, and only a part of the sums crosses to the other."""
+    pytest.importorskip("libtpu")
+    one, two = open_topology("v5e:2x2"), open_topology("2xv5e:2x2")
+    assert (len(two.devices), sharding.count_slices(one.devices), sharding.count_slices(two.devices)) == (8, 1, 2)
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2), two.devices)
+    assert [{d.slice_index for d in half.flat} for half in np.split(mesh.devices, 2)] == [{0}, {1}]
+    inside = plan_step(_config(), one).collectives
+    program = plan_step(_config(data=DataConfig(batch_size=16, image_size=16)), two)
+    between = [c for c in program.collectives if c.kind == BETWEEN_SLICES]
+    assert sum(c.bytes for c in between) > 0
+    assert not [c for c in inside if c.kind == BETWEEN_SLICES]
+    # A quarter of the gradients, where four chips have summed them.
+    reduced = sum(c.bytes for c in inside if c.kind == "all-reduce")
+    assert sum(c.bytes for c in between) < reduced
+    seconds = report.network_seconds(program, CHIPS[0])
+    assert seconds["between slices"] == sum(c.bytes for c in between) / 3.125e9
+    for config, message in (
+        (MeshConfig(slices=3), "are of 2; set it"),
+        (MeshConfig(data=1, fsdp=8), "multiple of the 2"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            sharding.make_mesh(config, two.devices)
+
+
 CONFIG = """
 from asymvq_jax.config import *
 
@@ -389,6 +416,21 @@ def test_a_plan_that_does_not_fit_says_by_how_much_and_what_would(pretended, cap
     out = capsys.readouterr().out
     assert "with --model.remat=true: 14.00 GiB of 16.00 GiB: fits" in out
     assert "with --mesh.data=1 --mesh.fsdp=8: 24.00 GiB of 16.00 GiB: too much by 8.00 GiB" in out
+
+
+def test_what_a_run_costs_at_least(pretended, capsys, tmp_path):
+    report = tmp_path / "plan.json"
+    words = [*pretended, "--data.batch_size=16", "--price=1.2", "--json", str(report)]
+    assert command.main(words) == 0
+    said = capsys.readouterr().out
+    cost = json.loads(report.read_text())["cost"]
+    hours = 100_000 * 1e11 / 819e9 / 3600
+    assert cost["hours"] == pytest.approx(hours)
+    assert cost["money"] == pytest.approx(hours * 8 * 1.2)
+    assert f"run.steps=100000 of 16 pictures: at least {hours:.3g} hours" in said
+    assert "a bound, not an estimate" in said
+    assert command.main([*pretended, "--price=-1"]) == 2
+    assert "--price -1.0: expected zero or more" in capsys.readouterr().err
 
 
 def test_search(pretended, capsys, tmp_path):

@@ -13,7 +13,7 @@ from asymvq_jax.config import Config
 from asymvq_jax.files import images
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.checkpoints import save_model
-from benchmarks import contest, decode, generate, large_pictures, peers, reproduction, subjects
+from benchmarks import contest, decode, endurance, generate, large_pictures, peers, reproduction, subjects
 
 
 def _count(step: float) -> contest.Run:
@@ -155,3 +155,10 @@ def test_both_sides_generate_the_same(tmp_path):
     shared |= {"schedule": generate.SCHEDULE, "guidance": generate.GUIDANCE}
     ours = generate.generate(**shared)()()
     assert relative_error(ours, peers.generate(**shared, compiled=False)()()) < 1e-4
+
+
+def test_a_run_that_is_disturbed_ends_as_an_undisturbed_one(capsys):
+    assert endurance.main(["--kills=1", "--processes=1"]) == 0, capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 processes, 15 steps, 1 disturbances in" in said
+    assert "parameters are equal, bit for bit; metrics.jsonl has every step once" in said

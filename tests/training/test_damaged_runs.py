@@ -78,7 +78,7 @@ def _resume(config, mesh):
     with jax.set_mesh(mesh):
         checkpoints = RunCheckpoints(config)
         resumed = checkpoints.resume(_abstract(mesh), lambda _: None)
-        checkpoints.close()
+        checkpoints.close(together=True)
     return [np.asarray(x) for x in jax.tree.leaves(resumed.state)], resumed.progress, int(resumed.state.step)
 
 

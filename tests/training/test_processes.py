@@ -20,7 +20,7 @@ from processes import DEADLINE, ROOT, write_config
 
 from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 from asymvq_jax.devices import cluster
-from asymvq_jax.errors import ConfigError, ExitCode
+from asymvq_jax.errors import ConfigError, ExitCode, UserError
 from asymvq_jax.files import images
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.checkpoints import load_parameters, save_model
@@ -63,7 +63,10 @@ def cluster_of(processes: int) -> dict[str, str]:
 class Started:
     """Processes that train together, each with a log."""
 
-    def __init__(self, folder: Path, name: str, *overrides: str, processes: int = 2, devices: int = 1, **variables):
+    def __init__(
+        self, folder: Path, name: str, *overrides: str, processes: int = 2, devices: int = 1, last=None, **variables
+    ):
+        """`variables` are those of all, `last` those of the last one alone."""
         config = write_config(folder / f"{name}.py", _config(folder, name))
         command = [sys.executable, "-c", LAUNCHER, str(ROOT / "train.py"), f"--config={config}", *overrides]
         flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
@@ -74,6 +77,7 @@ class Started:
         self.processes = []
         for i, path in enumerate(self.logs):
             environment = os.environ | variables | ({"JAX_PROCESS_ID": str(i)} if processes > 1 else {})
+            environment |= (last or {}) if i == processes - 1 else {}
             with path.open("w") as log:
                 self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
 
@@ -115,9 +119,9 @@ def folder(tmp_path_factory):
 
 def _records(folder: Path, name: str) -> list[dict[str, float]]:
     # The loss is a small difference of large terms.
-    left_out = ("images_per_second", "input_wait_share", "seconds", "loss")
+    left_out = ("images_per_second", "input_wait_share", "seconds", "step_seconds/", "spent/", "goodput", "loss")
     lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if key not in left_out} for line in lines]
+    return [{key: value for key, value in line.items() if not key.startswith(left_out)} for line in lines]
 
 
 def _equal_records(records: list[dict[str, float]], reference: list[dict[str, float]]) -> None:
@@ -173,13 +177,15 @@ def test_runs_that_were_stopped_killed_or_out_of_space_resume_to_identical_param
             assert "Traceback" not in text
     assert saved <= _steps(folder, "broken")
 
-    # No space for the next checkpoint; meanwhile on another mesh, where both processes hold the same rows of the batch.
+    # One host has no space for its part of the next checkpoint, and the other hears of it at once; meanwhile on another
+    # mesh, where both processes hold the same rows of the batch.
     before = _steps(folder, "broken")
     # Pictures are smaller than the limit, and what each process writes of a step is larger. What is compiled must not
     # be cut off in the cache that all tests share.
     limit = {"FILE_SIZE": "150000", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
-    run = Started(folder, "broken", "--mesh.tensor=2", **limit)
+    run = Started(folder, "broken", "--mesh.tensor=2", last=limit)
     assert run.codes() == [2, 2], run.texts()
+    assert "cannot be written: that of process 1, whose log says why; the earlier ones" in run.texts()[0]
     for text in run.texts():
         # Threads of TensorBoard and TensorStore may have printed their own errors before.
         (message,) = [line for line in text.splitlines() if line.startswith("error: ")]
@@ -203,6 +209,20 @@ def test_a_run_continues_in_one_process_on_another_mesh(folder):
         assert train(config) == 0
     assert len(_records(folder, "alone")) == 8
     _equal_records(_records(folder, "alone"), _records(folder, "two"))
+
+
+def test_a_process_that_does_not_go_on_is_named_and_the_others_end(folder):
+    run = Started(folder, "stuck", "--run.wait_limit=12", "--run.steps=100000", "--run.eval_every=100000")
+    run.wait_for("step 2/", processes=1)
+    run.processes[1].send_signal(signal.SIGSTOP)
+    try:
+        assert run.processes[0].wait(DEADLINE) == ExitCode.LOST_PEER, run.texts()
+    finally:
+        run.processes[1].kill()
+        run.codes()
+    text = run.texts()[0]
+    assert "process 1 has not arrived (last at " in text
+    assert "longer than run.wait_limit=12; start all processes again to resume" in text
 
 
 @pytest.mark.parametrize(
@@ -238,6 +258,32 @@ def test_join_refuses_what_would_crash(variables, message, monkeypatch):
             monkeypatch.setenv(name, value.format(used=used))
         with pytest.raises(ConfigError, match=re.escape(message.format(used=used))):
             cluster.join()
+
+
+@pytest.mark.parametrize("value", [["a", "b\udcff"], "no pictures"])
+def test_what_the_first_process_finds_is_known_to_all(value, monkeypatch):
+    wire = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    def broadcast(array):
+        if jax.process_index() == 0:
+            wire.append(array)
+            return array
+        return wire.pop(0)
+
+    def work():
+        if isinstance(value, str):
+            raise ConfigError(value)
+        return value
+
+    monkeypatch.setattr("jax.experimental.multihost_utils.broadcast_one_to_all", broadcast)
+    for index in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        if isinstance(value, str):
+            with pytest.raises(UserError, match=value):
+                cluster.from_first(work if index == 0 else None)
+        else:
+            assert cluster.from_first(work if index == 0 else None) == value
 
 
 @pytest.mark.parametrize(

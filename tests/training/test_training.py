@@ -30,6 +30,7 @@ from asymvq_jax.files.locks import only_owner
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.checkpoints import load_model, load_parameters, save_model
 from asymvq_jax.training import loop
+from asymvq_jax.training.clock import KINDS
 from asymvq_jax.training.loop import Run, train
 from asymvq_jax.training.signals import told_to_stop
 
@@ -178,6 +179,37 @@ def test_images_per_second_and_the_learning_rate_are_logged(logged):
     # 1e-4 x 8, after two steps of warm-up from 1 %; then a cosine down to 1e-6 at step 4.
     expected = [8e-6, (8e-6 + 8e-4) / 2, 8e-4, (8e-4 + 1e-6) / 2]
     assert [record["learning_rate"] for record in records] == pytest.approx(expected, rel=1e-5)
+
+
+def test_named_steps_are_traced_and_the_run_says_where_its_time_went(first, monkeypatch):
+    monkeypatch.setattr(loop, "peak_flops", lambda kind: 1e12)
+    config = _config(first, directory=str(first / "traced"), steps=4, log_every=2, eval_every=4, profile_steps="1:3")
+    assert train(config) == 0
+    (file,) = (first / "traced" / "tensorboard").glob("plugins/profile/*/*.xplane.pb")
+    data = jax.profiler.ProfileData.from_file(str(file))
+    events = [event for plane in data.planes for line in plane.lines for event in line.events if event.name == "train"]
+    assert {dict(event.stats)["step_num"] for event in events} == {2, 3}
+    lines = [json.loads(line) for line in (first / "traced" / "metrics.jsonl").read_text().splitlines()]
+    report, evaluation = lines[-2:]
+    assert 0 < report["mfu"] < 1
+    assert 0 < report["step_seconds/p50"] <= report["step_seconds/p95"] <= report["step_seconds/max"]
+    assert 0 < report["goodput"] < 1
+    spent = {name.removeprefix("spent/"): value for name, value in evaluation.items() if name.startswith("spent/")}
+    assert set(spent) == {*KINDS}
+    assert spent["compile"] > 0
+    assert spent["start"] > 0
+    assert sum(spent.values()) >= report["seconds"]
+    # Again, as after a kill: what was logged beyond the last checkpoint is lost.
+    shutil.rmtree(first / "traced" / "checkpoints" / "4")
+    assert train(config) == 0
+    again = json.loads((first / "traced" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert again["spent/lost"] == pytest.approx(report["seconds"])
+
+
+@pytest.mark.parametrize("steps", ["3", "3:3", "5:3", "a:b"])
+def test_steps_to_trace_that_are_none_are_refused(first, steps):
+    with pytest.raises(ConfigError, match=r"run\.profile_steps=.*expected START:END"):
+        _config(first, profile_steps=steps)
 
 
 def test_damaged_lines_of_the_metrics_are_left_out_and_counted(tmp_path, caplog):

@@ -9,11 +9,11 @@ import io
 import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -23,6 +23,7 @@ from asymvq_jax.devices import sharding
 from asymvq_jax.errors import DistributionError
 from asymvq_jax.evaluation.metrics.inception import inception, resize
 from asymvq_jax.files import images
+from asymvq_jax.files.addresses import bucket_errors
 from asymvq_jax.files.outputs import write_bytes
 from asymvq_jax.models.parameters import Params
 
@@ -216,7 +217,9 @@ def load_statistics(path: str) -> tuple[Statistics, np.ndarray | None]:
         DistributionError: the file is missing or of another kind.
     """
     try:
-        with np.load(Path(path)) as file:
+        with bucket_errors(path):
+            data = epath.Path(path).read_bytes()
+        with np.load(io.BytesIO(data)) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise DistributionError(f"{path} is not a readable .npz file: {error}") from None

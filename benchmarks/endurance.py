@@ -1,0 +1,192 @@
+"""Ends a small run of several processes again and again, at random, and compares it with an undisturbed one.
+
+asymvq benchmark endurance [--kills 200] ends with exit code 1 unless the parameters are equal, bit for bit, and
+metrics.jsonl has every step once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from asymvq_jax.commands.entry import command
+from asymvq_jax.errors import ExitCode
+from asymvq_jax.models.checkpoints import load_parameters
+from benchmarks import contest
+
+ROOT = Path(__file__).parents[1]
+# Steps between two checkpoints, and seconds that anything may take.
+SAVED_EVERY, DEADLINE = 5, 300
+# Collectives listen on the host's own name otherwise, which need not lead back to it.
+LAUNCHER = """
+import functools, sys
+from jaxlib import _jax
+_jax.make_gloo_tcp_collectives = functools.partial(_jax.make_gloo_tcp_collectives, hostname="127.0.0.1")
+from asymvq_jax.__main__ import run
+run()
+"""
+CONFIG = """
+from asymvq_jax.config import *
+
+def get_config():
+    model = ModelConfig(
+        encoder_channels=(8, 8), decoder_channels=(8, 8), encoder_blocks=1, decoder_blocks=1, norm_groups=4,
+        mid_attention=False,
+    )
+    return Config(
+        run=RunConfig(
+            train_encoder=True, steps={steps}, log_every=1, eval_every={saved_every}, eval_pictures=8, keep=2,
+            wait_limit=120,
+        ),
+        model=model,
+        loss=LossConfig(gan_start=-1, perceptual_weight=0.0),
+        data=DataConfig(image_size=16, batch_size=8),
+        optimizer=OptimizerConfig(base_learning_rate=1e-4, warmup_steps=2, schedule="constant"),
+    )
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endurance:
+    """Kill and stop a small run at random, and compare its end with that of an undisturbed one."""
+
+    # How often it is disturbed: SIGKILL or SIGTERM, to one process or to all.
+    kills: int = 200
+    # Processes of the run.
+    processes: int = 2
+    # Of when and how.
+    seed: int = 0
+
+
+def work(options: Endurance) -> int:
+    """Disturbs, compares, and prints what was done; returns the exit code."""
+    random.seed(options.seed)
+    steps = (2 * options.kills + 1) * SAVED_EVERY
+    done: Counter[str] = Counter()
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        (folder / "config.py").write_text(CONFIG.format(steps=steps, saved_every=SAVED_EVERY))
+        codes = _wait(_start(folder, "undisturbed", options.processes))
+        if any(codes):
+            raise RuntimeError(f"the undisturbed run ended with {codes}:\n{_log(folder, 'undisturbed').read_text()}")
+        for i in range(options.kills):
+            how = _disturb(folder, options.processes)
+            done[how] += 1
+            if sys.stderr.isatty() or (i + 1) % 20 == 0:
+                print(f"{i + 1} of {options.kills}, at step {_last_step(folder)} of {steps}: {how}", flush=True)
+        codes = _wait(_start(folder, "disturbed", options.processes))
+        problems = _differences(folder, steps, codes)
+    kinds = ", ".join(f"{count} {how}" for how, count in sorted(done.items()))
+    print(
+        f"\n{options.processes} processes, {steps} steps, {options.kills} disturbances in "
+        f"{time.perf_counter() - begin:.0f} s: {kinds}"
+    )
+    print(contest.machine())
+    print("\n".join(problems) or "parameters are equal, bit for bit; metrics.jsonl has every step once")
+    return ExitCode.FAILED if problems else ExitCode.DONE
+
+
+def _disturb(folder: Path, count: int) -> str:
+    """Starts the run, and ends it at some step after the last checkpoint; says how."""
+    saved, log = _last_saved(folder), _log(folder, "disturbed")
+    processes = _start(folder, "disturbed", count)
+    # Before the first step, or up to two checkpoints later.
+    at = saved + random.randrange(2 * SAVED_EVERY)
+    pattern = re.compile(rf"step {at}/" if at > saved else r"devices \(data")
+    end = time.monotonic() + DEADLINE
+    while not pattern.search(log.read_text()) and all(p.poll() is None for p in processes):
+        if time.monotonic() > end:
+            raise RuntimeError(f"step {at} was not reached:\n{log.read_text()}")
+        time.sleep(0.01)
+    number = random.choice((signal.SIGKILL, signal.SIGTERM))
+    victims = random.choice(([0], [count - 1], range(count)))
+    for i in victims:
+        processes[i].send_signal(number)
+    _wait(processes)
+    return f"{number.name} to {'all' if len(victims) == count else f'process {victims[0]}'}"
+
+
+def _start(folder: Path, name: str, count: int) -> list[subprocess.Popen[bytes]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_COORDINATOR_BIND_ADDRESS": address, "JAX_PLATFORMS": "cpu"}
+    shared |= {"JAX_NUM_PROCESSES": str(count), "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
+    shared |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"}
+    shared["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    words = [
+        sys.executable,
+        "-c",
+        LAUNCHER,
+        "train",
+        f"--config={folder}/config.py",
+        f"--run.directory={folder}/{name}",
+    ]
+    processes = []
+    for i in range(count):
+        with (_log(folder, name) if i == 0 else folder / f"{name}-{i}.log").open("w") as log:
+            environment = os.environ | shared | {"JAX_PROCESS_ID": str(i)}
+            processes.append(subprocess.Popen(words, env=environment, stdout=log, stderr=log))
+    return processes
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    """The exit codes; a process that does not end is killed, and named by its code."""
+    codes = []
+    for process in processes:
+        try:
+            codes.append(process.wait(DEADLINE))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            codes.append(process.wait())
+    return codes
+
+
+def _log(folder: Path, name: str) -> Path:
+    return folder / f"{name}.log"
+
+
+def _last_saved(folder: Path) -> int:
+    steps = folder / "disturbed" / "checkpoints"
+    found = [int(path.name) for path in steps.iterdir() if path.name.isdecimal()] if steps.is_dir() else []
+    return max(found, default=0)
+
+
+def _logged(folder: Path, name: str) -> list[int]:
+    lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
+    return [line["step"] for line in lines if "l1" in line]
+
+
+def _last_step(folder: Path) -> int:
+    file = folder / "disturbed" / "metrics.jsonl"
+    return len(_logged(folder, "disturbed")) if file.is_file() else 0
+
+
+def _differences(folder: Path, steps: int, codes: Sequence[int]) -> list[str]:
+    """What is wrong with the disturbed run."""
+    if any(codes):
+        return [f"the last part of the disturbed run ended with {codes}:", _log(folder, "disturbed").read_text()]
+    (_, expected), (_, found) = (load_parameters(folder / name) for name in ("undisturbed", "disturbed"))
+    other = [name for name, value in expected.items() if not np.array_equal(value, found[name])]
+    problems = [f"{len(other)} of {len(expected)} parameters differ, such as {other[0]}"] if other else []
+    if (logged := _logged(folder, "disturbed")) != list(range(1, steps + 1)):
+        problems.append(f"metrics.jsonl has {len(logged)} lines of steps, {len({*logged})} of them different")
+    return problems
+
+
+main = command("asymvq benchmark endurance", Endurance, work)

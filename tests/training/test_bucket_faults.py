@@ -1,0 +1,106 @@
+"""Runs in a bucket whose service ends, is slow, or refuses: they go on, or end with one line and whole checkpoints."""
+
+import dataclasses
+import itertools
+import threading
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from flax import nnx
+
+from asymvq_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig, RunConfig
+from asymvq_jax.errors import CheckpointError, ExitCode, OutputError
+from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.checkpoints import find_step, load_parameters, save_model
+from asymvq_jax.training.loop import train
+
+MODEL = ModelConfig(
+    encoder_channels=(8, 8), decoder_channels=(8, 8), encoder_blocks=1, decoder_blocks=1, norm_groups=4,
+    mid_attention=False,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def _config(name: str, **changes) -> Config:
+    run = {"directory": f"gs://bucket/faults/{name}", "init_from": "gs://bucket/faults/first", "steps": 3}
+    run |= {"log_every": 1, "eval_every": 1, "eval_pictures": 8, "keep": 3}
+    return Config(
+        run=RunConfig(**(run | changes)),
+        model=MODEL,
+        loss=LossConfig(gan_start=-1, perceptual_weight=0.0),
+        data=DataConfig(image_size=16, batch_size=8),
+        optimizer=OptimizerConfig(base_learning_rate=1e-4, warmup_steps=2, schedule="constant"),
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(storage):
+    """The parameters after three steps, of a run that nothing happens to."""
+    storage.forget()
+    save_model("gs://bucket/faults/first", Autoencoder(dataclasses.replace(MODEL, condition=False), rngs=nnx.Rngs(0)))
+    with jax.numpy_dtype_promotion("standard"):
+        assert train(_config("undisturbed")) == ExitCode.DONE
+    return load_parameters("gs://bucket/faults/undisturbed")[1]
+
+
+@pytest.fixture
+def service(storage, undisturbed):
+    storage.forget()
+    yield storage
+    storage.forget()
+
+
+def _equal(name: str, expected) -> None:
+    _, parameters = load_parameters(f"gs://bucket/faults/{name}")
+    for path, value in expected.items():
+        np.testing.assert_array_equal(parameters[path], value, err_msg=path)
+
+
+def test_a_service_that_ends_and_starts_again_in_mid_save_is_waited_for(service, undisturbed):
+    begun = threading.Event()
+
+    def fault(method: str, path: str) -> None:
+        if method == "POST" and "killed%2Fcheckpoints%2F2%2Fmodel" in path.replace("/", "%2F") and not begun.is_set():
+            begun.set()
+            service.kill()
+            threading.Timer(1.0, service.start).start()
+
+    service.fault = fault
+    assert train(_config("killed")) == ExitCode.DONE
+    assert begun.is_set()
+    _equal("killed", undisturbed)
+
+
+def test_a_slow_service_that_often_refuses_is_asked_again(service, undisturbed):
+    requests = itertools.count()
+    service.delay = 0.01
+    service.fault = lambda method, path: 503 if next(requests) % 15 == 7 else None
+    assert train(_config("slow", steps=1)) == ExitCode.DONE
+    service.forget()
+    assert train(_config("slow")) == ExitCode.DONE
+    _equal("slow", undisturbed)
+
+
+def test_a_permission_that_is_lost_ends_the_run_and_leaves_the_checkpoints(service, undisturbed):
+    def fault(method: str, path: str) -> int | None:
+        return 403 if method in ("POST", "PUT") and "checkpoints%2F2" in path.replace("/", "%2F") else None
+
+    service.fault = fault
+    with pytest.raises((CheckpointError, OutputError)) as error:
+        train(_config("refused"))
+    assert "a checkpoint cannot be written: " in str(error.value)
+    assert "403" in str(error.value) or "Forbidden" in str(error.value) or "PERMISSION_DENIED" in str(error.value)
+    assert find_step("gs://bucket/faults/refused").name == "1"
+    load_parameters("gs://bucket/faults/refused")
+    # What was begun is no checkpoint, and is in nobody's way.
+    service.forget()
+    (epath.Path("gs://bucket/faults/refused/checkpoints/2") / "part").write_bytes(b"")
+    assert train(_config("refused")) == ExitCode.DONE
+    _equal("refused", undisturbed)
