@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 
+from asymvq_jax.config import ModelConfig
 from asymvq_jax.convert.convert import as_told, read_model
 from asymvq_jax.devices import sharding
 from asymvq_jax.errors import InputError
@@ -20,6 +21,7 @@ from asymvq_jax.files.formats import HEAD, picture_format
 from asymvq_jax.files.masks import Mask
 from asymvq_jax.files.outputs import check_not_input, check_writable, write_bytes
 from asymvq_jax.files.pictures import FORMATS, Picture, check_fits, read_file, read_picture, read_size, write_picture
+from asymvq_jax.inference.ahead import compile_ahead
 from asymvq_jax.inference.blend import BAND, MIXING, Blend, check_blend
 from asymvq_jax.inference.crop import Crop
 from asymvq_jax.inference.edits import Change, Edit, MaskReading, list_edits, read_edit
@@ -89,8 +91,15 @@ def run(task: Task) -> str:
     edits = _check_options(task)
     original = _read_picture(task)
     changes = [read_edit(edit, original.size, task.masks, large=task.large is not None) for edit in edits]
+    programs: dict[str, Callable[..., Any]] = {}
+
+    def known(config: ModelConfig) -> None:
+        if task.large is None and task.crop is None:
+            encodes = any(change.latent is None for change in changes)
+            programs.update(compile_ahead(config, original.size, encodes=encodes))
+
     # Once, and only if there is something to generate.
-    model = functools.cache(lambda: _read_model(task))
+    model = functools.cache(lambda: _read_model(task, known))
     begin = time.perf_counter()
     picture, said, changed = original, "", False
     for change in changes:
@@ -100,7 +109,7 @@ def run(task: Task) -> str:
         said = mask.describe()
         if mask.empty:
             continue
-        done = _apply(task, model(), picture, mask, change, edited)
+        done = _apply(task, model(), picture, mask, change, edited, programs)
         picture, changed = done.picture, True
         said += "" if done.tone_step is None else f"; covered a tone step of {done.tone_step:.2f} levels of 255"
     height, width = picture.size
@@ -113,15 +122,23 @@ def run(task: Task) -> str:
     return f"{task.out}: {width} x {height} px, {what}, {time.perf_counter() - begin:.1f} s with compilation"
 
 
-def _read_model(task: Task) -> Autoencoder:
-    model = read_model(task.checkpoint, as_told(task.scaling_factor, task.shift_factor), dtype=task.dtype)
+def _read_model(task: Task, known: Callable[[ModelConfig], None]) -> Autoencoder:
+    model = read_model(task.checkpoint, as_told(task.scaling_factor, task.shift_factor), dtype=task.dtype, known=known)
     if _keep(task)[0] == "model":
         check_condition(model.config, f"--checkpoint {task.checkpoint}")
     return model
 
 
-def _apply(task: Task, model: Autoencoder, picture: Picture, mask: Mask, change: Change, edited: Any) -> Inpainted:
-    """The picture after one edit."""
+def _apply(
+    task: Task,
+    model: Autoencoder,
+    picture: Picture,
+    mask: Mask,
+    change: Change,
+    edited: Any,
+    programs: dict[str, Callable[..., Any]],
+) -> Inpainted:
+    """The picture after one edit, by `programs` where some were compiled ahead."""
     keep, blend = _keep(task)
     latent = change.latent
     layout = task.latent_layout or (None if latent is None else latent.layout)
@@ -143,7 +160,7 @@ def _apply(task: Task, model: Autoencoder, picture: Picture, mask: Mask, change:
         edited=edited,
         layout=layout,
         scaled=task.latent_scaled if latent is None or task.latent_scaled is not None else latent.scaled,
-        **_for_size(task.large, -(-size[0] // model.config.downsampling)),
+        **(programs or _for_size(task.large, -(-size[0] // model.config.downsampling))),
     )
     if done.region is not None:
         log.info("%s", done.region.describe())

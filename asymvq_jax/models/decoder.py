@@ -125,8 +125,9 @@ class Decoder(nnx.Module):
             if self.condition is None:
                 raise ValueError("this decoder has no condition branch (model.condition=False); decode without a mask")
             mask = mask.astype(h.dtype)
-            seen = self.condition_input(image.astype(h.dtype), mask)
-            features = run_block(self.condition, seen, remat=self.remat)
+            with jax.named_scope("condition"):
+                seen = self.condition_input(image.astype(h.dtype), mask)
+                features = run_block(self.condition, seen, remat=self.remat)
         masks = [] if mask is None else level_masks(mask, len(features), self.mask_reduction)
         for i, level in enumerate(self.levels):
             if features:
