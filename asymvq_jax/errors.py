@@ -94,6 +94,10 @@ class PipelineError(UserError):
     """A folder or file that does not hold a pipeline for the task; the message names the part and what was expected."""
 
 
+class LoraError(UserError):
+    """A LoRA that is not readable, or does not fit the pipeline."""
+
+
 class InceptionError(UserError):
     """A weights file of another network; the message lists what does not fit."""
 

@@ -22,9 +22,10 @@ from asymvq_jax.config import Dtype, ModelConfig
 from asymvq_jax.convert.convert import read_model
 from asymvq_jax.devices.compilation import keep_compiled_programs
 from asymvq_jax.devices.flops import matmul_flops
+from asymvq_jax.diffusion.denoising import Batch, denoise
 from asymvq_jax.diffusion.pipeline import read_unet
-from asymvq_jax.diffusion.sampling import denoise
-from asymvq_jax.diffusion.schedulers import SchedulerConfig, make_solver
+from asymvq_jax.diffusion.schedulers import SchedulerConfig
+from asymvq_jax.diffusion.solvers import make_solver
 from asymvq_jax.diffusion.unet import UNet, UNetConfig
 from asymvq_jax.errors import UserError
 from asymvq_jax.models.autoencoder import Autoencoder, in_dtype, structure
@@ -107,10 +108,10 @@ def generating(
 ) -> contest.Run:
     """Our pictures, in [-1, 1]."""
     solver = make_solver(SchedulerConfig(kind="dpm++", timestep_spacing="linspace", **schedule), steps)
-    noise, context = jax.device_put((arrays["noise"], arrays["context"]))
+    batch = jax.device_put(Batch(arrays["noise"], arrays["context"]))
 
     def run() -> Callable[[], np.ndarray]:
-        latent = denoise(unet, solver, noise, context, None, jnp.float32(guidance))
+        latent = denoise(unet, solver, jnp.float32(guidance), batch)
         y = jax.block_until_ready(inference.decode(autoencoder, latent / SCALE))
         return lambda: np.asarray(y)
 

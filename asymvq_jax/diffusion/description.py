@@ -159,17 +159,19 @@ def _example(path: Path) -> clip.ExampleConfig:
 
 def _check_channels(task: Task, config: UNetConfig, autoencoder: ModelConfig, name: str) -> None:
     latent = autoencoder.latent_channels
-    expected = latent if task == "text" else 2 * latent + 1
+    # Inpainting's, or also any text-to-image model, whose picture the loop keeps.
+    expected = {"text": (latent,), "inpaint": (2 * latent + 1, latent), "edit": (2 * latent + 1,)}[task]
     if config.out_channels != latent:
         raise PipelineError(
             f"{name}: out_channels={config.out_channels}; expected {latent}, as the autoencoder's latents have"
         )
-    if config.in_channels != expected:
+    if config.in_channels not in expected:
         kinds = {latent: "a text-to-image model", 2 * latent + 1: "an inpainting model"}
         kind = kinds.get(config.in_channels, "a model for another task")
         raise PipelineError(
-            f"{name}: in_channels={config.in_channels}, which is {kind}; {task!r} needs {expected}: "
-            + ("noisy latent" if task == "text" else "noisy latent, mask, and the masked picture's latent")
+            f"{name}: in_channels={config.in_channels}, which is {kind}; {task!r} needs "
+            f"{' or '.join(map(str, expected))}: noisy latent"
+            + ("" if task == "text" else ", mask, and the masked picture's latent")
         )
 
 

@@ -17,7 +17,7 @@ from asymvq_jax import inference
 from asymvq_jax.config import MeshConfig, ModelConfig
 from asymvq_jax.convert.convert import as_told, read_model
 from asymvq_jax.devices import cluster, sharding
-from asymvq_jax.diffusion import sampling
+from asymvq_jax.diffusion import lora, sampling
 from asymvq_jax.diffusion.jobs import MODELS_OWN, Inputs, Job, Original, list_jobs, read_inputs, with_region
 from asymvq_jax.diffusion.pipeline import (
     Description,
@@ -28,8 +28,8 @@ from asymvq_jax.diffusion.pipeline import (
     load,
     place,
 )
-from asymvq_jax.diffusion.schedulers import make_solver
 from asymvq_jax.diffusion.settings import Generate, Inpaint, Painting, Prompted, Text
+from asymvq_jax.diffusion.solvers import make_solver
 from asymvq_jax.errors import GenerateError, ImageError
 from asymvq_jax.files import images
 from asymvq_jax.files.decoding import Array
@@ -50,7 +50,8 @@ def run(options: Generate) -> None:
     jobs = list_jobs(options)
     described = _describe(options)
     # For its errors.
-    make_solver(described.scheduler, options.steps)
+    make_solver(described.scheduler, options.steps, options.strength if isinstance(options, Inpaint) else 1.0)
+    loras = [lora.read(text) for text in options.lora] if isinstance(options, Prompted) else []
     jobs = _sized(jobs, described, options)
     index, count = cluster.share()
     if count > 1:
@@ -65,7 +66,7 @@ def run(options: Generate) -> None:
     if not waiting:
         return
     decoder = _read_decoder(described.autoencoder, options)
-    _make(load(described, options.dtype), decoder, waiting, options)
+    _make(load(described, options.dtype, loras), decoder, waiting, options)
 
 
 def _check_options(options: Generate) -> None:
@@ -302,7 +303,16 @@ def _latents(
     image, mask = np.stack([each.picture.to_uint8() for each in originals]), _masks(originals)
     if isinstance(options, Inpaint):
         return sampling.inpaint(
-            pipeline, prompts, image, mask, seeds, negative=options.negative, guidance=guidance, steps=steps, mesh=mesh
+            pipeline,
+            prompts,
+            image,
+            mask,
+            seeds,
+            negative=options.negative,
+            guidance=guidance,
+            steps=steps,
+            strength=options.strength,
+            mesh=mesh,
         )
     examples = [each.example for each in originals]
     return sampling.edit(pipeline, examples, image, mask, seeds, guidance=guidance, steps=steps, mesh=mesh)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from asymvq_jax import inference
 from asymvq_jax.convert.mapping import Weight
 from asymvq_jax.convert.reading import fill
-from asymvq_jax.diffusion import clip, mapping, unet
+from asymvq_jax.diffusion import clip, lora, mapping, unet
 from asymvq_jax.diffusion.clip import ImageEncoder, TextConfig, TextEncoder
 from asymvq_jax.diffusion.description import (
     CLIP_WEIGHTS,
@@ -25,6 +26,7 @@ from asymvq_jax.diffusion.description import (
     describe_checkpoint,
     is_checkpoint,
 )
+from asymvq_jax.diffusion.lora import Lora
 from asymvq_jax.diffusion.original import Original, without_unused
 from asymvq_jax.diffusion.schedulers import SchedulerConfig
 from asymvq_jax.diffusion.tokens import Tokenizer
@@ -68,27 +70,32 @@ class Pipeline:
     example: clip.ExampleConfig | None = None
 
 
-def load(description: Description, dtype: str = "float32") -> Pipeline:
+def load(description: Description, dtype: str = "float32", loras: Sequence[Lora] = ()) -> Pipeline:
     """Reads the weights of a described pipeline.
 
     Args:
         description: from `describe` or `describe_checkpoint`.
         dtype: in which everything is computed, and kernels are kept; norms stay in float32.
+        loras: from `lora.read`, merged into UNet and text encoder in float32.
 
     Raises:
-        UserError: tensors that are missing, unexpected, misshapen or not finite, all of them listed.
+        UserError: tensors that are missing, unexpected, misshapen or not finite, all of them listed; or a LoRA that
+            does not fit.
     """
     described, path, original = description, description.path, description.original
+    changes = lora.match(loras, _names(described)) if loras else {}
+    changed = {part: partial(lora.apply, changes=of_part) for part, of_part in changes.items()}
     text_encoder = image_encoder = None
     if original is not None:
-        text_encoder = _original_text_encoder(original, dtype)
-        network = _unet(described.unet, original.unet_tensors, "ldm", path, dtype)
+        text_encoder = _original_text_encoder(original, dtype, changed.get("text_encoder", _same))
+        tensors = changed.get("unet", _same)(original.unet_tensors)
+        network = _unet(described.unet, tensors, "ldm", path, dtype)
     else:
-        network = read_unet(path / "unet", dtype)
+        network = read_unet(path / "unet", dtype, changed.get("unet", _same))
         if described.task == "edit":
             image_encoder = read_image_encoder(path / "image_encoder", dtype)
         else:
-            text_encoder = read_text_encoder(path / "text_encoder", dtype)
+            text_encoder = read_text_encoder(path / "text_encoder", dtype, changed.get("text_encoder", _same))
     return Pipeline(
         task=described.task,
         unet=network,
@@ -101,9 +108,26 @@ def load(description: Description, dtype: str = "float32") -> Pipeline:
     )
 
 
-def _original_text_encoder(original: Original, dtype: str) -> TextEncoder:
+def _same(tensors: Table) -> Table:
+    return tensors
+
+
+def _names(described: Description) -> dict[str, list[tuple[Weight, ...]]]:
+    """The weights of UNet and text encoder by their names in the files, and by those that LoRAs have for them."""
+    original, encoder = described.original, described.encoder
+    network = nnx.eval_shape(lambda: UNet(described.unet, rngs=nnx.Rngs(0)))
+    ways = ("diffusers" if original is None else "ldm", "diffusers", "ldm")
+    names = {"unet": list(zip(*(mapping.unet_weights(network, form) for form in ways), strict=True))}
+    if isinstance(encoder, TextConfig):
+        text = nnx.eval_shape(lambda: TextEncoder(encoder, rngs=nnx.Rngs(0)))
+        ways = ("ldm" if original is not None and original.open_clip else "diffusers", "diffusers")
+        names["text_encoder"] = list(zip(*(mapping.text_weights(text, form) for form in ways), strict=True))
+    return names
+
+
+def _original_text_encoder(original: Original, dtype: str, changed: Callable[[Table], Table]) -> TextEncoder:
     form = "ldm" if original.open_clip else "diffusers"
-    return _text_encoder(original.text, without_unused(original), form, original.path, dtype)
+    return _text_encoder(original.text, changed(without_unused(original)), form, original.path, dtype)
 
 
 def place(pipeline: Pipeline, mesh: Mesh) -> Pipeline:
@@ -128,14 +152,14 @@ def _build(
     return model
 
 
-def read_unet(folder: Path, dtype: str = "float32") -> UNet:
-    """Reads the folder of a diffusers UNet2DConditionModel.
+def read_unet(folder: Path, dtype: str = "float32", changed: Callable[[Table], Table] = _same) -> UNet:
+    """Reads the folder of a diffusers UNet2DConditionModel, with what `changed` makes of its tensors.
 
     Raises:
         UserError: a UNet that we do not have, or tensors that do not fit.
     """
     config = unet.read_config(read_json(folder / "config.json"), str(folder / "config.json"))
-    return _unet(config, open_folder(folder, UNET_WEIGHTS).tensors, "diffusers", folder, dtype)
+    return _unet(config, changed(open_folder(folder, UNET_WEIGHTS).tensors), "diffusers", folder, dtype)
 
 
 def _unet(config: UNetConfig, tensors: Table, form: str, source: Path | str, dtype: str) -> UNet:
@@ -154,14 +178,14 @@ def _clip_tensors(folder: Path, prefix: str) -> Table:
     return {name.replace(prefix, "", 1): x for name, x in tensors.items() if not name.endswith("position_ids")}
 
 
-def read_text_encoder(folder: Path, dtype: str = "float32") -> TextEncoder:
-    """Reads the folder of a transformers CLIPTextModel.
+def read_text_encoder(folder: Path, dtype: str = "float32", changed: Callable[[Table], Table] = _same) -> TextEncoder:
+    """Reads the folder of a transformers CLIPTextModel, with what `changed` makes of its tensors.
 
     Raises:
         UserError: an encoder that we do not have, or tensors that do not fit.
     """
     config = clip.read_text_config(read_json(folder / "config.json"), str(folder / "config.json"))
-    return _text_encoder(config, _clip_tensors(folder, "text_model."), "diffusers", folder, dtype)
+    return _text_encoder(config, changed(_clip_tensors(folder, "text_model.")), "diffusers", folder, dtype)
 
 
 def _text_encoder(config: TextConfig, tensors: Table, form: str, source: Path | str, dtype: str) -> TextEncoder:

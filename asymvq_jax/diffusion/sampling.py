@@ -1,88 +1,28 @@
-"""From texts, pictures and masks to latents: the denoising loop, and what each task feeds it."""
+"""From texts, pictures and masks to latents: what each task feeds to the denoising loop."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from asymvq_jax import inference
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.devices import sharding
 from asymvq_jax.diffusion.clip import ImageEncoder, TextEncoder, prepare_example
+from asymvq_jax.diffusion.denoising import Batch, Known, denoise
 from asymvq_jax.diffusion.pipeline import Pipeline, Task
-from asymvq_jax.diffusion.schedulers import History, Solver, advance, begin, make_solver
-from asymvq_jax.diffusion.unet import UNet, UNetConfig
+from asymvq_jax.diffusion.solvers import make_solver
+from asymvq_jax.diffusion.unet import UNetConfig
 from asymvq_jax.errors import SamplingError
 from asymvq_jax.files import images
 from asymvq_jax.files.masks import HAZE, reduce_mask
 from asymvq_jax.models.autoencoder import Autoencoder
-from asymvq_jax.models.parameters import Params, merge, split
-
-
-@partial(nnx.jit, static_argnames="mesh")
-def denoise(
-    unet: UNet,
-    solver: Solver,
-    noise: jax.Array,
-    context: jax.Array,
-    fixed: jax.Array | None,
-    guidance: jax.Array,
-    *,
-    mesh: Mesh | None = None,
-) -> jax.Array:
-    """The whole loop of a sampler.
-
-    Args:
-        unet: the network.
-        solver: the sampler's table.
-        noise: (b, h, w, c) float32 of variance 1.
-        context: (b, 2, n, d): the features of nothing, and those of the condition; or (b, 1, n, d) without guidance.
-        fixed: (b, h, w, k), what the network sees beside the noisy latent; None for text-to-image.
-        guidance: by how much the condition's prediction is exaggerated over that of nothing.
-        mesh: splits the batch; each device has the whole network and needs nothing from the others.
-
-    Returns:
-        (b, h, w, c) float32, as a diffusion model scales latents.
-    """
-    graphdef, params = split(unet)
-
-    def loop(
-        params: Params,
-        solver: Solver,
-        guidance: jax.Array,
-        noise: jax.Array,
-        context: jax.Array,
-        fixed: jax.Array | None,
-    ) -> jax.Array:
-        predict = merge(graphdef, params)
-        batch, ways = context.shape[:2]
-        context = context.reshape(batch * ways, *context.shape[2:])
-
-        def step(history: History, row: Solver) -> tuple[History, None]:
-            x = history.samples[0]
-            x = x if fixed is None else jnp.concatenate([x, fixed], -1)
-            output = predict(jnp.repeat(x, ways, 0), jnp.full(batch * ways, row.timesteps), context)
-            output = output.reshape(batch, ways, *output.shape[1:])
-            if ways == 2:
-                output = output[:, :1] + guidance * (output[:, 1:] - output[:, :1])
-            return advance(row, history, output[:, 0]), None
-
-        history, _ = jax.lax.scan(step, begin(solver, noise), solver)
-        return history.samples[0]
-
-    if mesh is not None:
-        # Not left to XLA, which cannot split the attention's kernels.
-        whole, part = PartitionSpec(), PartitionSpec(sharding.BATCH_AXES)
-        places = (whole, whole, whole, part, part, part)
-        loop = jax.shard_map(loop, mesh=mesh, in_specs=places, out_specs=part, check_vma=False)
-    return loop(params, solver, guidance, noise, context, fixed)
 
 
 def text_to_image(
@@ -120,7 +60,7 @@ def text_to_image(
     check_size(pipeline.unet.config, pipeline.autoencoder.config, size)
     shape = [side // pipeline.autoencoder.config.downsampling for side in size]
     context = _texts(pipeline, prompts, negative, guided=guidance > 1)
-    return _run(pipeline, shape, seeds, context, None, guidance, steps, mesh)
+    return _run(pipeline, Batch(_noise(pipeline, seeds, shape), context), seeds, guidance, steps, mesh=mesh)
 
 
 def inpaint(
@@ -133,29 +73,40 @@ def inpaint(
     negative: str = "",
     guidance: float = 7.5,
     steps: int = 50,
+    strength: float = 1.0,
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """Latents of pictures whose masked region a text describes; arguments as in `text_to_image`, and:
 
     Args:
-        pipeline: loaded for "inpaint".
+        pipeline: loaded for "inpaint". A network made for it sees picture and mask. Any other one is given the
+            picture's latent with noise on it outside of the mask, after each step.
         image: (b, h, w, 3) uint8, of any size.
-        mask: (b, h, w, 1); bool, or numbers in [0, 1]; what is above 0 is generated.
+        mask: (b, h, w, 1); bool, or numbers in [0, 1]; what is above 0 is generated. For a network that was not made
+            for inpainting, a grey pixel is generated in the last steps only, as large a share of them as its value.
+        strength: the share of the steps that are done, in (0, 1]; below 1 the masked region starts from what is there.
         prompts, seeds, negative, guidance, steps, mesh: see `text_to_image`.
 
     Returns:
         (b, ceil(h / 8), ceil(w / 8), c) float32.
 
     Raises:
-        SamplingError: as `text_to_image`; or pictures and masks that do not fit.
+        UserError: as `text_to_image`; or pictures and masks that do not fit; or a strength that leaves no step.
     """
     _check(pipeline, "inpaint", len(prompts), seeds, mesh)
-    masked, small = _masked_latent(pipeline, image, mask, len(seeds), mesh)
     context = _texts(pipeline, prompts, negative, guided=guidance > 1)
-    latent = _run(
-        pipeline, masked.shape[1:3], seeds, context, jnp.concatenate([small, masked], -1), guidance, steps, mesh
-    )
-    return _crop(pipeline, latent, image)
+    mask = _check_pictures(image, mask, len(seeds))
+    made_for_it = pipeline.unet.config.in_channels > pipeline.unet.config.out_channels
+    known = fixed = None
+    if made_for_it:
+        masked, small = _masked_latent(pipeline, image, mask, mesh)
+        fixed = jnp.concatenate([small, masked], -1)
+    if not made_for_it or strength < 1:
+        pixels, small = _padded(pipeline, image, mask)
+        known = Known(_encoded(pipeline, pixels, mesh), None if made_for_it else small)
+    shape = small.shape[1:3]
+    batch = Batch(_noise(pipeline, seeds, shape), context, fixed, known)
+    return _crop(pipeline, _run(pipeline, batch, seeds, guidance, steps, strength, mesh), image)
 
 
 def edit(
@@ -184,7 +135,7 @@ def edit(
         SamplingError: as `text_to_image`; or pictures and masks that do not fit.
     """
     _check(pipeline, "edit", len(examples), seeds, mesh)
-    masked, small = _masked_latent(pipeline, image, mask, len(seeds), mesh)
+    masked, small = _masked_latent(pipeline, image, _check_pictures(image, mask, len(seeds)), mesh)
     encoder, preparation = pipeline.image_encoder, pipeline.example
     assert encoder is not None, "a pipeline that is loaded for this task has it"
     assert preparation is not None, "a pipeline that is loaded for this task has it"
@@ -194,7 +145,8 @@ def edit(
         features = jnp.concatenate([nothing, features], 1)
     # Paint-by-Example's mask is of the other polarity and comes last.
     fixed = jnp.concatenate([masked, 1 - small], -1)
-    return _crop(pipeline, _run(pipeline, masked.shape[1:3], seeds, features, fixed, guidance, steps, mesh), image)
+    batch = Batch(_noise(pipeline, seeds, masked.shape[1:3]), features, fixed)
+    return _crop(pipeline, _run(pipeline, batch, seeds, guidance, steps, mesh=mesh), image)
 
 
 def decode(
@@ -291,22 +243,32 @@ def _texts(pipeline: Pipeline, prompts: Sequence[str], negative: str, *, guided:
     return features.reshape(len(rows), -1, *features.shape[1:])
 
 
-def _masked_latent(
-    pipeline: Pipeline, image: np.ndarray, mask: np.ndarray, count: int, mesh: Mesh | None
-) -> tuple[jax.Array, jax.Array]:
-    """The latent of the picture with grey under the mask, scaled, and the mask at the latent's size.
+def _padded(pipeline: Pipeline, image: np.ndarray, mask: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Pictures as floats and masks at the latent's size, both padded so that the networks can halve them."""
+    config = pipeline.autoencoder.config
+    multiple = config.downsampling * pipeline.unet.config.downsampling
+    region = np.asarray(inference.pad(np.where(mask > HAZE, mask, np.float32(0)), multiple))
+    # Any masked pixel counts, so that a spot between the samples is painted too.
+    small = reduce_mask(region, (region.shape[1] // config.downsampling, region.shape[2] // config.downsampling))
+    return inference.pad(images.to_float(image), multiple), jnp.asarray(small)
+
+
+def _encoded(pipeline: Pipeline, pixels: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """The latents of pictures as the diffusion model scales them.
 
     The posterior's mode, where diffusers draws a sample: the result then depends on nothing but seed and input.
     """
-    hard = (_check_pictures(image, mask, count) > HAZE).astype(np.float32)
-    config = pipeline.autoencoder.config
-    multiple = config.downsampling * pipeline.unet.config.downsampling
-    region = np.asarray(inference.pad(hard, multiple))
-    masked = inference.pad(images.to_float(image), multiple) * (1 - region)
-    # Any masked pixel counts, so that a spot between the samples is painted too.
-    small = reduce_mask(region, (region.shape[1] // config.downsampling, region.shape[2] // config.downsampling))
-    latent = inference.normalize_latent(pipeline.autoencoder, inference.encode(pipeline.autoencoder, masked, mesh=mesh))
-    return latent, jnp.asarray(small)
+    return inference.normalize_latent(pipeline.autoencoder, inference.encode(pipeline.autoencoder, pixels, mesh=mesh))
+
+
+def _masked_latent(
+    pipeline: Pipeline, image: np.ndarray, mask: np.ndarray, mesh: Mesh | None
+) -> tuple[jax.Array, jax.Array]:
+    """The latents of the pictures with grey under the mask, and the mask at the latent's size, 0 or 1."""
+    hard = (mask > HAZE).astype(np.float32)
+    pixels, small = _padded(pipeline, image, hard)
+    region = inference.pad(hard, pipeline.autoencoder.config.downsampling * pipeline.unet.config.downsampling)
+    return _encoded(pipeline, pixels * (1 - region), mesh), small
 
 
 def _crop(pipeline: Pipeline, latent: jax.Array, image: np.ndarray) -> jax.Array:
@@ -315,26 +277,34 @@ def _crop(pipeline: Pipeline, latent: jax.Array, image: np.ndarray) -> jax.Array
     return latent[:, :height, :width]
 
 
+def keys_of(seeds: Sequence[int]) -> jax.Array:
+    """(b,) keys, each of which depends on its seed alone."""
+    return jnp.stack([jax.random.key(seed) for seed in seeds])
+
+
+def _noise(pipeline: Pipeline, seeds: Sequence[int], shape: Sequence[int]) -> jax.Array:
+    """Each seed's own, so that a picture is the same in any batch."""
+    channels = pipeline.autoencoder.config.latent_channels
+    return jnp.stack([jax.random.normal(jax.random.key(seed), (*shape, channels)) for seed in seeds])
+
+
 def _run(
     pipeline: Pipeline,
-    shape: Sequence[int],
+    batch: Batch,
     seeds: Sequence[int],
-    context: jax.Array,
-    fixed: jax.Array | None,
     guidance: float,
     steps: int,
-    mesh: Mesh | None,
+    strength: float = 1.0,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
-    """`denoise` from the seeds' noise, the batch split over the mesh."""
-    channels = pipeline.autoencoder.config.latent_channels
-    noise = jnp.stack([jax.random.normal(jax.random.key(seed), (*shape, channels)) for seed in seeds])
-    solver = make_solver(pipeline.scheduler, steps)
-    scale = jnp.float32(guidance)
-    unet = pipeline.unet
+    """`denoise` with the pipeline's sampler, the batch split over the mesh."""
+    solver, scale, unet = make_solver(pipeline.scheduler, steps, strength), jnp.float32(guidance), pipeline.unet
+    if solver.rows.noise is not None:
+        batch = batch._replace(keys=keys_of(seeds))
     if mesh is not None:
-        noise, context, fixed = jax.device_put((noise, context, fixed), sharding.batch_sharding(mesh))
+        batch = jax.device_put(batch, sharding.batch_sharding(mesh))
         solver, scale = jax.device_put((solver, scale), sharding.replicated(mesh))
         unet = inference.place(unet, mesh)
     # Flax 0.12 types a jitted function with options as a decorator.
     sample: Callable[..., jax.Array] = cast(Any, denoise)
-    return sample(unet, solver, noise, context, fixed, scale, mesh=mesh)
+    return sample(unet, solver, scale, batch, mesh=mesh)

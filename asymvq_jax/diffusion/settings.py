@@ -42,7 +42,9 @@ class Generate:
     # Steps of the sampler.
     steps: int = 50
     # The sampler; by default the pipeline's own.
-    scheduler: Literal["ddim", "pndm", "dpm++"] | None = None
+    scheduler: Literal["ddim", "pndm", "dpm++", "euler", "euler-ancestral", "heun", "unipc", "ddpm", "lcm"] | None = (
+        None
+    )
     # Seed of the first picture (by name); the next ones have the next seeds.
     seed: int = 0
     # Pictures of the same inputs.
@@ -63,6 +65,8 @@ class Prompted(Generate):
     prompt: str | None = None
     # A text that guidance leads away from.
     negative: str = ""
+    # A LoRA that is merged into UNet and text encoder, FILE or FILE:WEIGHT; may be repeated.
+    lora: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     # For an original checkpoint: a folder with CLIP's vocab.json and merges.txt.
     tokenizer: str | None = None
     # For an original Stable Diffusion 2 checkpoint: what its network predicts.
@@ -112,6 +116,9 @@ class Inpaint(Painting, Prompted):
     """Generate the masked region of a picture anew, as a text describes it."""
 
     task: ClassVar[Task] = "inpaint"
+
+    # The share of the steps that are done, above 0 to 1; below 1 the masked region starts from what is there.
+    strength: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,9 @@ from jax.sharding import Mesh, NamedSharding
 from asymvq_jax.config import Config, MeshConfig
 from asymvq_jax.devices import sharding
 from asymvq_jax.devices.flops import matmul_flops, needed
-from asymvq_jax.diffusion.sampling import denoise
-from asymvq_jax.diffusion.schedulers import SchedulerConfig, make_solver
+from asymvq_jax.diffusion.denoising import Batch, denoise
+from asymvq_jax.diffusion.schedulers import SchedulerConfig
+from asymvq_jax.diffusion.solvers import make_solver
 from asymvq_jax.diffusion.unet import UNet, UNetConfig
 from asymvq_jax.errors import InputError
 from asymvq_jax.files.outputs import write_bytes
@@ -221,16 +222,19 @@ def plan_denoising(unet: UNetConfig, target: Target, shape: tuple[int, int, int]
     }
     solver = make_solver(SchedulerConfig(kind="dpm++"), steps)
     fixed = unet.in_channels - unet.out_channels
-    inputs = [maps(*shape, unet.out_channels), maps(shape[0], 2, tokens, unet.context)]
-    inputs += [maps(*shape, fixed)] if fixed else []
+    batch: Any = Batch(
+        maps(*shape, unet.out_channels),
+        maps(shape[0], 2, tokens, unet.context),
+        maps(*shape, fixed) if fixed else None,
+    )
 
-    def loop(params: Params, noise: jax.Array, context: jax.Array, fixed: jax.Array | None = None) -> jax.Array:
+    def loop(params: Params, batch: Batch) -> jax.Array:
         sample: Any = denoise
-        result: jax.Array = sample(merge(graphdef, params), solver, noise, context, fixed, jnp.float32(7.5), mesh=mesh)
+        result: jax.Array = sample(merge(graphdef, params), solver, jnp.float32(7.5), batch, mesh=mesh)
         return result
 
-    traced = jax.jit(loop, out_shardings=place).trace(params, *inputs)
-    return _plan_forward("denoising", traced, mesh, params, inputs, target)
+    traced = jax.jit(loop, out_shardings=place).trace(params, batch)
+    return _plan_forward("denoising", traced, mesh, params, batch, target)
 
 
 def _plan_forward(
