@@ -2,7 +2,15 @@
 
 from asymvq_jax.errors import InputError
 from asymvq_jax.inference.blend import composite
-from asymvq_jax.inference.inpainting import InpaintResult, check_mask, compose, inpaint, inpaint_picture, paste
+from asymvq_jax.inference.inpainting import (
+    InpaintResult,
+    check_mask,
+    compose,
+    inpaint,
+    inpaint_picture,
+    margin_of,
+    paste,
+)
 from asymvq_jax.inference.latents import denormalize_latent, normalize_latent, read_latent, understand
 from asymvq_jax.inference.whole import check_condition, decode, encode, pad, place
 
@@ -22,6 +30,7 @@ __all__ = [
     "encode",
     "inpaint",
     "inpaint_picture",
+    "margin_of",
     "normalize_latent",
     "pad",
     "paste",

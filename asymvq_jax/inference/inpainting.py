@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
+from asymvq_jax.config import ModelConfig
 from asymvq_jax.errors import InputError
 from asymvq_jax.files import images
 from asymvq_jax.files.masks import HAZE
@@ -115,8 +116,14 @@ def inpaint_picture(
         )  # fmt: skip
         z = reading.latent
     seen = (pixels, mask[None]) if model.config.condition else (None, None)
-    decoded = np.asarray(decode(model, z, *seen)[0])[: picture.size[0], : picture.size[1]]
+    margin = margin_of(model.config, keep, blend)
+    decoded = np.asarray(decode(model, z, *seen, margin=margin)[0])[: picture.size[0], : picture.size[1]]
     return Inpainted(*compose(picture, decoded, mask, keep, blend, band), reading)
+
+
+def margin_of(config: ModelConfig, keep: Keep, blend: Blend) -> int:
+    """The margin to decode with, px: one pixel of the latent where nothing but the masked pixels will be used."""
+    return config.downsampling if config.condition and keep == "exact" and blend not in MIXING else 0
 
 
 def compose(

@@ -10,7 +10,7 @@ from flax import nnx
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.models.causal import layers_of
 from asymvq_jax.models.codebook import Codebook
-from asymvq_jax.models.decoder import Decoder
+from asymvq_jax.models.decoder import Decoder, grow
 from asymvq_jax.models.encoder import Encoder
 from asymvq_jax.models.latent import Normalization, Statistics, normalization
 from asymvq_jax.models.parameters import Params, merge, split
@@ -53,7 +53,9 @@ class Autoencoder(nnx.Module):
         """The vectors of the codes nearest to `z`, (b, h, w, latent_channels); `z` itself without a codebook."""
         return z if self.codebook is None else self.codebook(z).nearest
 
-    def decode(self, z: jax.Array, image: jax.Array | None = None, mask: jax.Array | None = None) -> jax.Array:
+    def decode(
+        self, z: jax.Array, image: jax.Array | None = None, mask: jax.Array | None = None, *, margin: int = 0
+    ) -> jax.Array:
         """Latent to image, float32, about [-1, 1] (not clipped).
 
         Args:
@@ -61,12 +63,16 @@ class Autoencoder(nnx.Module):
                 model; where there is a codebook, it is quantised first.
             image: (b, 8h, 8w, 3) in [-1, 1]; with `mask`, the picture whose unmasked pixels are to be kept.
             mask: (b, 8h, 8w, 1), 1 = generate, 0 = preserve.
+            margin: for a result of which only the masked pixels are used: the decoder preserves none within so many px
+                of the mask, so that its own features, not the condition's, meet at the edge.
 
         Raises:
             ValueError: only one of image and mask, or shapes that do not agree.
         """
         self._check(z, "z", self.config.latent_channels)
-        return self.decoder.to_image(self.decode_features(self.quantize(z), image, mask))
+        generated = mask if mask is None or not margin else grow(mask, margin)
+        features = self.decode_features(self.quantize(z), image, generated)
+        return self.decoder.toned(self.decoder.to_image(features), image, mask)
 
     def decode_features(self, z: jax.Array, image: jax.Array | None, mask: jax.Array | None) -> jax.Array:
         """The features under the decoder's last convolution; arguments as in `decode`, but `z` is taken as it is."""

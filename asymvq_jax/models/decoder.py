@@ -9,6 +9,7 @@ from flax import nnx
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.models.blocks import Conv, Layers, Level, MidBlock, UpsampleConv, run_block
 from asymvq_jax.models.causal import layers_of
+from asymvq_jax.models.tone import ToneField
 
 
 class ConditionBranch(nnx.Module):
@@ -78,15 +79,31 @@ class Decoder(nnx.Module):
         self.norm_out = layers.norm(channels[0])
         self.conv_out = layers.conv(channels[0], config.image_channels, 3, rngs=rngs)
         self.condition = ConditionBranch(config, rngs=rngs) if config.condition else None
+        self.tone = ToneField(config.image_channels, rngs=rngs) if config.tone_field else None
         self.remat = config.remat
 
     def __call__(self, z: jax.Array, image: jax.Array | None = None, mask: jax.Array | None = None) -> jax.Array:
         """(b, h, w, latent_channels) -> (b, 8h, 8w, 3) float32; see `features` for the condition."""
-        return self.to_image(self.features(z, image, mask))
+        return self.toned(self.to_image(self.features(z, image, mask)), image, mask)
+
+    def toned(self, picture: jax.Array, image: jax.Array | None, mask: jax.Array | None) -> jax.Array:
+        """The decoded picture with its tone set right under the mask, where the decoder has a field of tone."""
+        if self.tone is None or image is None or mask is None:
+            return picture
+        return self.tone(picture, image, mask)
 
     def to_image(self, features: jax.Array, kernel: jax.Array | None = None) -> jax.Array:
         """The last convolution, in float32 at its output; `kernel` stands in for its own where given."""
         return self.conv_out.apply(features, kernel=kernel).astype(jnp.float32)
+
+    def unconditioned(self, z: jax.Array) -> list[jax.Array]:
+        """What `features` would have blended with the condition branch's features, in their order, had it no mask."""
+        h = self.mid(self.conv_in(z))
+        features = [h]
+        for level in self.levels:
+            h = level(h)
+            features.append(h)
+        return features[::-1]
 
     def features(self, z: jax.Array, image: jax.Array | None = None, mask: jax.Array | None = None) -> jax.Array:
         """All but the last convolution.
@@ -113,6 +130,13 @@ class Decoder(nnx.Module):
         if mask is not None and features:
             h = blend(h, features[0], mask)
         return self.norm_out(h)
+
+
+def grow(mask: jax.Array, margin: int) -> jax.Array:
+    """The greatest value within `margin` px, across and down: (b, h, w, 1) -> the same."""
+    for window in ((1, 2 * margin + 1, 1, 1), (1, 1, 2 * margin + 1, 1)):
+        mask = jax.lax.reduce_window(mask, -jnp.inf, jax.lax.max, window, (1, 1, 1, 1), "SAME")
+    return mask
 
 
 def blend(h: jax.Array, feature: jax.Array, mask: jax.Array) -> jax.Array:

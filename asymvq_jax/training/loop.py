@@ -37,6 +37,7 @@ from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.checkpoints import load_parameters
 from asymvq_jax.models.parameters import Params, all_finite, merge, split
 from asymvq_jax.training.checkpoints import Resumed, RunCheckpoints, owned
+from asymvq_jax.training.fitting import fit_condition
 from asymvq_jax.training.logs import RunLog
 from asymvq_jax.training.optimizer import autoencoder_schedule
 from asymvq_jax.training.signals import told_to_stop
@@ -179,11 +180,22 @@ class Run:
         resumed = self.saved.resume(abstract_state(self.blueprint, self.mesh), self._continue)
         if resumed is None:
             taken = starting_parameters(self.config, *initial) if initial else None
-            return create_state(self.blueprint, self.mesh, taken), 0.0
+            return self._fitted(create_state(self.blueprint, self.mesh, taken)), 0.0
         step = int(jax.device_get(resumed.state.step))
         log.info("resuming %s at step %d", self.config.run.directory, step)
         self._compare(resumed)
         return resumed.state, float(resumed.progress["seconds"])
+
+    def _fitted(self, state: TrainState) -> TrainState:
+        """The state with the condition branch of run.fit_condition."""
+        count = self.config.run.fit_condition
+        if not (count and self.config.model.condition):
+            return state
+        with jax.set_mesh(self.mesh):
+            fitted = fit_condition(self.blueprint, state, self._next_batch, count)
+        places = sharding.state_sharding(state.params, self.mesh)
+        params = state.params | {n: place(x, places[n]) for n, x in fitted.items()}
+        return state._replace(params=params, ema=jax.tree.map(lambda x: x.copy(), params) if state.ema else {})
 
     def _continue(self, resumed: Resumed) -> None:
         """Takes the data up where a step left them; raises where its position is damaged."""
