@@ -14,6 +14,7 @@ def get_config() -> Config:
             # As the paper starts from Stable Diffusion: the encoder stays, its decoder is widened and goes on.
             init_from="tiny-plain",
             grow_decoder=True,
+            fit_condition=20,
             steps=1_000,
             log_every=50,
             eval_every=500,

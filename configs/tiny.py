@@ -17,8 +17,9 @@ def get_config() -> Config:
         run=RunConfig(
             directory="runs/tiny/asymmetric",
             init_from="runs/tiny/first_stage",
-            # From the plain decoder's weights, which leave only the condition branch to begin at random.
+            # From the plain decoder's weights; the condition branch begins as what fits that decoder.
             grow_decoder=True,
+            fit_condition=40,
             steps=5_000,
             log_every=100,
             eval_every=500,

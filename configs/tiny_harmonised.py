@@ -1,7 +1,8 @@
-"""asymvq-tiny's harmonising decoder: goes on from configs/tiny.py with fills whose tone, blur or grain is off.
+"""asymvq-tiny's harmonising decoder: the decoder of configs/tiny.py and a field that sets a fill's tone right.
 
-Command: asymvq train --config tiny_harmonised --data.path=FOLDER --data.eval_path=HELD_OUT, after
-configs/tiny.py. Half of the samples stay clean, so that colours which are meant survive.
+Command: asymvq train --config tiny_harmonised --data.path=photos/train --data.eval_path=photos/held_out, after
+    configs/tiny.py. Only the field is trained, on fills whose tone, blur or grain is off, on clean ones, and on other
+    pictures' content, so that colours which are meant survive.
 Data: as the first stage's.
 Hardware: 1 CPU core. Result: asymvq_jax/models/tiny/README.md.
 """
@@ -21,11 +22,19 @@ def get_config() -> Config:
             directory="runs/tiny/harmonised",
             init_from="runs/tiny/asymmetric",
             grow_decoder=False,
+            fit_condition=0,
+            train_tone=True,
             steps=2_500,
         ),
-        data=dataclasses.replace(base.data, mask=MaskConfig(full_probability=0.02)),
-        optimizer=dataclasses.replace(
-            base.optimizer, base_learning_rate=5e-5, pretrained_scale=1.0, min_learning_rate=5e-6
+        model=dataclasses.replace(base.model, tone_field=True),
+        loss=dataclasses.replace(base.loss, squared_weight=0.0),
+        # Larger pictures than the decoder's, since tone is a matter of the whole mask.
+        data=dataclasses.replace(
+            base.data, image_size=256, crop=(0.5, 1.0), mask=MaskConfig(full_probability=0.0)
         ),
-        harmonise=HarmoniseConfig(probability=0.5, halo_weight=1.0),
-    )
+        optimizer=dataclasses.replace(base.optimizer, base_learning_rate=5e-4, min_learning_rate=2e-5),
+        harmonise=HarmoniseConfig(
+            probability=0.75, offset=0.25, gradient=0.12, gain=0.2, noise=0.05, edge=1, insert=0.3, insert_flush=0.06,
+            halo_weight=1.0,
+        ),
+    )  # fmt: skip

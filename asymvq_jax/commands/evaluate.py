@@ -72,7 +72,7 @@ def work(options: Evaluate) -> None:
     """Measures, prints the tables, and writes what was asked for."""
     from asymvq_jax.devices.compilation import keep_compiled_programs
     from asymvq_jax.files import images
-    from asymvq_jax.files.outputs import check_writable, write_bytes
+    from asymvq_jax.files.outputs import check_writable
 
     keep_compiled_programs()
     config = options.settings
@@ -90,10 +90,15 @@ def work(options: Evaluate) -> None:
         numbers, results = _inpainting(options, config)
     # The numbers first: what is finished is not lost to what comes after it.
     if options.json:
-        numbers["config"] = flatten(config)
-        write_bytes(options.json, json.dumps(_finite(numbers), indent=2).encode() + b"\n")
+        _write_json(options.json, numbers | {"config": flatten(config)})
     if options.picture and results is not None:
         images.write(options.picture, results.grid())
+
+
+def _write_json(path: str, numbers: dict[str, Any]) -> None:
+    from asymvq_jax.files.outputs import write_bytes
+
+    write_bytes(path, json.dumps(_finite(numbers), indent=2).encode() + b"\n")
 
 
 def _text_to_image(options: Evaluate, latents: str, config: Config) -> dict[str, Any]:
@@ -135,7 +140,13 @@ def _inpainting(options: Evaluate, config: Config) -> tuple[dict[str, Any], Resu
         results = _measure_pairs(options, config, pairs(), count, (model, plain, inception))
         numbers |= {"pictures": results.pictures, "rows": results.rows, "counts": results.counts}
     if options.seam:
-        numbers |= _measure_seam(options.seam, options.against, pictures, models, config.run.seed)
+
+        def save(found: dict[str, Any]) -> None:
+            numbers.update(found)
+            if options.json:
+                _write_json(options.json, numbers)
+
+        _measure_seam(options.seam, options.against, pictures, models, config.run.seed, save)
     return numbers, results
 
 
@@ -166,27 +177,37 @@ def _whole_pictures(options: Evaluate, config: Config) -> list[Picture]:
     return held_out_pictures(config.data, options.seam_pictures, options.seam_size)
 
 
-def _measure_seam(path: str, against: str, pictures: list[Picture], models: Models, seed: int) -> dict[str, Any]:
+def _measure_seam(
+    path: str,
+    against: str,
+    pictures: list[Picture],
+    models: Models,
+    seed: int,
+    save: Callable[[dict[str, Any]], None],
+) -> None:
+    """Prints the tables and draws the plot; `save` gets every part as soon as it is measured."""
     from asymvq_jax.evaluation import drift, seam, seam_report
     from asymvq_jax.evaluation.protocols import cases, count_cases
     from asymvq_jax.losses.lpips import load_lpips
 
-    measured = seam.measure_seam(models, cases(pictures, seed), count_cases(pictures), load_lpips("alexnet"))
+    def save_seam(measured: list[seam.Measured]) -> None:
+        summary = seam_report.summarise(measured, against)
+        save({"seam": summary, "seam_cases": [dataclasses.asdict(m) for m in measured]})
+
+    count = count_cases(pictures)
+    measured = seam.measure_seam(models, cases(pictures, seed), count, load_lpips("alexnet"), save_seam)
+    save_seam(measured)
     summary = seam_report.summarise(measured, against)
     for group, rows in summary.items():
         print(f"\nthe seam, {group}: {len(pictures)} pictures\n{seam_report.seam_table(rows)}")
     print(f"\nover {seam_report.TOGETHER}, 95 % intervals\n{seam_report.goal_table(summary, against)}")
     seam_report.plot(path, summary)
     passes = drift.measure_drift(models, pictures[: drift.PICTURES], seed)
+    save({"drift": passes})
     print(f"\ndrift over passes of encode and decode\n{drift.drift_table(passes)}")
     edits = drift.measure_edits(models, pictures, drift.PICTURES, seed)
+    save({"edits": edits})
     print(f"\nmany edits\n{drift.edits_table(edits)}")
-    return {
-        "seam": summary,
-        "seam_cases": [dataclasses.asdict(m) for m in measured],
-        "drift": passes,
-        "edits": edits,
-    }
 
 
 def _load(options: Evaluate, config: Config) -> tuple[Autoencoder, Autoencoder | None, Params | None]:

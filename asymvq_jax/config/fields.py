@@ -63,6 +63,8 @@ class ModelConfig:
     # How the mask is reduced to each resolution. nearest: one pixel of each cell, as in the paper's code; area-any: a
     # cell that holds anything of the mask is masked, as in ASUKA's, so that no thin line is lost.
     mask_reduction: str = "nearest"
+    # A network beside the decoder that sets the fill's tone right by a smooth field (asymvq_jax/models/tone.py).
+    tone_field: bool = False
     # Groups of every group normalisation; must divide every channel count of a half that has some.
     norm_groups: int = 32
     # Compute type: float32 or bfloat16. Parameters, norms and softmax are always float32.
@@ -100,6 +102,7 @@ class ModelConfig:
             self.attention_levels,
             f"some of {', '.join(map(str, levels))}, or none",
         )
+        require(self.condition or not self.tone_field, "model.tone_field", self.tone_field, "model.condition as well")
         require(self.codebook_size >= 0, "model.codebook_size", self.codebook_size, "zero or more")
         require(
             self.mask_reduction in MASK_REDUCTIONS,
@@ -162,7 +165,7 @@ class ModelConfig:
         """What describes the encoder and the latent: all but the decoder's sizes, and how it is computed."""
         others = (
             "decoder_channels", "decoder_blocks", "decoder_layers", "condition", "condition_mask", "mask_reduction",
-            "dtype", "remat",
+            "tone_field", "dtype", "remat",
         )  # fmt: skip
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in others}
 
@@ -339,6 +342,10 @@ class HarmoniseConfig:
     What the encoder sees is corrupted under the mask (asymvq_jax/training/corruption.py); condition and target are not.
     """
 
+    # Probabilities that another sample's content is put under the mask, some pixels inside its edge or up to it.
+    # Encoder, condition and target then have it: colours which are meant stay, whatever is around them.
+    insert: float = 0.0
+    insert_flush: float = 0.0
     # Probability that a sample is corrupted; the others teach that colours which are meant stay.
     probability: float = 0.0
     # Most that a channel's tone moves by an offset, by a linear gradient from the middle to the border, both on the
@@ -359,7 +366,10 @@ class HarmoniseConfig:
 
     def __post_init__(self) -> None:
         settle(self, "harmonise")
-        require(0 <= self.probability <= 1, "harmonise.probability", self.probability, "a number in [0, 1]")
+        for name in ("probability", "insert", "insert_flush"):
+            require(0 <= getattr(self, name) <= 1, f"harmonise.{name}", getattr(self, name), "a number in [0, 1]")
+        both = self.insert + self.insert_flush
+        require(both <= 1, "harmonise.insert_flush", self.insert_flush, f"at most 1 - harmonise.insert={self.insert}")
         for name in ("offset", "gradient", "gain", "blur", "noise", "halo_weight"):
             require(getattr(self, name) >= 0, f"harmonise.{name}", getattr(self, name), "zero or more")
         require(self.edge >= 0, "harmonise.edge", self.edge, "zero or more pixels")
@@ -411,8 +421,14 @@ class RunConfig:
     # Where the decoder there is narrower or shallower, widen and deepen it to this one without changing what it
     # computes (asymvq_jax/models/growth.py), instead of starting at random.
     grow_decoder: bool = False
+    # The condition branch begins as the least-squares map from pixels to what the decoder itself computes, over so many
+    # batches, instead of at random (asymvq_jax/training/fitting.py): a decoder that starts pretrained stays good.
+    fit_condition: int = 0
     # Train encoder, quant_conv and post_quant_conv as well: for a first stage without Stable Diffusion's weights.
     train_encoder: bool = False
+    # Train nothing but model.tone_field. What is corrupted stands for the decoded fill, so neither encoder nor decoder
+    # runs: a hundred times faster than training the decoder, which stays as it is.
+    train_tone: bool = False
     # How a first stage without init_from begins. random: as the reference, uniform. wavelet: as a linear transform
     # that keeps colour (asymvq_jax/models/initialization.py), from which small models learn many times faster.
     initialization: str = "random"
@@ -444,6 +460,7 @@ class RunConfig:
             "START:END with START < END, such as 100:105, or nothing",
         )
         require(self.wait_limit > 0, "run.wait_limit", self.wait_limit, "a positive number of seconds")
+        require(self.fit_condition >= 0, "run.fit_condition", self.fit_condition, "zero or more batches")
         # Grain's seeds have 32 bits.
         require(0 <= self.seed < 2**32, "run.seed", self.seed, "an integer from 0 to 2**32 - 1")
         require(bool(self.directory), "run.directory", self.directory, "a path")
@@ -492,6 +509,13 @@ class Config:
             self.optimizer.min_learning_rate,
             f"at most the peak rate, optimizer.base_learning_rate x data.batch_size = {peak:.3g}; for a constant rate "
             "set optimizer.schedule='constant'",
+        )
+        alone = self.model.tone_field and not self.run.train_encoder and self.loss.gan_start < 0
+        require(
+            alone or not self.run.train_tone,
+            "run.train_tone",
+            self.run.train_tone,
+            "model.tone_field, no run.train_encoder and no discriminator (loss.gan_start < 0)",
         )
         fits = len(self.model.encoder_channels) >= 3 and self.model.image_channels == 3 and not self.model.codebook_size
         widths = (*self.model.encoder_channels[:-1], *self.model.decoder_channels)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from asymvq_jax.config import ModelConfig
+from asymvq_jax.errors import ConvertError
 from asymvq_jax.files.stored import Shaped
 from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.parameters import merge, split
@@ -120,6 +121,11 @@ def weights(config: ModelConfig, form: Format) -> list[Weight]:
 
 @functools.cache
 def _weights(config: ModelConfig, form: Format) -> tuple[Weight, ...]:
+    if config.tone_field:
+        raise ConvertError(
+            "the model has a field of tone beside its decoder (model.tone_field=True), which PyTorch's formats have no "
+            "place for: expected a model without it, such as tiny-paper for tiny"
+        )
     levels, wan = len(config.encoder_channels), config.encoder_layers != "sd"
     per_level = config.encoder_blocks + 1
 

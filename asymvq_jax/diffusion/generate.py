@@ -266,7 +266,10 @@ def _make_batch(
         # A pipeline's own asymmetric autoencoder decodes plainly without the picture.
         blind = title == "plain" or not model.config.condition or not originals
         seen = () if blind else (np.stack([each.picture.to_float() for each in originals]), _masks(originals))
-        decoded[title] = sampling.decode_float(model, latent, *seen, size=inputs[0].job.size, mesh=mesh)
+        margin = 0
+        if isinstance(options, Painting) and not blind:
+            margin = inference.margin_of(model.config, options.keep, options.blend)
+        decoded[title] = sampling.decode_float(model, latent, *seen, size=inputs[0].job.size, margin=margin, mesh=mesh)
     failed = []
     for i, each in enumerate(inputs):
         job = each.job

@@ -186,11 +186,15 @@ def decode_float(
     mask: np.ndarray | None = None,
     *,
     size: tuple[int, int] | None = None,
+    margin: int = 0,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """As `decode`, from and to floats in [-1, 1] (the result is not clipped); `mask` is float32."""
+    """As `decode`, from and to floats in [-1, 1] (the result is not clipped).
+
+    `mask` is float32, and `margin` is that of `inference.decode`.
+    """
     z = inference.denormalize_latent(model, latent)
-    return np.asarray(inference.decode(model, z, pixels, mask, size=size, mesh=mesh))
+    return np.asarray(inference.decode(model, z, pixels, mask, size=size, margin=margin, mesh=mesh))
 
 
 def check_size(unet: UNetConfig, autoencoder: ModelConfig, size: tuple[int, int]) -> None:

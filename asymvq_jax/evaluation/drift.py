@@ -17,7 +17,7 @@ from asymvq_jax.evaluation.rows import markdown
 from asymvq_jax.evaluation.seam import Decoder, Models
 from asymvq_jax.evaluation.seam_report import mean
 from asymvq_jax.files.masks import generated
-from asymvq_jax.inference.blend import Blend, composite
+from asymvq_jax.inference.blend import MIXING, Blend, composite
 
 # So many pictures are enough: passes and edits decode each a hundred times and more.
 PICTURES = 3
@@ -63,7 +63,7 @@ def measure_drift(models: Models, pictures: Sequence[Picture], seed: int) -> Pas
         for way, (decode, pasted) in ways.items():
             image = original
             for step in range(PASSES):
-                image = decode(image, mask, models.encode(image))
+                image = decode(image, mask, models.encode(image), pasted)
                 image = composite(image, original, mask, "none") if pasted else image
                 seen[way][step].append(
                     {**drifted(image, original, mask), "step": contour.steps(image).summary()["step"]}
@@ -148,7 +148,7 @@ def _ways(models: Models) -> Iterator[tuple[str, Edit]]:
     def edit(
         decode: Decoder, blend: Blend | None, image: np.ndarray, mask: np.ndarray, wanted: np.ndarray
     ) -> np.ndarray:
-        decoded = decode(image, mask, models.encode(wanted))
+        decoded = decode(image, mask, models.encode(wanted), blend is not None and blend not in MIXING)
         return decoded if blend is None else composite(decoded, image, mask, blend)
 
     for number, (name, decode) in enumerate(models.decoders().items()):

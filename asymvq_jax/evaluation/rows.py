@@ -166,13 +166,12 @@ def compose(
 ) -> dict[str, np.ndarray]:
     """The pictures, (h, w, 3) uint8, that every row makes of one latent; arguments as in `evaluate`."""
     plain_image = decode_plain(plain or model, pair.image, latent)
-    ours = decode_ours(model, pair.image, pair.mask, latent)
     return {
         PLAIN if plain is not None else PLAIN_OURS: plain_image,
         "paste": hard_paste(plain_image, pair.image, pair.mask),
         "Poisson": composite(plain_image, pair.image, pair.mask, "poisson"),
-        "ours": ours,
-        "ours + paste": hard_paste(ours, pair.image, pair.mask),
+        "ours": decode_ours(model, pair.image, pair.mask, latent),
+        "ours + paste": hard_paste(decode_ours(model, pair.image, pair.mask, latent, True), pair.image, pair.mask),
     }
 
 
@@ -181,9 +180,20 @@ def decode_plain(plain: Autoencoder, image: np.ndarray, latent: jax.Array | np.n
     return images.to_uint8(inference.decode(plain, latent, size=image.shape[:2])[0])
 
 
-def decode_ours(model: Autoencoder, image: np.ndarray, mask: np.ndarray, latent: jax.Array | np.ndarray) -> np.ndarray:
-    """The decode, (h, w, 3) uint8, conditioned on `image` where the mask preserves it."""
-    return images.to_uint8(inference.decode(model, latent, images.to_float(image)[None], mask[None])[0])
+def decode_ours(
+    model: Autoencoder,
+    image: np.ndarray,
+    mask: np.ndarray,
+    latent: jax.Array | np.ndarray,
+    exact: bool = False,
+) -> np.ndarray:
+    """The decode, (h, w, 3) uint8, conditioned on `image` where the mask preserves it.
+
+    With `exact` only its masked pixels are meant to be used, as by `asymvq inpaint --keep exact`.
+    """
+    margin = inference.margin_of(model.config, "exact", "none") if exact else 0
+    decoded = inference.decode(model, latent, images.to_float(image)[None], mask[None], margin=margin)
+    return images.to_uint8(decoded[0])
 
 
 def _shown(rows: dict[str, np.ndarray], pair: Pair) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -52,7 +53,7 @@ COLUMNS = {
 }
 
 
-Decoder = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+Decoder = Callable[[np.ndarray, np.ndarray, np.ndarray, bool], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,15 @@ class Models:
             check_same_encoder(self.ours, self.harmonised, "--harmonised")
 
     def decoders(self) -> dict[str, Decoder]:
-        """By the rows' names, the plain one first, functions of the condition, its mask and a latent."""
+        """By the rows' names, the plain one first, functions of the condition, its mask and a latent.
+
+        And of whether only the masked pixels of what they return are used; see `decode_ours`.
+        """
         plain = self.plain or self.ours
         result: dict[str, Decoder] = {
-            PLAIN if self.plain is not None else PLAIN_OURS: lambda image, mask, z: decode_plain(plain, image, z),
+            PLAIN if self.plain is not None else PLAIN_OURS: lambda image, mask, z, exact: decode_plain(
+                plain, image, z
+            ),
             "ours": partial(decode_ours, self.ours),
         }
         if self.harmonised is not None:
@@ -99,7 +105,13 @@ class Measured:
     values: dict[str, float]
 
 
-def measure_seam(models: Models, cases: Iterable[Case], count: int, lpips: LPIPS | None = None) -> list[Measured]:
+def measure_seam(
+    models: Models,
+    cases: Iterable[Case],
+    count: int,
+    lpips: LPIPS | None = None,
+    save: Callable[[list[Measured]], None] = lambda measured: None,
+) -> list[Measured]:
     """Decodes every case, sets the fills in, in every way, and compares with the truth.
 
     Args:
@@ -107,27 +119,40 @@ def measure_seam(models: Models, cases: Iterable[Case], count: int, lpips: LPIPS
         cases: from `asymvq_jax.evaluation.protocols.cases`.
         count: how many there are, for the progress bar.
         lpips: the perceptual metric; None leaves it out.
+        save: takes all that is measured so far, whenever a picture is done, so that an interrupted run leaves it.
 
     Raises:
         InputError, EvaluationError: the models do not fit the task or each other.
     """
     models.check()
-    measured = []
+    measured: list[Measured] = []
     decoders = models.decoders()
     for case in tqdm(cases, total=count, unit="case", desc="seam"):
+        if measured and measured[-1].picture != case.picture:
+            save(measured)
         latent = models.encode(case.encoded)
-        decoded = {name: decode(case.original, case.mask, latent) for name, decode in decoders.items()}
+        decoded = {
+            name: Decoded(*(decode(case.original, case.mask, latent, exact) for exact in (False, True)))
+            for name, decode in decoders.items()
+        }
         rows = compose_rows(decoded, case.original, case.mask)
         for row, values in judge(rows, case.truth, case.mask, lpips):
             measured.append(Measured(case.picture, case.kind, case.protocol, row, values))
     return measured
 
 
-def compose_rows(decoded: dict[str, np.ndarray], original: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+class Decoded(NamedTuple):
+    """What one decoder made, (h, w, 3) uint8: to be seen whole, and of which only the masked pixels are used."""
+
+    whole: np.ndarray
+    fill: np.ndarray
+
+
+def compose_rows(decoded: dict[str, Decoded], original: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
     """Every way of setting the fills into the original.
 
     Args:
-        decoded: by name, the plain decode first; (h, w, 3) uint8 each.
+        decoded: by name, the plain decode first.
         original: (h, w, 3) uint8; what it holds under the mask is taken away before anything else.
         mask: (h, w, 1), 0 or 1.
 
@@ -136,7 +161,7 @@ def compose_rows(decoded: dict[str, np.ndarray], original: np.ndarray, mask: np.
     """
     original = np.where(generated(mask), np.uint8(0), original)
     name, *others = decoded
-    plain = decoded[name]
+    plain = decoded[name].whole
     rows = {name: plain, "paste": composite(plain, original, mask, "none")}
     rows |= {f"paste, feathered {w} px": composite(plain, original, mask, "feather", w) for w in FEATHERS}
     rows["multiband"] = composite(plain, original, mask, "multiband")
@@ -144,8 +169,7 @@ def compose_rows(decoded: dict[str, np.ndarray], original: np.ndarray, mask: np.
     rows["tone"] = composite(plain, original, mask, "tone")
     rows["Poisson"] = composite(plain, original, mask, "poisson")
     for other in others:
-        fill = decoded[other]
-        rows[other] = fill
+        rows[other], fill = decoded[other]
         rows[f"{other} + paste"] = composite(fill, original, mask, "none")
         rows[f"{other} + tone"] = composite(fill, original, mask, "tone")
         rows[f"{other} + Poisson"] = composite(fill, original, mask, "poisson")
@@ -155,7 +179,9 @@ def compose_rows(decoded: dict[str, np.ndarray], original: np.ndarray, mask: np.
 def check_row(models: Models, row: str) -> None:
     """Raises EvaluationError unless `measure_seam` has the row; the message lists what it has."""
     nothing = np.zeros((1, 1, 3), np.uint8)
-    rows = compose_rows(dict.fromkeys(models.decoders(), nothing), nothing, np.zeros((1, 1, 1), np.float32))
+    rows = compose_rows(
+        dict.fromkeys(models.decoders(), Decoded(nothing, nothing)), nothing, np.zeros((1, 1, 1), np.float32)
+    )
     if row not in rows:
         raise EvaluationError(f"--against {row!r}: expected one of {', '.join(rows)}")
 

@@ -9,6 +9,7 @@ from asymvq_jax.inference.inpainting import (
     compose,
     inpaint,
     inpaint_picture,
+    margin_of,
     paste,
     ways_of_keeping,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "encode",
     "inpaint",
     "inpaint_picture",
+    "margin_of",
     "normalize_latent",
     "pad",
     "paste",

@@ -16,13 +16,16 @@ from asymvq_jax.models.autoencoder import structure
 from asymvq_jax.models.parameters import merge
 
 
-def compile_ahead(config: ModelConfig, size: tuple[int, int], *, encodes: bool) -> dict[str, Callable[..., Any]]:
+def compile_ahead(
+    config: ModelConfig, size: tuple[int, int], *, encodes: bool, margin: int = 0
+) -> dict[str, Callable[..., Any]]:
     """Starts to compile the encode and the decode of one picture, each in a thread: XLA compiles without Python's lock.
 
     Args:
         config: the model's.
         size: the picture's height and width, px.
         encodes: whether the picture will be encoded; else only the decode is compiled.
+        margin: that of the decode.
 
     Returns:
         "encode" and "decode" as in `inference.whole`, which wait for what is compiled, and compile anew for arrays of
@@ -40,7 +43,8 @@ def compile_ahead(config: ModelConfig, size: tuple[int, int], *, encodes: bool) 
     pool = ThreadPoolExecutor(2, thread_name_prefix="compile")
     programs: dict[str, Callable[..., Any]] = {
         "decode": partial(
-            decode, program=_awaited(pool, decode_program, model, maps(1, config.latent_channels), *condition)
+            decode,
+            program=_awaited(pool, decode_program, model, maps(1, config.latent_channels), *condition, margin=margin),
         )
     }
     if encodes:
@@ -49,13 +53,15 @@ def compile_ahead(config: ModelConfig, size: tuple[int, int], *, encodes: bool) 
     return programs
 
 
-def _awaited(pool: ThreadPoolExecutor, program: Any, model: Any, *shapes: jax.ShapeDtypeStruct | None) -> Program:
+def _awaited(
+    pool: ThreadPoolExecutor, program: Any, model: Any, *shapes: jax.ShapeDtypeStruct | None, **static: int
+) -> Program:
     """Begins to compile a program for arrays of `shapes`; the result calls it."""
-    compiled: Future[Program] = pool.submit(lambda: program.lower(model, *shapes).compile())
+    compiled: Future[Program] = pool.submit(lambda: program.lower(model, *shapes, **static).compile())
 
-    def call(model: Any, *arrays: Any) -> jax.Array:
-        if list(map(_form, arrays)) != list(map(_form, shapes)):
-            result: jax.Array = program(model, *arrays)
+    def call(model: Any, *arrays: Any, **given: int) -> jax.Array:
+        if list(map(_form, arrays)) != list(map(_form, shapes)) or given != {n: x for n, x in static.items() if x}:
+            result: jax.Array = program(model, *arrays, **given)
             return result
         return compiled.result()(model, *arrays)
 

@@ -137,7 +137,7 @@ def inpaint_picture(
     )
     decoded, reading = _decoded(
         model, seen, small.astype(np.float32), source if latent is None else latent,
-        scaled=scaled, layout=layout, encode=encode, decode=decode,
+        margin=margin_of(model.config, keep, blend), scaled=scaled, layout=layout, encode=encode, decode=decode,
     )  # fmt: skip
     return Inpainted(*compose(picture, decoded, mask, keep, blend, band, region), reading, region)
 
@@ -148,6 +148,7 @@ def _decoded(
     mask: Array,
     source: Picture | Array,
     *,
+    margin: int,
     scaled: bool | None,
     layout: Layout | None,
     encode: Callable[..., jax.Array],
@@ -169,7 +170,8 @@ def _decoded(
         )  # fmt: skip
         z = reading.latent
     seen = (pixels, mask[None]) if model.config.condition else (None, None)
-    return np.asarray(decode(model, z, *seen)[0])[: picture.size[0], : picture.size[1]], reading
+    decoded = np.asarray(decode(model, z, *seen, margin=margin)[0])
+    return decoded[: picture.size[0], : picture.size[1]], reading
 
 
 def ways_of_keeping(keep: str | None, blend: Blend | None, *, exact: str = "") -> tuple[Keep, Blend]:
@@ -187,6 +189,11 @@ def ways_of_keeping(keep: str | None, blend: Blend | None, *, exact: str = "") -
     if exact and keep == "model":
         raise InputError(f"keep='model' does not go with {exact}, which keeps the original's pixels exactly")
     return ("exact", blend or "none") if exact else ("exact" if keep == "exact" else "model", blend or "feather")
+
+
+def margin_of(config: ModelConfig, keep: Keep, blend: Blend) -> int:
+    """The margin to decode with, px: one pixel of the latent where nothing but the masked pixels will be used."""
+    return config.downsampling if config.condition and keep == "exact" and blend not in MIXING else 0
 
 
 def compose(

@@ -20,7 +20,8 @@ from flax import nnx
 from asymvq_jax.inference.whole import check_condition, check_pixels, pad
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.blocks import Attention, Conv, Norm, ResBlock, channel_moments
-from asymvq_jax.models.decoder import Decoder, blend, level_masks
+from asymvq_jax.models.decoder import Decoder, blend, grow, level_masks
+from asymvq_jax.models.tone import CELL, Means, ToneField, enlarge, means
 
 STRIP_PIXELS = 2**19
 
@@ -71,6 +72,8 @@ def decode_in_strips(
     image: jax.Array | np.ndarray | None = None,
     mask: jax.Array | np.ndarray | None = None,
     strip_pixels: int = STRIP_PIXELS,
+    *,
+    margin: int = 0,
 ) -> np.ndarray:
     """As `inference.decode`, in the host's memory but for a strip at a time.
 
@@ -80,6 +83,7 @@ def decode_in_strips(
         image: (b, h, w, 3) in [-1, 1], of any size.
         mask: (b, h, w, 1), 1 = generate, 0 = preserve.
         strip_pixels: most pixels of a strip. At full resolution it takes about 4 * channels * 4 bytes a pixel.
+        margin: see `Autoencoder.decode`.
 
     Returns:
         (b, h, w, 3) float32.
@@ -94,8 +98,9 @@ def decode_in_strips(
         check_condition(model.config)
         size = (image.shape[1], image.shape[2])
         pixels, region = (np.asarray(pad(x, model.config.downsampling)) for x in (image, mask))
-        features = _condition(decoder, pixels, region, sweep)
-        condition = Condition(features, level_masks(region, len(features), decoder.mask_reduction))
+        generated = np.asarray(grow(jnp.asarray(region), margin)) if margin else region
+        features = _condition(decoder, pixels, generated, sweep)
+        condition = Condition(features, level_masks(generated, len(features), decoder.mask_reduction))
     values, moments = latent_program(model, jnp.asarray(latent), *_innermost(condition))
     x = FeatureMap(np.asarray(values), moments)
     for i, level in enumerate(decoder.levels):
@@ -108,8 +113,36 @@ def decode_in_strips(
             x = _layer(layer, x, after if last else None, sweep)
         if level.upsample is not None:
             x = sweep(x, level.upsample, upsample=True, condition=after)
-    result = sweep(x, decoder.conv_out, norm=decoder.norm_out).values
-    return result[:, : size[0], : size[1]].astype(np.float32)
+    result = sweep(x, decoder.conv_out, norm=decoder.norm_out).values.astype(np.float32)
+    if decoder.tone is not None and condition is not None:
+        result = _toned(decoder.tone, result, pixels, region, strip_pixels)
+    return result[:, : size[0], : size[1]]
+
+
+means_program = jax.jit(means)
+
+
+@nnx.jit
+def field_program(tone: ToneField, found: Means) -> jax.Array:
+    """The field of tone, whole, from means that were gathered in strips."""
+    return tone.field(found)
+
+
+def _toned(tone: ToneField, picture: np.ndarray, image: np.ndarray, mask: np.ndarray, strip_pixels: int) -> np.ndarray:
+    """As `ToneField.__call__`, of whole pictures, (b, h, w, c), on the host."""
+    side = 2 * CELL
+    _, height, width, _ = picture.shape
+    rows = max(side, strip_pixels // width // side * side)
+    cuts = [slice(top, min(top + rows, height)) for top in range(0, height, rows)]
+    found = [means_program(picture[:, cut], image[:, cut], mask[:, cut]) for cut in cuts]
+    field = field_program(tone, Means(*(jnp.concatenate(parts, 1) for parts in zip(*found, strict=True))))
+    result = np.empty_like(picture)
+    for cut in cuts:
+        # With the neighbouring cells, between which it is interpolated.
+        low, high = max(cut.start // side - 1, 0), -(-cut.stop // side) + 1
+        moved = np.asarray(enlarge(field[:, low:high], side, ((high - low) * side, width)))
+        result[:, cut] = picture[:, cut] + mask[:, cut] * moved[:, cut.start - low * side : cut.stop - low * side]
+    return result
 
 
 @nnx.jit

@@ -25,7 +25,7 @@ from asymvq_jax.inference.ahead import compile_ahead
 from asymvq_jax.inference.blend import BAND, MIXING, Blend, check_blend
 from asymvq_jax.inference.crop import Crop
 from asymvq_jax.inference.edits import Change, Edit, MaskReading, list_edits, read_edit
-from asymvq_jax.inference.inpainting import Inpainted, Keep, inpaint_picture, thin_parts, ways_of_keeping
+from asymvq_jax.inference.inpainting import Inpainted, Keep, inpaint_picture, margin_of, thin_parts, ways_of_keeping
 from asymvq_jax.inference.latents import Layout, check_latent
 from asymvq_jax.inference.strips import decode_in_strips, encode_in_strips
 from asymvq_jax.inference.whole import check_condition, decode, encode
@@ -96,7 +96,8 @@ def run(task: Task) -> str:
     def known(config: ModelConfig) -> None:
         if task.large is None and task.crop is None:
             encodes = any(change.latent is None for change in changes)
-            programs.update(compile_ahead(config, original.size, encodes=encodes))
+            margin = margin_of(config, *_keep(task))
+            programs.update(compile_ahead(config, original.size, encodes=encodes, margin=margin))
 
     # Once, and only if there is something to generate.
     model = functools.cache(lambda: _read_model(task, known))

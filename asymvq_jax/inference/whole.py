@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import jax
@@ -35,10 +36,14 @@ def encode_program(model: Autoencoder, image: jax.Array) -> jax.Array:
     return model.encode(image).mode()
 
 
-@nnx.jit
-def decode_program(model: Autoencoder, z: jax.Array, image: jax.Array | None, mask: jax.Array | None) -> jax.Array:
-    """`decode` of arrays whose sizes are multiples of the model's downsampling; one jitted program."""
-    return model.decode(z, image, mask)
+def _decode(
+    model: Autoencoder, z: jax.Array, image: jax.Array | None, mask: jax.Array | None, *, margin: int = 0
+) -> jax.Array:
+    return model.decode(z, image, mask, margin=margin)
+
+
+# `decode` of arrays whose sizes are multiples of the model's downsampling; one jitted program.
+decode_program: Callable[..., jax.Array] = nnx.jit(_decode, static_argnames="margin")
 
 
 def encode(
@@ -74,6 +79,7 @@ def decode(
     mask: Float[Array | np.ndarray, "b h w 1"] | None = None,
     size: tuple[int, int] | None = None,
     *,
+    margin: int = 0,
     mesh: Mesh | None = None,
     program: Program = decode_program,
 ) -> Float[Array, "b h w c"]:
@@ -85,6 +91,7 @@ def decode(
         image: (b, h, w, 3) float in [-1, 1], of any size.
         mask: (b, h, w, 1) float, 1 = generate, 0 = preserve.
         size: height and width to crop to; by default the image's, or all that the latent covers.
+        margin: see `Autoencoder.decode`.
         mesh: splits the work over its devices, with the same result: from `sharding.make_mesh` the batch, from
             `sharding.make_height_mesh` the rows of pictures that one device cannot hold (on one device, see
             `inference.strips`). The weights are copied there at every call unless `place` has put them there.
@@ -105,6 +112,7 @@ def decode(
         size = size or (image.shape[1], image.shape[2])
         multiple = model.config.downsampling
         image, mask = pad(image, multiple), pad(mask, multiple)
+    program = partial(program, margin=margin) if margin else program
     result = _over(mesh, latent.shape[1], program, model, latent, image, mask)
     return result if size is None else result[:, : size[0], : size[1]]
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.models.causal import layers_of
 from asymvq_jax.models.codebook import Codebook
-from asymvq_jax.models.decoder import Decoder
+from asymvq_jax.models.decoder import Decoder, grow
 from asymvq_jax.models.encoder import Encoder
 from asymvq_jax.models.latent import Normalization, Statistics, normalization
 from asymvq_jax.models.parameters import Params, merge, split
@@ -59,6 +59,8 @@ class Autoencoder(nnx.Module):
         z: Float[Array, "b y x z"],
         image: Float[Array, "b h w c"] | None = None,
         mask: Float[Array, "b h w 1"] | None = None,
+        *,
+        margin: int = 0,
     ) -> Float[Array, "b h w c"]:
         """Latent to image, float32, about [-1, 1] (not clipped).
 
@@ -67,12 +69,16 @@ class Autoencoder(nnx.Module):
                 model; where there is a codebook, it is quantised first.
             image: (b, 8h, 8w, 3) in [-1, 1]; with `mask`, the picture whose unmasked pixels are to be kept.
             mask: (b, 8h, 8w, 1), 1 = generate, 0 = preserve.
+            margin: for a result of which only the masked pixels are used: the decoder preserves none within so many px
+                of the mask, so that its own features, not the condition's, meet at the edge.
 
         Raises:
             ValueError: only one of image and mask, or shapes that do not agree.
         """
         self._check(z, "z", self.config.latent_channels)
-        return self.decoder.to_image(self.decode_features(self.quantize(z), image, mask))
+        generated = mask if mask is None or not margin else grow(mask, margin)
+        features = self.decode_features(self.quantize(z), image, generated)
+        return self.decoder.toned(self.decoder.to_image(features), image, mask)
 
     def decode_features(
         self, z: Float[Array, "b y x z"], image: Float[Array, "b h w c"] | None, mask: Float[Array, "b h w 1"] | None

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.models.blocks import Conv, Layers, Level, MidBlock, UpsampleConv, run_block
 from asymvq_jax.models.causal import layers_of
+from asymvq_jax.models.tone import ToneField
 
 # On the device, or on the host, where pictures are decoded in strips.
 AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
@@ -85,6 +86,7 @@ class Decoder(nnx.Module):
         self.norm_out = layers.norm(channels[0])
         self.conv_out = layers.conv(channels[0], config.image_channels, 3, rngs=rngs)
         self.condition = ConditionBranch(config, rngs=rngs) if config.condition else None
+        self.tone = ToneField(config.image_channels, rngs=rngs) if config.tone_field else None
         self.remat = config.remat
         self.condition_mask, self.mask_reduction = config.condition_mask, config.mask_reduction
 
@@ -95,13 +97,28 @@ class Decoder(nnx.Module):
         mask: Float[Array, "b h w 1"] | None = None,
     ) -> Float[Array, "b h w c"]:
         """(b, h, w, latent_channels) -> (b, 8h, 8w, 3) float32; see `features` for the condition."""
-        return self.to_image(self.features(z, image, mask))
+        return self.toned(self.to_image(self.features(z, image, mask)), image, mask)
+
+    def toned(self, picture: jax.Array, image: jax.Array | None, mask: jax.Array | None) -> jax.Array:
+        """The decoded picture with its tone set right under the mask, where the decoder has a field of tone."""
+        if self.tone is None or image is None or mask is None:
+            return picture
+        return self.tone(picture, image, mask)
 
     def to_image(
         self, features: Float[Array, "b h w features"], kernel: Float[Array, "... features c"] | None = None
     ) -> Float[Array, "b h w c"]:
         """The last convolution, in float32 at its output; `kernel` stands in for its own where given."""
         return self.conv_out.apply(features, kernel=kernel).astype(jnp.float32)
+
+    def unconditioned(self, z: Float[Array, "b y x z"]) -> list[Array]:
+        """What `features` would have blended with the condition branch's features, in their order, had it no mask."""
+        h = self.mid(self.conv_in(z))
+        features = [h]
+        for level in self.levels:
+            h = level(h)
+            features.append(h)
+        return features[::-1]
 
     def features(
         self,
@@ -145,6 +162,13 @@ class Decoder(nnx.Module):
         if isinstance(kept, np.ndarray):
             return np.concatenate([kept, mask], -1)
         return jnp.concatenate([kept, mask], -1)
+
+
+def grow(mask: Float[Array, "b h w 1"], margin: int) -> Float[Array, "b h w 1"]:
+    """The greatest value within `margin` px, across and down."""
+    for window in ((1, 2 * margin + 1, 1, 1), (1, 1, 2 * margin + 1, 1)):
+        mask = jax.lax.reduce_window(mask, -jnp.inf, jax.lax.max, window, (1, 1, 1, 1), "SAME")
+    return mask
 
 
 def level_masks(mask: AnyArray, count: int, reduction: str) -> list[AnyArray]:

@@ -32,6 +32,35 @@ def corrupt(image: jax.Array, mask: jax.Array, key: jax.Array, config: Harmonise
     return jax.vmap(lambda x, m, k: _corrupt_one(x, m, k, config))(image, mask, keys)
 
 
+# How far inside the mask's edge an insertion ends, px: one of these.
+MARGINS = (2, 4, 8)
+
+
+def insert(image: jax.Array, mask: jax.Array, key: jax.Array, config: HarmoniseConfig) -> jax.Array:
+    """The pictures with the content of the batch's next one under the mask of some of them.
+
+    Args:
+        image: (b, h, w, 3).
+        mask: (b, h, w, 1) in [0, 1], 1 = generate. A sample whose mask is all ones stays.
+        key: decides everything, together with the sample's place in the batch.
+        config: how often, well inside the mask and up to its edge.
+
+    Returns:
+        (b, h, w, 3); outside the masks the pictures are as they were.
+    """
+
+    def region(mask: jax.Array, key: jax.Array) -> jax.Array:
+        kind, margin = jax.random.split(key)
+        drawn, number = jax.random.uniform(kind), jax.random.randint(margin, (), 0, len(MARGINS))
+        inner = [_extreme(mask, 2 * m + 1, jax.lax.min, jnp.inf) for m in MARGINS]
+        inner_region = jnp.select([number == i for i in range(len(MARGINS))], inner)
+        flush = jnp.where(drawn < config.insert + config.insert_flush, mask, 0.0)
+        return jnp.where(mask.min() < 1, jnp.where(drawn < config.insert, inner_region, flush), 0.0)
+
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(image)))
+    return image + jax.vmap(region)(mask, keys) * (jnp.roll(image, -1, axis=0) - image)
+
+
 def _corrupt_one(image: jax.Array, mask: jax.Array, key: jax.Array, config: HarmoniseConfig) -> jax.Array:
     chosen, tone, grain, edge = jax.random.split(key, 4)
     fill = jnp.clip(_with_grain(_with_tone(image, tone, config), grain, config), -1, 1)
@@ -81,8 +110,10 @@ def _region(mask: jax.Array, key: jax.Array, edge: int) -> jax.Array:
 
 
 def _extreme(mask: jax.Array, size: int, function: Any, start: float) -> jax.Array:
-    extreme: jax.Array = jax.lax.reduce_window(mask, start, function, (size, size, 1), (1, 1, 1), "SAME")
-    return extreme
+    """The least or greatest value within a square of `size` px: (h, w, 1) -> the same; along each axis in turn."""
+    for window in ((size, 1, 1), (1, size, 1)):
+        mask = jax.lax.reduce_window(mask, start, function, window, (1, 1, 1), "SAME")
+    return mask
 
 
 # Taps on each side of the Gaussian; it is cut off there.
@@ -104,7 +135,6 @@ def blur(image: jax.Array, sigma: jax.Array | float) -> jax.Array:
 
 def halo(mask: jax.Array, width: int) -> jax.Array:
     """The band within `width` px of the mask's edge, on both sides: (b, h, w, 1) of 0 and 1."""
-    window, strides = (1, 2 * width + 1, 2 * width + 1, 1), (1, 1, 1, 1)
-    near: jax.Array = jax.lax.reduce_window(mask, -jnp.inf, jax.lax.max, window, strides, "SAME")
-    inside: jax.Array = jax.lax.reduce_window(mask, jnp.inf, jax.lax.min, window, strides, "SAME")
-    return (near - inside > 0).astype(jnp.float32)
+    size = 2 * width + 1
+    near = jax.vmap(lambda m: _extreme(m, size, jax.lax.max, -jnp.inf) - _extreme(m, size, jax.lax.min, jnp.inf))(mask)
+    return (near > 0).astype(jnp.float32)

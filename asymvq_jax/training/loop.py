@@ -41,6 +41,7 @@ from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.parameters import Params, all_finite, merge, split
 from asymvq_jax.training.checkpoints import Resumed, RunCheckpoints, owned
 from asymvq_jax.training.clock import KINDS, Clock, StepTimes
+from asymvq_jax.training.fitting import fit_condition
 from asymvq_jax.training.logs import RunLog
 from asymvq_jax.training.optimizer import autoencoder_schedule
 from asymvq_jax.training.profiling import Profile
@@ -210,7 +211,7 @@ class Run:
             resumed = self.saved.resume(abstract_state(self.blueprint, self.mesh), self._continue)
         if resumed is None:
             taken = starting_parameters(self.config, *initial) if initial else None
-            return create_state(self.blueprint, self.mesh, taken)
+            return self._fitted(create_state(self.blueprint, self.mesh, taken))
         step = int(jax.device_get(resumed.state.step))
         log.info("resuming %s at step %d", self.config.run.directory, step)
         self._compare(resumed)
@@ -218,6 +219,17 @@ class Run:
         # Releases before 0.2 wrote the sum alone.
         self.clock.continues(resumed.progress.get("spent") or {"steps": self._seconds_saved})
         return resumed.state
+
+    def _fitted(self, state: TrainState) -> TrainState:
+        """The state with the condition branch of run.fit_condition."""
+        count = self.config.run.fit_condition
+        if not (count and self.config.model.condition):
+            return state
+        with jax.set_mesh(self.mesh):
+            fitted = fit_condition(self.blueprint, state, self._next_batch, count)
+        places = sharding.state_sharding(state.params, self.mesh)
+        params = state.params | {n: place(x, places[n]) for n, x in fitted.items()}
+        return state._replace(params=params, ema=jax.tree.map(lambda x: x.copy(), params) if state.ema else {})
 
     def _continue(self, resumed: Resumed) -> None:
         """Takes the data up where a step left them; raises where its position is damaged."""

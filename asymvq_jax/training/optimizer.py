@@ -29,10 +29,10 @@ def discriminator_schedule(config: Config) -> optax.Schedule:
 
 
 def autoencoder_optimizer(config: Config, params: Params) -> optax.GradientTransformation:
-    """Adam for the trained half; all but the condition branch take optimizer.pretrained_scale of the rate."""
+    """Adam for the trained half; all but the condition branch and the tone field take optimizer.pretrained_scale."""
     c = config.optimizer
-    labels = {name: "condition" if name.startswith("decoder.condition.") else "rest" for name in params}
-    scales = {"condition": 1.0, "rest": c.pretrained_scale}
+    labels = {name: "new" if name.startswith(("decoder.condition.", "decoder.tone.")) else "rest" for name in params}
+    scales = {"new": 1.0, "rest": c.pretrained_scale}
     schedules = {
         label: optax.scale_by_learning_rate(autoencoder_schedule(config, scale)) if scale else optax.set_to_zero()
         for label, scale in scales.items()

@@ -56,8 +56,8 @@ class Blueprint:
 
 
 def is_trained(config: Config, name: str) -> bool:
-    """Whether a parameter of the autoencoder is trained: the decoder's always, the others in a first stage."""
-    return config.run.train_encoder or name.startswith("decoder.")
+    """Whether a parameter of the autoencoder is trained: the decoder's or its field of tone's; all in a first stage."""
+    return config.run.train_encoder or name.startswith("decoder.tone." if config.run.train_tone else "decoder.")
 
 
 def make_blueprint(config: Config) -> Blueprint:

@@ -25,15 +25,16 @@ from asymvq_jax.losses.reconstruction import reconstruction_loss
 from asymvq_jax.models.codebook import Quantized, usage
 from asymvq_jax.models.discriminator import MOMENTUM, BatchStat
 from asymvq_jax.models.parameters import Params, merge, state_of
-from asymvq_jax.training.corruption import corrupt, halo
+from asymvq_jax.training.corruption import corrupt, halo, insert
 from asymvq_jax.training.state import Blueprint, TrainState
 
 Metrics = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
 
 LAST_KERNEL = "decoder.conv_out.kernel"
-# Folded into a step's key for the corruption of what the encoder sees.
+# Folded into a step's key for the corruption of what the encoder sees, and for what is inserted.
 CORRUPTION = 1
+INSERTION = 2
 # Among a micro-batch's metrics: an array of which, once averaged over the batch, two metrics are made.
 CODE_SHARES = "code_shares"
 
@@ -148,11 +149,15 @@ def _gradients(
 ) -> tuple[Gradients, Params, Metrics]:
     """Losses and gradients of one micro-batch: image (b, h, w, 3) in [-1, 1], mask (b, h, w, 1)."""
     config, harmonise = blueprint.config, blueprint.config.harmonise
+    if harmonise.insert or harmonise.insert_flush:
+        image = insert(image, mask, jax.random.fold_in(key, INSERTION), harmonise)
     # A key of its own, so that the posterior's sample is that of a training without corruption.
     seen = corrupt(image, mask, jax.random.fold_in(key, CORRUPTION), harmonise) if harmonise.probability else image
 
     def reconstruct(params: Params) -> tuple[tuple[jax.Array, Metrics], tuple[jax.Array, Metrics]]:
         model = merge(blueprint.autoencoder, {**state.frozen, **params})
+        if config.run.train_tone:
+            return (model.decoder.toned(seen, image, mask), {}), (seen, {})
         with jax.named_scope("encoder"):
             latent = model.encode(seen)
         condition = (image, mask) if config.model.condition else (None, None)
@@ -161,6 +166,7 @@ def _gradients(
             recon = model.decoder.to_image(features)
         codes = latent.codes if isinstance(latent, Quantized) else None
         shares = {} if model.codebook is None or codes is None else {CODE_SHARES: model.codebook.shares(codes)}
+        recon = model.decoder.toned(recon, *condition)
         return (recon, latent.penalties()), (features, shares)
 
     (recon, penalties), pull_params, (features, shares) = jax.vjp(reconstruct, state.params, has_aux=True)

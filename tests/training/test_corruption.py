@@ -11,6 +11,7 @@ from skimage.filters import gaussian
 
 from asymvq_jax.config import Config, DataConfig, HarmoniseConfig, LossConfig, ModelConfig, RunConfig
 from asymvq_jax.devices import sharding
+from asymvq_jax.errors import ConfigError
 from asymvq_jax.losses.reconstruction import reconstruction_loss
 from asymvq_jax.training import corruption
 from asymvq_jax.training.corruption import halo
@@ -71,6 +72,27 @@ def test_tones_move_by_no_more_than_the_configuration_says(batch):
     assert np.abs(moved).max() > 0.05
 
 
+insert = jax.jit(corruption.insert, static_argnums=3)
+
+
+def test_an_insertion_is_the_next_pictures_content_up_to_the_edge_or_inside_it(batch):
+    image, mask = (np.asarray(x) for x in batch)
+    flush = np.asarray(insert(image, mask, jax.random.key(1), HarmoniseConfig(insert_flush=1.0)))
+    np.testing.assert_allclose(flush, np.where(mask > 0, np.roll(image, -1, axis=0), image), atol=1e-6)
+    inside = np.abs(np.asarray(insert(image, mask, jax.random.key(1), HarmoniseConfig(insert=1.0))) - image)
+    assert inside[:, 10:16, 12:22].max() > 0.1
+    ring = mask.copy()
+    ring[:, 10:16, 12:22] = 0
+    assert (inside * ring).max() < 1e-6
+
+
+def test_nothing_is_inserted_under_a_full_mask_or_without_probability(batch):
+    image, mask = batch
+    always = HarmoniseConfig(insert_flush=1.0)
+    np.testing.assert_array_equal(insert(image, jnp.ones_like(mask), jax.random.key(1), always), image)
+    np.testing.assert_array_equal(insert(image, mask, jax.random.key(1), HarmoniseConfig()), image)
+
+
 def test_the_halo_is_a_band_on_both_sides_of_the_edge():
     mask = jnp.zeros((1, 20, 20, 1)).at[:, :, 10:].set(1)
     band = np.asarray(halo(mask, 3))[0, :, :, 0]
@@ -92,6 +114,33 @@ def test_losses_on_the_composite_and_the_halo():
     error = np.abs(np.asarray(image - target))
     np.testing.assert_allclose(loss, (3 * error[:, :4]).mean() / 2 + error[:, 4:].mean() / 2, rtol=1e-6)
     np.testing.assert_allclose(parts["l1"], error.mean(), rtol=1e-6)
+
+
+def test_training_the_field_of_tone_leaves_the_decoder_alone(batch):
+    image, mask = (np.asarray(x)[:2] for x in batch)
+    pixels = {"image": np.round((image + 1) * 127.5).astype(np.uint8), "mask": mask.astype(np.uint8)}
+    config = Config(
+        run=RunConfig(init_from="somewhere", train_tone=True),
+        model=ModelConfig(
+            latent_channels=2, norm_groups=2, encoder_channels=(4, 4), decoder_channels=(4, 4), encoder_blocks=1,
+            decoder_blocks=1, mid_attention=False, tone_field=True,
+        ),
+        loss=LossConfig(gan_start=-1, perceptual_weight=0.0),
+        data=DataConfig(batch_size=2, image_size=24),
+        harmonise=HarmoniseConfig(probability=1.0, insert=0.5),
+    )  # fmt: skip
+    blueprint = make_blueprint(config)
+    state = create_state(blueprint, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    assert all(name.startswith("decoder.tone.") for name in state.params)
+    with jax.numpy_dtype_promotion("standard"):
+        after, metrics = jax.jit(partial(train_step, blueprint=blueprint, adversarial=False))(state, {}, pixels)
+    assert any((np.asarray(after.params[n]) != np.asarray(x)).any() for n, x in state.params.items())
+    assert float(metrics["l1"]) > 0
+
+
+def test_the_field_of_tone_is_trained_alone_only_where_there_is_one():
+    with pytest.raises(ConfigError, match=r"run\.train_tone"):
+        Config(run=RunConfig(init_from="somewhere", train_tone=True), loss=LossConfig(gan_start=-1))
 
 
 def test_a_step_encodes_the_corrupted_picture_and_aims_at_the_clean_one(batch, monkeypatch):
