@@ -268,7 +268,7 @@ def _make_batch(
         seen = () if blind else (np.stack([each.picture.to_float() for each in originals]), _masks(originals))
         margin = 0
         if isinstance(options, Painting) and not blind:
-            margin = inference.margin_of(model.config, options.keep, options.blend)
+            margin = inference.margin_of(model.config, *_keeping(options))
         decoded[title] = sampling.decode_float(model, latent, *seen, size=inputs[0].job.size, margin=margin, mesh=mesh)
     failed = []
     for i, each in enumerate(inputs):
