@@ -21,7 +21,7 @@ from asymvq_jax.convert.mapping import weights
 from asymvq_jax.convert.reading import describe
 from asymvq_jax.errors import ConfigError, ConvertError, InputError
 from asymvq_jax.inference.latents import read_latent, understand
-from asymvq_jax.inference.strips import decode_in_strips, encode_in_strips
+from asymvq_jax.inference.strips import decode_in_strips
 from asymvq_jax.models.growth import grow_decoder
 from asymvq_jax.models.latent import normalization
 
@@ -97,7 +97,6 @@ def test_pictures_and_latents_equal_diffusers(family):
     assert relative_error(asymvq_jax.normalize_latent(family.ours, z), seen) <= 1e-6
     assert relative_error(asymvq_jax.denormalize_latent(family.ours, seen), z) <= 1e-6
     if family.name == "wan":
-        assert relative_error(encode_in_strips(family.ours, image, strip_pixels=8 * 24), z) <= TOLERANCE
         assert relative_error(decode_in_strips(family.ours, z, strip_pixels=8 * 24), decoded) <= 1e-5
 
 
