@@ -44,7 +44,7 @@ demo: .venv/runtime
 	@echo "PyTorch folder  $(DEMO)/diffusers (loaded back into $(DEMO)/from_diffusers)"
 
 test: .venv/browser lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: .venv/test
 	$(BIN)/ruff format --check .

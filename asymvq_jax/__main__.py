@@ -30,7 +30,11 @@ train and measure
   plan        find the memory and the least time of a run on chips that need not be present
   benchmark   time this package beside PyTorch (in a clone of the repository)
 
-asymvq COMMAND --help lists the options. A start:
+asymvq COMMAND --help lists the options. A start with the models inside the package:
+  asymvq inpaint --image in.png --mask mask.png --out out.png
+  asymvq train --config demo
+and with Stable Diffusion's autoencoder and your pictures:
+  hf download stabilityai/sd-vae-ft-mse --local-dir sd-vae-ft-mse
   asymvq convert --checkpoint sd-vae-ft-mse --out weights/stable_diffusion
   asymvq train --config x2 --data.source folder --data.path photos
   asymvq inpaint --image in.png --mask mask.png --checkpoint runs/x2 --out out.png

@@ -30,7 +30,7 @@ class ConfigError(UserError):
 
 
 class ImageError(UserError):
-    """A file that is no picture, or a picture that does not fit; the message names the file."""
+    """A file that is not a picture, or a picture that does not fit; the message names the file."""
 
 
 class MaskError(ImageError):
@@ -74,23 +74,23 @@ class SamplingError(UserError):
 
 
 class TokenizerError(UserError):
-    """A folder that is no tokenizer, or one of another model."""
+    """A folder that does not hold a tokenizer, or that of another model."""
 
 
 class UNetError(UserError):
-    """A UNet of a kind that we do not have; the message names the fields."""
+    """A UNet of an unsupported kind; the message names the fields."""
 
 
 class SchedulerError(UserError):
-    """A scheduler that we do not have; the message names the field and what there is."""
+    """An unsupported scheduler; the message names the field and what is supported."""
 
 
 class CLIPError(UserError):
-    """An encoder of a kind that we do not have; the message names the fields."""
+    """An encoder of an unsupported kind; the message names the fields."""
 
 
 class PipelineError(UserError):
-    """A folder or file that is no pipeline for the task; the message names the part and what was expected."""
+    """A folder or file that does not hold a pipeline for the task; the message names the part and what was expected."""
 
 
 class InceptionError(UserError):
@@ -98,7 +98,7 @@ class InceptionError(UserError):
 
 
 class DistributionError(UserError):
-    """Sets of pictures that a score cannot be taken of; the message names them and the remedy."""
+    """Sets of pictures for which a score cannot be computed; the message names them and the remedy."""
 
 
 class TopologyError(UserError):

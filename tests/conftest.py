@@ -14,3 +14,12 @@ import jax
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The folders that take longest, first: otherwise one worker ends with them while the others have nothing left.
+LONGEST = ("training", "diffusion", "plan", "commands", "project", "evaluation", "inference", "models", "convert")
+
+
+def pytest_collection_modifyitems(items):
+    """Sorts the tests by their folders."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.parent.name, len(LONGEST)))

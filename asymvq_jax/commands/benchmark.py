@@ -24,12 +24,14 @@ need its test requirements: pip install -e '.[test]'.
   large_pictures  memory and time of large pictures
   start_up        whole processes from start to a written picture, cold and warm
   reproduction    a small reproduction of the paper's comparison
+  mutants         break the package in a copy, on purpose, to see whether the tests notice
   embed           write the models inside the package from trained ones, and measure them
 
 asymvq benchmark NAME --help lists the options.
 """
 NAMES = (
-    "everything", "decode", "train_step", "generate", "input", "large_pictures", "start_up", "reproduction", "embed",
+    "everything", "decode", "train_step", "generate", "input", "large_pictures", "start_up", "reproduction", "mutants",
+    "embed",
 )  # fmt: skip
 
 

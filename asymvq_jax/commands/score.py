@@ -52,7 +52,7 @@ def work(options: Score) -> None:
         real = len(list_pictures(options.reference, "REFERENCE"))
     subset = distribution.check_counts(len(generated), real, options.kid_subset)
     if options.kid_subset is not None and subset is None:
-        raise ConfigError("--kid-subset: there is no KID against statistics without features; name pictures")
+        raise ConfigError("--kid-subset: KID needs features, and these statistics hold none; name a folder of pictures")
     if options.save_statistics and known is not None:
         raise ConfigError(f"--save-statistics: {options.reference} is a file of statistics already")
     params = load_inception(options.inception)

@@ -19,7 +19,8 @@ class Train:
     JAX notices that first, and aborts with a message of its own), 130 interrupted and saved.
     """
 
-    # A published configuration by its name, such as x2, or a Python file that defines get_config().
+    # A published configuration by its name, such as x2 (or demo, which needs neither pictures nor weights), or a Python
+    # file that defines get_config().
     config: str
     settings: Settings
 

@@ -282,7 +282,7 @@ class OptimizerConfig:
     pretrained_scale: float = 1.0
     # Micro-batches whose gradients are averaged into one step; must divide data.batch_size.
     accumulate: int = 1
-    # Decay of the moving average of the trained parameters; 0: none is kept.
+    # Decay of the moving average of the trained parameters; 0 keeps no average.
     ema_decay: float = 0.0
 
     def __post_init__(self) -> None:

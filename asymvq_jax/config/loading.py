@@ -79,8 +79,8 @@ def _find(name: str) -> Path:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
     else:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else "."
         hint += f" Published are {', '.join(known)}; or name a .py file"
     raise ConfigError(f"config file {name} does not exist{hint}")
 

@@ -63,7 +63,7 @@ class Pictures(Sequence[Picture]):
         left_out: counts the links that lead to none of the pictures.
 
     Raises:
-        DataError: there is no picture among the files.
+        DataError: none of the files is a picture.
     """
 
     def __init__(

@@ -94,7 +94,7 @@ def load(path: str) -> np.ndarray:
     """Reads a picture of any kind as (h, w, 3) uint8, scaled down where a side is longer than `LONGEST`.
 
     Raises:
-        ImageError: it is no picture.
+        ImageError: it is not a picture.
     """
     image = images.decode(Path(path).read_bytes(), Path(path).name)
     scale = LONGEST / max(image.shape[:2])

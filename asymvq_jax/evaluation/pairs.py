@@ -120,7 +120,7 @@ def read_pairs(paths: Sequence[tuple[epath.Path, epath.Path]], *, scaled: bool |
 
 
 def read_latent(path: epath.Path) -> tensors.LatentFile:
-    """Reads a latent's file; raises EvaluationError, which names it, where it is none."""
+    """Reads a latent's file; raises EvaluationError, which names it, where it does not hold one."""
     try:
         return tensors.read_latent_file(path)
     except InputError as error:

@@ -179,7 +179,7 @@ def orientation(image: Image.Image, stream: IO[bytes] | None = None) -> int:
         return 1
     try:
         value = image.getexif().get(_ORIENTATION, 1)
-    # A broken EXIF block is no reason not to read the pixels.
+    # The pixels can be read even where the EXIF block is broken.
     except Exception:
         return 1
     return value if value in range(1, 9) else 1

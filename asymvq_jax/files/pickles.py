@@ -50,7 +50,7 @@ PLAIN_NUMPY = ("numpy.core", "numpy._core", "numpy.random", "numpy.dtype", "nump
 
 
 class CodeError(TensorFileError):
-    """A pickle that calls what is no data; the message names it."""
+    """A pickle that calls something other than data; the message names it."""
 
 
 class Inert:
@@ -222,7 +222,7 @@ class _Reader(pickle.Unpickler):
                 start, count = (view[0][1], view[0][2]) if view and view[0] else (0, count)
                 self._storages.setdefault(str(key), dtype)
                 return Storage(str(key), dtype, count, start)
-        raise pickle.UnpicklingError("it refers to something outside that is no storage")
+        raise pickle.UnpicklingError("it refers to an external object that is not a storage")
 
     def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *more: Any) -> Any:
         """A dense tensor. Others (sparse, quantised) stay inert."""
@@ -291,7 +291,7 @@ def read(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         The tensors, and the plain numbers and texts that stand beside them at the top.
 
     Raises:
-        CodeError: it calls what is no data; nothing has been called.
+        CodeError: it calls something other than data; nothing has been called.
         TensorFileError: it is damaged, truncated, or of another kind.
     """
     try:

@@ -118,7 +118,7 @@ def read_picture(path: str | epath.Path, *, large: bool = False) -> Picture:
 
 
 def read_file(path: str | epath.Path) -> bytes:
-    """The bytes of a file; raises ImageError where there is none."""
+    """The bytes of a file; raises ImageError where the file is missing."""
     file = epath.Path(path)
     try:
         if file.is_dir():

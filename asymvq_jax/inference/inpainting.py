@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 import numpy.typing as npt
+from jaxtyping import Shaped, UInt8
 
 from asymvq_jax.errors import InputError
 from asymvq_jax.files import images
@@ -26,7 +27,7 @@ Keep = Literal["model", "exact"]
 class InpaintResult(NamedTuple):
     """A finished picture, (h, w, 3) uint8, and the tone step that pasting covered (None where nothing was pasted)."""
 
-    image: Array
+    image: UInt8[np.ndarray, "h w 3"]
     tone_step: float | None
 
 
@@ -40,8 +41,8 @@ class Inpainted(NamedTuple):
 
 def inpaint(
     model: Autoencoder,
-    image: Array,
-    mask: Array,
+    image: UInt8[np.ndarray, "h w 3"],
+    mask: Shaped[np.ndarray, "h w"] | Shaped[np.ndarray, "h w 1"],
     latent: Array | None = None,
     *,
     keep: Keep = "model",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.devices import sharding
@@ -37,7 +38,9 @@ def decode_program(model: Autoencoder, z: jax.Array, image: jax.Array | None, ma
     return model.decode(z, image, mask)
 
 
-def encode(model: Autoencoder, image: jax.Array | np.ndarray, *, mesh: Mesh | None = None) -> jax.Array:
+def encode(
+    model: Autoencoder, image: Float[Array | np.ndarray, "b h w c"], *, mesh: Mesh | None = None
+) -> Float[Array, "b y x z"]:
     """The posterior's mode.
 
     Args:
@@ -58,13 +61,13 @@ def encode(model: Autoencoder, image: jax.Array | np.ndarray, *, mesh: Mesh | No
 
 def decode(
     model: Autoencoder,
-    latent: jax.Array | np.ndarray,
-    image: jax.Array | np.ndarray | None = None,
-    mask: jax.Array | np.ndarray | None = None,
+    latent: Float[Array | np.ndarray, "b y x z"],
+    image: Float[Array | np.ndarray, "b h w c"] | None = None,
+    mask: Float[Array | np.ndarray, "b h w 1"] | None = None,
     size: tuple[int, int] | None = None,
     *,
     mesh: Mesh | None = None,
-) -> jax.Array:
+) -> Float[Array, "b h w c"]:
     """Decodes a latent, conditioned on a picture's unmasked pixels where one is given.
 
     Args:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from asymvq_jax.errors import UserError
 from asymvq_jax.files.weights import read_tensors
@@ -66,11 +67,11 @@ class LPIPS(nnx.Module):
         # The calibrated weight of every channel of every feature, non-negative.
         self.heads = nnx.List([nnx.Param(jnp.ones((w,), jnp.float32)) for _, _, w, _, kept in _LAYERS[net] if kept])
 
-    def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
+    def __call__(self, a: Float[Array, "b h w 3"], b: Float[Array, "b h w 3"]) -> Float[Array, " b"]:
         """Two (b, h, w, 3) in [-1, 1] -> (b,) float32."""
         return self.distance(self.features(a), self.features(b))
 
-    def features(self, image: jax.Array) -> list[jax.Array]:
+    def features(self, image: Float[Array, "b h w 3"]) -> list[Float[Array, "b _ _ _"]]:
         """The five features of (b, h, w, 3) in [-1, 1], each normalised to unit length over its channels, float32."""
         x = (image.astype(jnp.float32) - _SHIFT[None, None, None]) / _SCALE[None, None, None]
         result = []
@@ -82,7 +83,7 @@ class LPIPS(nnx.Module):
                 result.append(_unit(x.astype(jnp.float32)))
         return result
 
-    def distance(self, a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
+    def distance(self, a: list[Float[Array, "b _ _ _"]], b: list[Float[Array, "b _ _ _"]]) -> Float[Array, " b"]:
         """The distance (b,) of two results of `features`."""
         terms = [
             jnp.mean(jnp.square(x - y) @ head[...], axis=(1, 2)) for x, y, head in zip(a, b, self.heads, strict=True)

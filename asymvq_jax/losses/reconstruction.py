@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import math
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from asymvq_jax.losses.lpips import LPIPS
 
 
 def reconstruction_loss(
-    image: jax.Array,
-    target: jax.Array,
+    image: Float[Array, "b h w c"],
+    target: Float[Array, "b h w c"],
     lpips: LPIPS | None,
     perceptual_weight: float,
     reduction: str = "sum",
     squared_weight: float = 0.0,
     *,
-    emphasis: jax.Array | None = None,
-    pasted: jax.Array | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    emphasis: Float[Array, "b h w 1"] | None = None,
+    pasted: Float[Array, "b h w 1"] | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """L1 plus LPIPS, the latter broadcast to every element, reduced over each sample and averaged over the batch.
 
     Args:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.models.causal import layers_of
@@ -31,7 +31,7 @@ class Autoencoder(nnx.Module):
         self.codebook = Codebook(config.codebook_size, latent, rngs=rngs) if config.codebook_size else None
         self.statistics = Statistics(latent * config.latent_patch**2) if config.batch_norm_epsilon else None
 
-    def encode(self, image: jax.Array) -> Latent:
+    def encode(self, image: Float[Array, "b h w c"]) -> Latent:
         """(b, h, w, 3) in [-1, 1] -> the latent, (b, h/8, w/8, latent_channels), before any scaling.
 
         Raises:
@@ -40,7 +40,7 @@ class Autoencoder(nnx.Module):
         self._check(image, "image", self.config.image_channels, multiple=self.config.downsampling)
         return self.latent(self.encoder(image))
 
-    def latent(self, x: jax.Array) -> Latent:
+    def latent(self, x: Float[Array, "b h w c"]) -> Latent:
         """What the encoder's output, (b, h, w, encoder_outputs), says about the latent."""
         x = x if self.quant_conv is None else self.quant_conv(x)
         return Posterior.from_moments(x) if self.codebook is None else self.codebook(x)
@@ -49,11 +49,16 @@ class Autoencoder(nnx.Module):
         """How a diffusion model sees the latent that `encode` gives."""
         return normalization(self.config, self.statistics)
 
-    def quantize(self, z: jax.Array) -> jax.Array:
+    def quantize(self, z: Float[Array, "b h w z"]) -> Float[Array, "b h w z"]:
         """The vectors of the codes nearest to `z`, (b, h, w, latent_channels); `z` itself without a codebook."""
         return z if self.codebook is None else self.codebook(z).nearest
 
-    def decode(self, z: jax.Array, image: jax.Array | None = None, mask: jax.Array | None = None) -> jax.Array:
+    def decode(
+        self,
+        z: Float[Array, "b y x z"],
+        image: Float[Array, "b h w c"] | None = None,
+        mask: Float[Array, "b h w 1"] | None = None,
+    ) -> Float[Array, "b h w c"]:
         """Latent to image, float32, about [-1, 1] (not clipped).
 
         Args:
@@ -68,7 +73,9 @@ class Autoencoder(nnx.Module):
         self._check(z, "z", self.config.latent_channels)
         return self.decoder.to_image(self.decode_features(self.quantize(z), image, mask))
 
-    def decode_features(self, z: jax.Array, image: jax.Array | None, mask: jax.Array | None) -> jax.Array:
+    def decode_features(
+        self, z: Float[Array, "b y x z"], image: Float[Array, "b h w c"] | None, mask: Float[Array, "b h w 1"] | None
+    ) -> Float[Array, "b h w features"]:
         """The features under the decoder's last convolution; arguments as in `decode`, but `z` is taken as it is."""
         self._check(z, "z", self.config.latent_channels)
         if (image is None) != (mask is None):
@@ -82,7 +89,7 @@ class Autoencoder(nnx.Module):
                     )
         return self.decoder.features(z if self.post_quant_conv is None else self.post_quant_conv(z), image, mask)
 
-    def _check(self, x: jax.Array, name: str, channels: int, multiple: int = 1) -> None:
+    def _check(self, x: Array, name: str, channels: int, multiple: int = 1) -> None:
         if x.ndim != 4 or x.shape[-1] != channels or x.shape[1] % multiple or x.shape[2] % multiple:
             sides = f"height and width multiples of {multiple}" if multiple > 1 else "height, width"
             raise ValueError(f"{name} has shape {x.shape}: expected (batch, {sides}, {channels} channels last)")

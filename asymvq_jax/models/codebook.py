@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 # The search compares with so many codes at a time: a 1024 x 1024 picture has 65,536 latents at f = 4, whose distances
 # to 16,384 codes at once would be 4 GiB.
@@ -16,22 +17,22 @@ CODES_AT_ONCE = 256
 class Quantized(NamedTuple):
     """A latent before and after quantisation: (b, h, w, c) float32 each, and the (b, h, w) numbers of its codes."""
 
-    z: jax.Array
-    nearest: jax.Array
-    codes: jax.Array
+    z: Float[Array, "b h w c"]
+    nearest: Float[Array, "b h w c"]
+    codes: Int[Array, "b h w"]
 
-    def sample(self, key: jax.Array) -> jax.Array:
+    def sample(self, key: jax.Array) -> Float[Array, "b h w c"]:
         """The codes' vectors, whose gradient passes straight through to `z`; nothing is drawn with `key`."""
         return self.z + jax.lax.stop_gradient(self.nearest - self.z)
 
-    def mode(self) -> jax.Array:
+    def mode(self) -> Float[Array, "b h w c"]:
         """The latent before quantisation, (b, h, w, c), which `Autoencoder.decode` quantises.
 
         Latent diffusion works on these, and so does diffusers' VQModel.
         """
         return self.z
 
-    def penalties(self) -> dict[str, jax.Array]:
+    def penalties(self) -> dict[str, Float[Array, ""]]:
         """Mean squared distances of two equal values: "codebook" draws the codes, "commitment" the encoder."""
         return {
             "codebook": jnp.mean(jnp.square(self.nearest - jax.lax.stop_gradient(self.z))),
@@ -47,13 +48,13 @@ class Codebook(nnx.Module):
         values = jax.random.uniform(rngs.params(), (size, channels), jnp.float32, -1 / size, 1 / size)
         self.embedding = nnx.Param(values)
 
-    def __call__(self, z: jax.Array) -> Quantized:
+    def __call__(self, z: Float[Array, "b h w c"]) -> Quantized:
         """Quantises (b, h, w, channels) of any float type, in float32."""
         z = z.astype(jnp.float32)
         codes = nearest_codes(jax.lax.stop_gradient(z), jax.lax.stop_gradient(self.embedding[...]))
         return Quantized(z, self.embedding[...][codes], codes)
 
-    def shares(self, codes: jax.Array) -> jax.Array:
+    def shares(self, codes: Int[Array, "b h w"]) -> Float[Array, " size"]:
         """Which share of `codes` each code has: (b, h, w) -> (size,) float32. Means over batches are the whole's."""
         counts = jnp.zeros(self.embedding.shape[0], jnp.float32).at[codes].add(1.0)
         return counts / codes.size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.models.blocks import Conv, Layers, Level, MidBlock, UpsampleConv, run_block
@@ -29,7 +30,7 @@ class ConditionBranch(nnx.Module):
             ]
         )
 
-    def __call__(self, masked_image: jax.Array) -> list[jax.Array]:
+    def __call__(self, masked_image: Float[Array, "b h w c"]) -> list[Float[Array, "b _ _ _"]]:
         """Features before each ReLU, outermost first: (h, w), (h, w), (h/2, w/2), ... the latent's resolution."""
         features = []
         x = masked_image
@@ -58,7 +59,7 @@ class UpLevel(Level):
         self.upsample = UpsampleConv(outputs, upsampled, dtype=layers.dtype, rngs=rngs) if index else None
         self.over_time = layers.over_time(index - 1, outputs, 2 * outputs, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "b h w inputs"]) -> Float[Array, "b _ _ outputs"]:
         """(b, h, w, inputs) -> (b, 2h, 2w, what follows upsampling), or (b, h, w, outputs) at the outermost level."""
         x = super().__call__(x)
         return x if self.upsample is None else self.upsample(x)
@@ -80,15 +81,27 @@ class Decoder(nnx.Module):
         self.condition = ConditionBranch(config, rngs=rngs) if config.condition else None
         self.remat = config.remat
 
-    def __call__(self, z: jax.Array, image: jax.Array | None = None, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        z: Float[Array, "b y x z"],
+        image: Float[Array, "b h w c"] | None = None,
+        mask: Float[Array, "b h w 1"] | None = None,
+    ) -> Float[Array, "b h w c"]:
         """(b, h, w, latent_channels) -> (b, 8h, 8w, 3) float32; see `features` for the condition."""
         return self.to_image(self.features(z, image, mask))
 
-    def to_image(self, features: jax.Array, kernel: jax.Array | None = None) -> jax.Array:
+    def to_image(
+        self, features: Float[Array, "b h w features"], kernel: Float[Array, "... features c"] | None = None
+    ) -> Float[Array, "b h w c"]:
         """The last convolution, in float32 at its output; `kernel` stands in for its own where given."""
         return self.conv_out.apply(features, kernel=kernel).astype(jnp.float32)
 
-    def features(self, z: jax.Array, image: jax.Array | None = None, mask: jax.Array | None = None) -> jax.Array:
+    def features(
+        self,
+        z: Float[Array, "b y x z"],
+        image: Float[Array, "b h w c"] | None = None,
+        mask: Float[Array, "b h w 1"] | None = None,
+    ) -> Float[Array, "b h w features"]:
         """All but the last convolution.
 
         Args:
@@ -100,7 +113,7 @@ class Decoder(nnx.Module):
             (b, 8h, 8w, decoder_channels[0]), which `to_image` turns into the picture.
         """
         h = self.mid(self.conv_in(z))
-        features: list[jax.Array] = []
+        features: list[Array] = []
         if image is not None and mask is not None:
             if self.condition is None:
                 raise ValueError("this decoder has no condition branch (model.condition=False); decode without a mask")
@@ -115,7 +128,9 @@ class Decoder(nnx.Module):
         return self.norm_out(h)
 
 
-def blend(h: jax.Array, feature: jax.Array, mask: jax.Array) -> jax.Array:
+def blend(
+    h: Float[Array, "b y x features"], feature: Float[Array, "b y x features"], mask: Float[Array, "b h w 1"]
+) -> Float[Array, "b y x features"]:
     """h where the mask is 1, the condition's feature where it is 0; the mask resized nearest to their resolution."""
     stride = mask.shape[1] // h.shape[1]
     mask = mask[:, ::stride, ::stride]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from asymvq_jax.config import LossConfig, ModelConfig
 from asymvq_jax.models.blocks import Conv
@@ -31,7 +32,7 @@ class BatchNorm(nnx.Module):
         self.variance = BatchStat(jnp.ones((channels,), jnp.float32))
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """(b, h, w, c) -> (b, h, w, c); moves the running statistics."""
         x = x.astype(jnp.float32)
         mean, variance = jnp.mean(x, (0, 1, 2)), jnp.var(x, (0, 1, 2))
@@ -71,7 +72,7 @@ class Discriminator(nnx.Module):
         self.norms = nnx.List([BatchNorm(width, dtype=dtype, rngs=rngs) for width in widths[2:]])
         self.conv_out = Conv(widths[-1], 1, 4, padding=(1, 1), kernel_init=_normal, dtype=dtype, rngs=rngs)
 
-    def __call__(self, image: jax.Array) -> jax.Array:
+    def __call__(self, image: Float[Array, "b h w c"]) -> Float[Array, "b y x 1"]:
         x = jax.nn.leaky_relu(self.convs[0](image), 0.2)
         for conv, norm in zip(list(self.convs)[1:], self.norms, strict=True):
             x = jax.nn.leaky_relu(norm(conv(x)), 0.2)

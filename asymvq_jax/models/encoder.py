@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import jax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.models.blocks import Conv, Layers, Level, MidBlock
@@ -31,7 +31,7 @@ class DownLevel(Level):
         )
         self.over_time = layers.over_time(index, outputs, outputs, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "b h w inputs"]) -> Float[Array, "b _ _ outputs"]:
         """(b, h, w, inputs) -> (b, h/2, w/2, outputs), or (b, h, w, outputs) at the last level."""
         x = super().__call__(x)
         return x if self.downsample is None else self.downsample(x)
@@ -50,12 +50,12 @@ class Encoder(nnx.Module):
         self.norm_out = layers.norm(channels[-1])
         self.conv_out = layers.conv(channels[-1], config.encoder_outputs, 3, rngs=rngs)
 
-    def __call__(self, image: jax.Array) -> jax.Array:
+    def __call__(self, image: Float[Array, "b h w c"]) -> Float[Array, "b y x outputs"]:
         x = self.conv_in(image)
         for level in self.levels:
             x = level(x)
         return self.head(x)
 
-    def head(self, x: jax.Array) -> jax.Array:
+    def head(self, x: Float[Array, "b y x channels"]) -> Float[Array, "b y x outputs"]:
         """What follows the levels: (b, h/8, w/8, channels) -> (b, h/8, w/8, encoder_outputs)."""
         return self.conv_out(self.norm_out(self.mid(x)))

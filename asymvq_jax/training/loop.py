@@ -104,25 +104,27 @@ class Run:
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config = config
         self.mesh = mesh
-        directory = epath.Path(config.run.directory)
-        inputs = pipeline.open_inputs(config.data, kept=directory)
-        self.identities = {name: str(each) for name, each in inputs.identities(config.data).items()}
-        self.skipped = pipeline.SkippedFiles(inputs.train, config.data.max_corrupt_share)
-        part, parts = _share(mesh)
-        self.batches = pipeline.training_batches(
-            config.data, config.run.seed, process_index=part, process_count=parts, inputs=inputs
-        )
-        self.held_out = self._held_out(inputs)
+        # What is quick to refuse, before a large data set is listed.
         self.saved = RunCheckpoints(config)
+        self.identities: dict[str, str] = {}
+        initial = self._first_stage()
         self.schedule = autoencoder_schedule(config)
-
         self.blueprint = make_blueprint(config)
         self.perceptual: Params = {}
         if self.blueprint.lpips is not None:
             _, weights = split(load_lpips("vgg16", config.loss.perceptual_weights))
             self.perceptual = jax.tree.map(place, weights, sharding.state_sharding(weights, mesh))
             self.identities["LPIPS weights"] = f"digest {digest_arrays(weights)}"
-        initial = self._first_stage()
+
+        directory = epath.Path(config.run.directory)
+        inputs = pipeline.open_inputs(config.data, kept=directory)
+        self.identities |= {name: str(each) for name, each in inputs.identities(config.data).items()}
+        self.skipped = pipeline.SkippedFiles(inputs.train, config.data.max_corrupt_share)
+        part, parts = _share(mesh)
+        self.batches = pipeline.training_batches(
+            config.data, config.run.seed, process_index=part, process_count=parts, inputs=inputs
+        )
+        self.held_out = self._held_out(inputs)
         if initial is not None and not config.run.train_encoder:
             frozen = {n: x for n, x in initial[1].items() if not is_trained(config, n)}
             self.identities[ENCODER] = f"digest {digest_arrays(frozen)}"

@@ -1,4 +1,4 @@
-"""How a run is told to stop: SIGTERM, as preempted machines send it, and Ctrl-C."""
+"""Signals that stop a run: SIGTERM, as preempted machines send it, and Ctrl-C."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from etils import epath
 from PIL import Image
 
 from asymvq_jax.config import DataConfig
-from asymvq_jax.data import sources
+from asymvq_jax.data import pipeline, sources
 from asymvq_jax.data.pipeline import REPORTED, Inputs, SkippedFiles, held_out, open_inputs, training_batches
 from asymvq_jax.data.sources import open_source, open_sources
 from asymvq_jax.errors import DataError, ImageError
@@ -272,6 +273,32 @@ def test_held_out_crops_follow_the_config_after_the_centre():
 def test_held_out_pictures_are_not_below_the_least_side():
     config = DataConfig(image_size=16, batch_size=1, min_side=47)
     assert (held_out(config, 3, 0, Inputs(Mostly(), Mostly(), ()))["image"] == 49).all()
+
+
+def test_crops_are_resized_by_area():
+    class Stripes(Ramps):
+        def read(self, index):
+            # Black and light rows by turns.
+            return np.tile(np.uint8([0, 200]).reshape(2, 1, 1), (32, 64, 3))
+
+    config = DataConfig(image_size=16, batch_size=4, crop=(1.0, 1.0))
+    batches = training_batches(config, 0, process_index=0, process_count=1, inputs=Inputs(Stripes(), Stripes(), ()))
+    # Four rows of the picture become one.
+    assert (next(batches)["image"] == 100).all()
+
+
+def test_held_out_masks_are_partial(monkeypatch):
+    # A full and an empty mask come before each partial one.
+    rows = itertools.cycle([16, 0, 8])
+
+    def draw(rng, size, *_):
+        mask = np.zeros((size, size, 1), np.uint8)
+        mask[: next(rows)] = 1
+        return mask
+
+    monkeypatch.setattr(pipeline, "random_mask", draw)
+    masks = held_out(DataConfig(image_size=16, batch_size=1), 2, 0, Inputs(Ramps(), Ramps(), ()))["mask"]
+    assert [mask.mean() for mask in masks] == [0.5, 0.5]
 
 
 def _names(sources) -> tuple[set[str], set[str]]:

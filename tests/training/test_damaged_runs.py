@@ -1,5 +1,6 @@
 """A hundred damaged runs: each resumes as it was, or is refused with one line; never a wrong number, or a traceback."""
 
+import functools
 import json
 import random
 import re
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from fuzzing import TIMES, tell
+from processes import write_config
 
 from asymvq_jax.commands import train as command
 from asymvq_jax.config import (
@@ -20,7 +22,6 @@ from asymvq_jax.config import (
     ModelConfig,
     OptimizerConfig,
     RunConfig,
-    to_json,
 )
 from asymvq_jax.devices import sharding
 from asymvq_jax.errors import CheckpointError, OutputError
@@ -66,11 +67,17 @@ def run(tmp_path_factory, one_device):
     return directory
 
 
+@functools.cache
+def _abstract(mesh):
+    """Of the same shapes wherever a run lies."""
+    return abstract_state(make_blueprint(_config("anywhere")), mesh)
+
+
 def _resume(config, mesh):
     """The arrays, the progress and the step that a run resumes with."""
     with jax.set_mesh(mesh):
         checkpoints = RunCheckpoints(config)
-        resumed = checkpoints.resume(abstract_state(make_blueprint(config), mesh), lambda _: None)
+        resumed = checkpoints.resume(_abstract(mesh), lambda _: None)
         checkpoints.close()
     return [np.asarray(x) for x in jax.tree.leaves(resumed.state)], resumed.progress, int(resumed.state.step)
 
@@ -172,6 +179,24 @@ def test_numbers_that_are_not_finite_are_damage(run, one_device, tmp_path, monke
         _resume(_config(run), one_device)
 
 
+@pytest.mark.parametrize("item", ["progress", "model", "training"])
+def test_what_the_files_do_not_guard_is_guarded(run, one_device, tmp_path, item):
+    """Sound files, in which other things stand than were saved."""
+    shutil.copytree(run / "checkpoints" / "2", tmp_path / "checkpoints" / "2")
+    if item == "progress":
+        file = tmp_path / "checkpoints" / "2" / "progress" / "metadata"
+        progress = json.loads(file.read_text())
+        file.write_text(json.dumps(progress | {"seconds": progress["seconds"] + 1}))
+        message = "'progress' does not match its digest"
+    else:
+        # Those of another step, which are as whole and as large.
+        shutil.rmtree(tmp_path / "checkpoints" / "2" / item)
+        shutil.copytree(run / "checkpoints" / "1" / item, tmp_path / "checkpoints" / "2" / item)
+        message = f"the numbers in its item '{item}' are not those that were written"
+    with pytest.raises(CheckpointError, match=message):
+        _resume(_config(tmp_path), one_device)
+
+
 def test_damaged_metrics_never_end_a_run(run, tmp_path):
     rng, outcomes = random.Random(TIMES), Counter[str]()
     whole = (run / "metrics.jsonl").read_bytes()
@@ -193,13 +218,11 @@ def test_damaged_metrics_never_end_a_run(run, tmp_path):
 def test_the_command_prints_one_line_and_ends_with_2(run, tmp_path, one_device, monkeypatch, capfd):
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "2" / "model" / "d")
-    text = "import json\nfrom asymvq_jax.config import Config, from_dict\n"
-    text += f"def get_config():\n    return from_dict(Config, json.loads({to_json(_config(tmp_path / 'run'))!r}))\n"
-    (tmp_path / "config.py").write_text(text)
+    file = write_config(tmp_path / "config.py", _config(tmp_path / "run"))
     monkeypatch.setattr("asymvq_jax.devices.cluster.join", lambda: None)
-    assert command.main([f"--config={tmp_path / 'config.py'}"]) == 2
+    assert command.main([f"--config={file}"]) == 2
     error = capfd.readouterr().err
     assert error.count("error: ") == 1
     assert "--run.fall_back=true resumes from it" in error
     assert "Traceback" not in error
-    assert command.main([f"--config={tmp_path / 'config.py'}", "--run.fall_back=true", "--run.steps=1"]) == 0
+    assert command.main([f"--config={file}", "--run.fall_back=true", "--run.steps=1"]) == 0

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from processes import DEADLINE, ROOT
+from processes import DEADLINE, ROOT, write_config
 
 from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 from asymvq_jax.devices import cluster
@@ -64,12 +64,10 @@ class Started:
     """Processes that train together, each with a log."""
 
     def __init__(self, folder: Path, name: str, *overrides: str, processes: int = 2, devices: int = 1, **variables):
-        config = folder / f"{name}.py"
-        text = "from pathlib import Path\nfrom test_processes import _config\n"
-        config.write_text(f"{text}def get_config():\n    return _config(Path({str(folder)!r}), {name!r})\n")
+        config = write_config(folder / f"{name}.py", _config(folder, name))
         command = [sys.executable, "-c", LAUNCHER, str(ROOT / "train.py"), f"--config={config}", *overrides]
         flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-        variables |= {"XLA_FLAGS": flags, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        variables |= {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
         if processes > 1:
             variables |= cluster_of(processes)
         self.logs = [folder / f"{name}-{len(list(folder.glob('*.log')))}-{i}.log" for i in range(processes)]

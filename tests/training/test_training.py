@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import nnx
-from processes import ROOT
+from processes import ROOT, write_config
 
 from asymvq_jax.commands import train as command
 from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
@@ -47,8 +47,13 @@ def _config(folder: Path, **changes) -> Config:
         model=MODEL,
         loss=LossConfig(gan_start=3, perceptual_weight=0.0, discriminator_features=4, discriminator_layers=1),
         data=DataConfig(image_size=32, batch_size=8),
-        optimizer=OptimizerConfig(base_learning_rate=1e-4, warmup_steps=2, ema_decay=0.5),
+        # A rate that does not depend on run.steps: runs of any length share one compiled step.
+        optimizer=OptimizerConfig(base_learning_rate=1e-4, schedule="constant", warmup_steps=2, ema_decay=0.5),
     )
+
+
+def _with_a_cosine(config: Config) -> Config:
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, schedule="cosine"))
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +113,9 @@ def test_another_configuration_is_refused(finished):
     other = dataclasses.replace(_config(finished.parent), model=dataclasses.replace(MODEL, decoder_blocks=2))
     with pytest.raises(CheckpointError, match=r"another configuration: model\.decoder_blocks=2 \(there 1\)"):
         train(other)
+    for field, value in (("seed", 1), ("train_encoder", True)):
+        with pytest.raises(CheckpointError, match=rf"another configuration: run\.{field}={value} \(there"):
+            train(_config(finished.parent, **{field: value}))
 
 
 def test_a_diverged_run_stops_with_the_step(first):
@@ -138,7 +146,7 @@ def logged(first):
     """Four steps with a line for each ("each"), and the same with a line for every two ("pairs")."""
     with jax.numpy_dtype_promotion("standard"):
         for name, every in (("each", 1), ("pairs", 2)):
-            config = _config(first, directory=str(first / name), steps=4, log_every=every, eval_every=4)
+            config = _with_a_cosine(_config(first, directory=str(first / name), steps=4, log_every=every, eval_every=4))
             assert train(dataclasses.replace(config, loss=dataclasses.replace(config.loss, gan_start=2))) == 0
     return first
 
@@ -262,9 +270,9 @@ def test_a_run_resumes_without_its_first_stage_and_refuses_another(first, caplog
 
 
 def test_a_schedule_that_jumps_on_extending_is_told(first, caplog):
-    assert train(_config(first, directory=str(first / "longer"), steps=3)) == 0
+    assert train(_with_a_cosine(_config(first, directory=str(first / "longer"), steps=3))) == 0
     caplog.clear()
-    assert train(_config(first, directory=str(first / "longer"), steps=5)) == 0
+    assert train(_with_a_cosine(_config(first, directory=str(first / "longer"), steps=5))) == 0
     told = re.search(
         r"rate of the next step is (\S+), where the run so far would have had 1e-06: run.steps=5", caplog.text
     )
@@ -310,16 +318,13 @@ def test_ctrl_c_ends_at_once_before_the_first_step_and_the_second_time():
 
 
 def _command(folder: Path, name: str, *extra: str) -> list[str]:
-    config = folder / f"{name}.py"
-    text = "import sys\nfrom pathlib import Path\nsys.path.insert(0, {!r})\nfrom test_training import _long\n"
-    text += "def get_config():\n    return _long(Path({!r}), {!r})\n"
-    config.write_text(text.format(str(ROOT / "tests"), str(folder), name))
+    config = write_config(folder / f"{name}.py", _long(folder, name))
     return [sys.executable, str(ROOT / "train.py"), f"--config={config}", *extra]
 
 
 def _long(folder: Path, name: str) -> Config:
     """Long enough for several deaths."""
-    return _config(folder, directory=str(folder / name), steps=100, log_every=1, eval_every=25)
+    return _config(folder, directory=str(folder / name), steps=60, log_every=1, eval_every=15)
 
 
 def _start(folder: Path, name: str) -> subprocess.Popen:
@@ -347,7 +352,7 @@ def test_killed_runs_resume_to_identical_parameters(first):
 
     # After a complete checkpoint, with steps on the way to the next.
     process = _start(first, "killed")
-    _wait_for(process, lambda: (steps / "25").is_dir() and "step 27/" in log.read_text().rpartition("config:")[2])
+    _wait_for(process, lambda: (steps / "15").is_dir() and "step 17/" in log.read_text().rpartition("config:")[2])
     process.send_signal(signal.SIGKILL)
     process.wait()
 
@@ -374,6 +379,8 @@ def test_killed_runs_resume_to_identical_parameters(first):
     [
         (["--run.init_from=nowhere"], "error: run.init_from='nowhere': no checkpoint at nowhere"),
         (["--data.source=folder", "--data.path=nowhere"], "error: data.path='nowhere' does not exist"),
+        # The first stage comes first: listing a data set may take long.
+        (["--run.init_from=nowhere", "--data.source=folder", "--data.path=nowhere"], "error: run.init_from='nowhere'"),
         (["--mesh.data=3"], "error: mesh (data, fsdp, tensor)=(3, 1, 1) does not fit"),
         (["--model.latent_channels=8"], "holds another encoder: model.latent_channels=8 (there 4)"),
         (["--model.widths=8"], "error: --model.widths is not a field of the configuration"),

@@ -178,11 +178,11 @@ def check_counts(generated: int, reference: int | None, subset: int | None) -> i
 
     Args:
         generated: how many generated pictures there are.
-        reference: how many real ones; None: only their statistics are known, and there is no KID.
+        reference: how many real ones; None where only their statistics are known, and KID is not computed.
         subset: pictures in KID's subsets, as asked for; None: `KID_SUBSET`, or as many as there are.
 
     Returns:
-        The size of the subsets; None: there is no KID.
+        The size of the subsets; None: KID is not computed.
 
     Raises:
         DistributionError: there are too few for FID, or for the subset asked for.

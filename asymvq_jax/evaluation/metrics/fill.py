@@ -37,7 +37,7 @@ def fill_tone(image: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> float:
 def grain(image: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> float:
     """The ratio of fine variance inside to outside the mask's edge, to the truth's ratio, in octaves.
 
-    Each side is blurred by itself, so that a step at the edge is no grain.
+    Each side is blurred by itself, so that a step at the edge does not count as grain.
 
     Args:
         image, truth, mask: see `fill_tone`.
