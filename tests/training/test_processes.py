@@ -66,7 +66,7 @@ class Started:
     def __init__(self, folder: Path, name: str, *overrides: str, processes: int = 2, devices: int = 1, **variables):
         config = write_config(folder / f"{name}.py", _config(folder, name))
         command = [sys.executable, "-c", LAUNCHER, str(ROOT / "train.py"), f"--config={config}", *overrides]
-        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
         variables |= {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
         if processes > 1:
             variables |= cluster_of(processes)
