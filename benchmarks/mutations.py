@@ -256,7 +256,7 @@ MUTATIONS = (
         MASKS,
         "angle = 2 * math.pi - angle",
         "angle = 1 * angle",
-        _tests("data/test_masks.py", "test_the_default_draws_what_it_always_drew"),
+        _tests("data/test_masks.py", "test_presets_have_lamas_numbers"),
     ),
     Mutation(
         "the rows read the original under the mask",

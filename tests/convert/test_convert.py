@@ -72,13 +72,17 @@ def test_original_names_and_back_are_exact(folder, tmp_path, suffix):
     _same(read_model(tmp_path / f"original{suffix}"), model)
 
 
-def test_original_checkpoint_with_all_that_surrounds_it(folder, tmp_path):
+def test_original_checkpoint_with_all_that_surrounds_it(folder, theirs, tmp_path):
     model = read_model(folder)
     tensors = dump_tensors(model, "ldm")
     assert "decoder.encoder.layers.4.weight" in tensors
     # Levels are counted from the picture inwards: up.0 is the last to run.
     assert tensors["decoder.up.0.block.0.conv1.weight"].shape == (32, 64, 3, 3)
     assert tensors["encoder.mid.attn_1.q.weight"].shape == (32, 32, 1, 1)
+    named = numpy_state(theirs)
+    for layer in "qkv":
+        linear = named[f"encoder.mid_block.attentions.0.to_{layer}.weight"]
+        np.testing.assert_array_equal(tensors[f"encoder.mid.attn_1.{layer}.weight"][..., 0, 0], linear)
     extra = {"loss.logvar": np.zeros(()), "decoder.up_layers.0.deconv.weight": np.zeros((2, 2), np.float32)}
     state = {k: torch.from_numpy(np.array(v)) for k, v in (tensors | extra).items()}
     torch.save({"state_dict": state, "global_step": 7}, tmp_path / "original.ckpt")

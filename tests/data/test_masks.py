@@ -112,6 +112,8 @@ def test_presets_have_lamas_numbers(name, monkeypatch):
         before = len(lines)
         _draw(dataclasses.replace(config, boxes=0.0, stroke_segments=1), size, 1, seed=len(counts))
         counts.append(len(lines) - before)
+        # The first stroke and every other one go to the left, their mirror images between them to the right.
+        assert all((end[0] - start[0]) * (-1, 1)[i % 2] >= 0 for i, (start, end, *_) in enumerate(lines[before:]))
     # max_times is 1 less than what its generator draws at most.
     assert (min(counts), max(counts)) == (least, most + 1)
     drawn_widths = [width for *_, width in lines]
