@@ -43,6 +43,9 @@ def reconstruction_loss(
     total = jnp.mean(error if emphasis is None else emphasis * error)
     if lpips is not None:
         seen = image if pasted is None else target + pasted * (image - target)
-        parts["lpips"] = jnp.mean(lpips.distance(lpips.features(seen), lpips.features(target)))
+        with jax.named_scope("lpips_original"):
+            wanted = lpips.features(target)
+        with jax.named_scope("lpips_reconstruction"):
+            parts["lpips"] = jnp.mean(lpips.distance(lpips.features(seen), wanted))
         total = total + perceptual_weight * parts["lpips"]
     return total * (math.prod(image.shape[1:]) if reduction == "sum" else 1), parts

@@ -118,7 +118,8 @@ class Decoder(nnx.Module):
             if self.condition is None:
                 raise ValueError("this decoder has no condition branch (model.condition=False); decode without a mask")
             mask = mask.astype(h.dtype)
-            features = run_block(self.condition, (1 - mask) * image.astype(h.dtype), remat=self.remat)
+            with jax.named_scope("condition"):
+                features = run_block(self.condition, (1 - mask) * image.astype(h.dtype), remat=self.remat)
         for i, level in enumerate(self.levels):
             if mask is not None and features:
                 h = blend(h, features[-1 - i], mask)

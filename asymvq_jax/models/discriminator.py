@@ -11,6 +11,8 @@ from jaxtyping import Array, Float
 from asymvq_jax.config import LossConfig, ModelConfig
 from asymvq_jax.models.blocks import Conv
 
+# What a batch adds to the running statistics.
+MOMENTUM = 0.1
 _normal = nnx.initializers.normal(0.02)
 
 
@@ -38,8 +40,9 @@ class BatchNorm(nnx.Module):
         mean, variance = jnp.mean(x, (0, 1, 2)), jnp.var(x, (0, 1, 2))
         count = x.size // x.shape[-1]
         stop = jax.lax.stop_gradient
-        self.mean[...] = 0.9 * self.mean[...] + 0.1 * stop(mean)
-        self.variance[...] = 0.9 * self.variance[...] + 0.1 * stop(variance) * (count / max(count - 1, 1))
+        unbiased = stop(variance) * (count / max(count - 1, 1))
+        self.mean[...] = (1 - MOMENTUM) * self.mean[...] + MOMENTUM * stop(mean)
+        self.variance[...] = (1 - MOMENTUM) * self.variance[...] + MOMENTUM * unbiased
         scale = self.scale[...] * jax.lax.rsqrt(variance + 1e-5)
         return ((x - mean[None, None, None]) * scale[None, None, None] + self.bias[...][None, None, None]).astype(
             self.dtype

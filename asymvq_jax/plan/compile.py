@@ -32,7 +32,8 @@ from asymvq_jax.losses.lpips import LPIPS
 from asymvq_jax.models.autoencoder import structure
 from asymvq_jax.models.parameters import Params, merge, split
 from asymvq_jax.plan.chips import Target
-from asymvq_jax.plan.counting import Collective, collectives, matmul_flops
+from asymvq_jax.plan.counting import Collective, collectives, matmul_flops, needed
+from asymvq_jax.plan.parts import Part, step_parts
 from asymvq_jax.training.state import abstract_state, make_blueprint
 from asymvq_jax.training.step import compiled_step
 
@@ -78,6 +79,8 @@ class Program:
     moved: float | None
     collectives: tuple[Collective, ...]
     compile_seconds: float
+    # Of a training step: where its FLOPs go.
+    parts: tuple[Part, ...] = ()
 
     @property
     def plausible(self) -> bool:
@@ -120,11 +123,12 @@ def plan_step(config: Config, target: Target) -> Program:
     sharding.check_batch(config.data.batch_size, config.optimizer.accumulate, mesh)
     arguments = _step_arguments(config, mesh)
     state = arguments[0]
-    traced = _trace_step(config, mesh, *arguments)
-    flops = model_flops = matmul_flops(traced.jaxpr) / mesh.size
+    traced = trace_step(config, mesh)
+    jaxpr = traced.jaxpr.jaxpr
+    flops = model_flops = matmul_flops(needed(jaxpr)) / mesh.size
     if config.model.remat:
         plain = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=False))
-        model_flops = matmul_flops(_trace_step(plain, mesh, *arguments).jaxpr) / mesh.size
+        model_flops = matmul_flops(needed(trace_step(plain, mesh).jaxpr.jaxpr)) / mesh.size
     lowered = _Lowered(
         name="train step",
         lowered=traced.lower(),
@@ -135,7 +139,7 @@ def plan_step(config: Config, target: Target) -> Program:
         flops=flops,
         model_flops=model_flops,
     )
-    return _compile(lowered, target)
+    return dataclasses.replace(_compile(lowered, target), parts=step_parts(config, jaxpr, mesh.size))
 
 
 def plan_decode(config: Config, target: Target) -> Program:
@@ -246,7 +250,9 @@ def _plan_forward(
     return _compile(lowered, target)
 
 
-def _trace_step(config: Config, mesh: Mesh, state: Any, perceptual: Any, batch: Any) -> jax.stages.Traced:
+def trace_step(config: Config, mesh: Mesh) -> jax.stages.Traced:
+    """The training step, traced by the shapes of its arguments, with the discriminator unless it never starts."""
+    state, perceptual, batch = _step_arguments(config, mesh)
     step = compiled_step(make_blueprint(config), state, mesh)
     with jax.set_mesh(mesh):
         return step.trace(state, perceptual, batch, adversarial=config.loss.gan_start >= 0)
@@ -323,6 +329,8 @@ def _kept(program: _Lowered, target: Target) -> Path:
 def _from_json(text: str) -> Program:
     values = json.loads(text)
     moves = tuple(Collective(**{**c, "axes": tuple(c["axes"])}) for c in values["collectives"])
+    # Counted anew at each tracing.
+    values.pop("parts", None)
     return Program(**{**values, "memory": Memory(**values["memory"]), "collectives": moves})
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jax.interpreters import partial_eval
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
@@ -181,23 +182,37 @@ def matmul_flops(jaxpr: Any) -> float:
     Zeros that padding or dilation put in do not count. A loop of unknown length counts once, of a conditional the
     dearest branch, and of a choice by platform the default, which accelerators take.
     """
-    total = 0.0
+    return math.fsum(scoped_flops(jaxpr).values())
+
+
+def scoped_flops(jaxpr: Any) -> Counter[str]:
+    """`matmul_flops` by the scope in which an operation stands, such as "transpose(jvp(decoder))/condition"."""
+    total: Counter[str] = Counter()
     platforms = {e.outvars[0] for e in jaxpr.eqns if e.primitive.name == "platform_index"}
     for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
+        name, params, scope = equation.primitive.name, equation.params, str(equation.source_info.name_stack)
         if name == "conv_general_dilated":
             lhs, rhs, out = (x.aval.shape for x in (*equation.invars, *equation.outvars))
-            total += _convolution(lhs, rhs, out, params)
+            total[scope] += _convolution(lhs, rhs, out, params)
         elif name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             left = equation.invars[0].aval.shape
-            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+            total[scope] += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
         elif name == "cond":
             branches = params["branches"][-1:] if equation.invars[0] in platforms else params["branches"]
-            total += max(map(matmul_flops, _inner(branches)))
+            dearest = max((scoped_flops(inner) for inner in _inner(branches)), key=lambda found: sum(found.values()))
+            total.update({f"{scope}/{inside}": flops for inside, flops in dearest.items()})
         else:
-            total += _repeats(name, params) * sum(map(matmul_flops, _inner(params.values())))
+            repeats = _repeats(name, params)
+            for inner in _inner(params.values()):
+                for inside, flops in scoped_flops(inner).items():
+                    total[f"{scope}/{inside}"] += repeats * flops
     return total
+
+
+def needed(jaxpr: Any) -> Any:
+    """A jaxpr without the operations whose results nothing reads, which no compiler keeps."""
+    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 
 def _repeats(name: str, params: Mapping[str, Any]) -> int:

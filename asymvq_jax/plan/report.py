@@ -10,6 +10,7 @@ from asymvq_jax.config import Config
 from asymvq_jax.devices import sharding
 from asymvq_jax.plan.chips import GIB, Target, roofline
 from asymvq_jax.plan.compile import Program, ways
+from asymvq_jax.plan.parts import Part
 
 
 def fits(program: Program, target: Target) -> bool:
@@ -62,6 +63,7 @@ def listing(name: str, program: Program, batch: int, target: Target) -> str:
         ("peak memory", verdict(program, target)),
         ("arithmetic", f"{decimal(program.flops)}FLOP, by the shapes of convolutions and products"),
     ]
+    rows += [("  " + part.name, _share(part, program.flops)) for part in program.parts]
     if program.compiler_flops is not None and program.moved is not None:
         doubt = "" if program.plausible else "; they disagree, and what follows is by the shapes"
         rows += [
@@ -75,7 +77,14 @@ def listing(name: str, program: Program, batch: int, target: Target) -> str:
             ("least time", f"{decimal(values['seconds'])}s, set by {bound}"),
             ("most speed", f"{values['images per second']:.1f} images/s on all chips, MFU {values['mfu']:.1%}"),
         ]
-    return "\n".join([f"\n{name}, on each chip"] + [f"  {label:<20}{value}" for label, value in rows])
+    return "\n".join([f"\n{name}, on each chip"] + [f"  {label:<31}{value}" for label, value in rows])
+
+
+def _share(part: Part, flops: float) -> str:
+    """A part's arithmetic, its share of the whole, and what it does beyond the least."""
+    beyond = part.flops - part.least
+    more = f"; {decimal(beyond)}FLOP more than the losses need" if beyond > 1e-3 * part.least else ""
+    return f"{decimal(part.flops)}FLOP, {part.flops / flops:.1%}{more}"
 
 
 def numbers(program: Program, batch: int, target: Target) -> dict[str, Any]:

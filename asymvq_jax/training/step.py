@@ -23,7 +23,7 @@ from asymvq_jax.files.images import to_float
 from asymvq_jax.losses.adversarial import adaptive_weight, discriminator_hinge, generator_term
 from asymvq_jax.losses.reconstruction import reconstruction_loss
 from asymvq_jax.models.codebook import Quantized, usage
-from asymvq_jax.models.discriminator import BatchStat
+from asymvq_jax.models.discriminator import MOMENTUM, BatchStat
 from asymvq_jax.models.parameters import Params, merge, state_of
 from asymvq_jax.training.corruption import corrupt, halo
 from asymvq_jax.training.state import Blueprint, TrainState
@@ -153,12 +153,15 @@ def _gradients(
 
     def reconstruct(params: Params) -> tuple[tuple[jax.Array, Metrics], tuple[jax.Array, Metrics]]:
         model = merge(blueprint.autoencoder, {**state.frozen, **params})
-        latent = model.encode(seen)
+        with jax.named_scope("encoder"):
+            latent = model.encode(seen)
         condition = (image, mask) if config.model.condition else (None, None)
-        features = model.decode_features(latent.sample(key), *condition)
+        with jax.named_scope("decoder"):
+            features = model.decode_features(latent.sample(key), *condition)
+            recon = model.decoder.to_image(features)
         codes = latent.codes if isinstance(latent, Quantized) else None
         shares = {} if model.codebook is None or codes is None else {CODE_SHARES: model.codebook.shares(codes)}
-        return (model.decoder.to_image(features), latent.penalties()), (features, shares)
+        return (recon, latent.penalties()), (features, shares)
 
     (recon, penalties), pull_params, (features, shares) = jax.vjp(reconstruct, state.params, has_aux=True)
     weights = _penalty_weights(config, math.prod(image.shape[1:]))
@@ -177,17 +180,21 @@ def _gradients(
     penalty = sum(weights[name] * value for name, value in penalties.items())
     metrics = {"nll": nll, "loss": nll + penalty, **parts, **penalties, **shares}
     discriminator: Params = {}
+    last: Params = {}
     if adversarial:
         pull_kernel = _last_layer(blueprint, state, features)
         discriminator, stats, gan_cotangent, gan_metrics = _adversarial(blueprint, state, stats, image, recon)
-        weight = config.loss.gan_weight * adaptive_weight(pull_kernel(cotangent), pull_kernel(gan_cotangent))
+        at_nll, at_gan = pull_kernel(cotangent), pull_kernel(gan_cotangent)
+        weight = config.loss.gan_weight * adaptive_weight(at_nll, at_gan)
         cotangent = cotangent + weight * gan_cotangent
+        # So the backward pass need not compute it a third time.
+        last = {LAST_KERNEL: at_nll + weight * at_gan}
         metrics |= gan_metrics
         metrics |= {"adaptive_weight": weight, "loss": metrics["loss"] + weight * gan_metrics["generator"]}
 
     pulled = {name: jnp.asarray(weights[name], value.dtype) for name, value in penalties.items()}
     (params,) = pull_params((cotangent, pulled))
-    return Gradients(params, discriminator), stats, metrics
+    return Gradients({**params, **last}, discriminator), stats, metrics
 
 
 def _penalty_weights(config: Config, elements: int) -> dict[str, float]:
@@ -208,7 +215,8 @@ def _last_layer(blueprint: Blueprint, state: TrainState, features: jax.Array) ->
 
     def to_image(kernel: jax.Array) -> jax.Array:
         model = merge(blueprint.autoencoder, {**state.frozen, **state.params})
-        return model.decoder.to_image(features, kernel)
+        with jax.named_scope("last_layer"):
+            return model.decoder.to_image(features, kernel)
 
     _, pull = jax.vjp(to_image, state.params[LAST_KERNEL])
 
@@ -227,14 +235,18 @@ def _adversarial(
     The logits of the reconstruction are computed once and serve both sides.
     """
 
-    def judge(params: Params, picture: jax.Array, stats: Params) -> tuple[jax.Array, Params]:
-        model = merge(blueprint.discriminator, {**params, **stats})
-        return model(picture), state_of(model, BatchStat)
+    def judge(params: Params, picture: jax.Array) -> tuple[jax.Array, Params]:
+        """The logits, and what the picture adds to the running statistics."""
+        model = merge(blueprint.discriminator, {**params, **jax.tree.map(jnp.zeros_like, stats)})
+        with jax.named_scope("discriminator"):
+            return model(picture), state_of(model, BatchStat)
 
-    fake, pull_fake, moved = jax.vjp(partial(judge, stats=stats), state.discriminator, recon, has_aux=True)
-    real, pull_real, moved = jax.vjp(partial(judge, picture=image, stats=moved), state.discriminator, has_aux=True)
+    fake, pull_fake, of_fake = jax.vjp(judge, state.discriminator, recon, has_aux=True)
+    real, pull_real, of_real = jax.vjp(partial(judge, picture=image), state.discriminator, has_aux=True)
+    moved = stats
     # As in the reference, the running statistics see the reconstruction twice: before and after the real picture.
-    _, moved = judge(state.discriminator, recon, moved)
+    for seen in (of_fake, of_real, of_fake):
+        moved = jax.tree.map(lambda old, new: (1 - MOMENTUM) * old + new, moved, seen)
 
     generator, at_fake = jax.value_and_grad(generator_term)(fake)
     hinge, (at_real_d, at_fake_d) = jax.value_and_grad(discriminator_hinge, argnums=(0, 1))(real, fake)

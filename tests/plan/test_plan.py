@@ -19,6 +19,8 @@ from asymvq_jax.diffusion import layers
 from asymvq_jax.diffusion.unet import UNet, UNetConfig
 from asymvq_jax.diffusion.unet import read_config as read_unet_config
 from asymvq_jax.errors import InputError
+from asymvq_jax.losses.lpips import LPIPS
+from asymvq_jax.models.autoencoder import structure
 from asymvq_jax.models.parameters import merge, split
 from asymvq_jax.plan import advice, chips
 from asymvq_jax.plan import compile as compiling
@@ -33,6 +35,7 @@ from asymvq_jax.plan.compile import (
     plan_step,
 )  # fmt: skip
 from asymvq_jax.plan.counting import collectives, matmul_flops
+from asymvq_jax.plan.parts import step_parts
 
 SMALL = ModelConfig(encoder_channels=(32, 32), decoder_channels=(32, 64), encoder_blocks=1, decoder_blocks=1)
 BATCH = 8
@@ -106,6 +109,56 @@ def test_flops_of_a_fixed_batch_fall_as_the_number_of_chips(plans):
 
 def test_the_shapes_give_the_compilers_flops(plans):
     assert all(plan.plausible for plan in plans.values())
+
+
+def test_a_step_computes_no_more_than_its_losses_need(plans):
+    """The frozen encoder and the original's features without a backward pass, nothing twice, on every mesh."""
+    for plan in plans.values():
+        assert sum(part.flops for part in plan.parts) == pytest.approx(plan.flops)
+        parts = {part.name: part for part in plan.parts}
+        assert set(parts) == {
+            "encoder", "decoder, forward", "decoder, backward", "condition branch", "discriminator", "adaptive weight"
+        }  # fmt: skip
+        assert all(part.flops == pytest.approx(part.least, rel=1e-6) for part in parts.values())
+
+
+@pytest.mark.parametrize("train_encoder", [False, True])
+def test_where_a_steps_flops_go(train_encoder):
+    """With LPIPS and recomputation, which is counted by itself; and of a first stage, whose encoder has a gradient."""
+    model = dataclasses.replace(SMALL, remat=True, condition=not train_encoder)
+    run = RunConfig(init_from="somewhere", train_encoder=train_encoder)
+    loss = LossConfig(gan_start=-1)
+    config = _config(model=model, run=run, loss=loss, data=DataConfig(batch_size=1, image_size=32))
+    plan = plan_step(config, Target("local", jax.devices()[:1], None, "x"))
+    parts = {part.name: part for part in plan.parts}
+    again = parts.pop("recomputed")
+    assert again.least == 0
+    assert plan.model_flops + again.flops == pytest.approx(plan.flops)
+    assert 0.5 < again.flops / parts["decoder, forward"].flops < 2
+    assert {"LPIPS of the original", "LPIPS of the reconstruction"} < set(parts)
+    # The first stage's 1x1 convolutions around the latent also have gradients.
+    assert all(part.flops == pytest.approx(part.least, rel=1e-2) for part in parts.values())
+
+
+def test_the_parts_are_the_compilers():
+    """The encoder alone, and the gradient of the reconstruction's LPIPS alone, as XLA counts their FLOPs."""
+    model = dataclasses.replace(SMALL, encoder_channels=(128, 128), norm_groups=32)
+    config = _config(model=model, loss=LossConfig(gan_start=-1), data=DataConfig(batch_size=1, image_size=32))
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    jaxpr = compiling.trace_step(config, mesh).jaxpr.jaxpr
+    parts = {part.name: part.flops for part in step_parts(config, jaxpr, 1)}
+    graphdef, params = structure(model)
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    encode = jax.jit(lambda p, x: merge(graphdef, p).encode(x).mode()).lower(params, image)
+    assert encode.compile().cost_analysis()["flops"] == pytest.approx(parts["encoder"], rel=0.1)
+    lpips, weights = split(nnx.eval_shape(lambda: LPIPS("vgg16", rngs=nnx.Rngs(0))))
+
+    def distance(image, weights):
+        model = merge(lpips, weights)
+        return model.distance(model.features(image), jax.lax.stop_gradient(model.features(0.5 * image))).sum()
+
+    both = jax.jit(jax.grad(distance)).lower(image, weights).compile().cost_analysis()["flops"]
+    assert both == pytest.approx(parts["LPIPS of the original"] + parts["LPIPS of the reconstruction"], rel=0.1)
 
 
 def test_the_arguments_are_what_the_compiler_says(plans):
