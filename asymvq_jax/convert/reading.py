@@ -28,7 +28,7 @@ from asymvq_jax.files.stored import Shaped, Table, fitted, misfits
 from asymvq_jax.files.weights import Weights, open_folder, open_weights, read_json
 from asymvq_jax.models.autoencoder import Autoencoder, in_dtype, structure
 from asymvq_jax.models.checkpoints import find_step, load_model
-from asymvq_jax.models.embedded import is_embedded
+from asymvq_jax.models.embedded import Known, ignore, is_embedded
 from asymvq_jax.models.parameters import Params, merge
 
 log = logging.getLogger(__name__)
@@ -58,13 +58,20 @@ class Described:
         return merge(structure(self.config)[0], fill(named, self.tensors, self.path, ConvertError))
 
 
-def read_model(source: str | Path, told: Mapping[str, float] | None = None, *, dtype: str | None = None) -> Autoencoder:
+def read_model(
+    source: str | Path,
+    told: Mapping[str, float] | None = None,
+    *,
+    dtype: str | None = None,
+    known: Known = ignore,
+) -> Autoencoder:
     """Reads a model of any kind that `convert` knows.
 
     Args:
         source: as for `convert`; a JAX checkpoint may also be in a bucket (gs://).
         told: `scaling_factor` and `shift_factor`, where the source does not say them.
         dtype: in which it computes; by default as its config says.
+        known: called with the configuration before the weights are read, for what can be done meanwhile.
 
     Raises:
         UserError: the source does not exist, is of no known kind, or is incomplete.
@@ -73,12 +80,14 @@ def read_model(source: str | Path, told: Mapping[str, float] | None = None, *, d
     described = describe(source, told) if here else None
     if is_embedded(source):
         log.info("%s: a small model inside the package, for trying things out; --checkpoint names another", source)
+    changes: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     if described is None:
-        model = load_model(locate(source) if here else source)
+        model = load_model(locate(source) if here else source, known=known, **changes)
         _check_told(source, told or {}, model.config)
     else:
+        known(dataclasses.replace(described.config, **changes))
         model = described.load()
-    return model if dtype is None else in_dtype(model, dtype)
+    return model if dtype in (None, model.config.dtype) else in_dtype(model, str(dtype))
 
 
 def as_told(scaling_factor: float | None, shift_factor: float | None) -> dict[str, float]:

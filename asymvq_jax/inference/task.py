@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import jax
 
+from asymvq_jax.config import ModelConfig
 from asymvq_jax.convert.convert import as_told, read_model
 from asymvq_jax.devices import sharding
 from asymvq_jax.errors import InputError
@@ -20,6 +21,7 @@ from asymvq_jax.files.masks import Channel, Mask, load_mask, turned
 from asymvq_jax.files.outputs import check_not_input, check_writable, write_bytes
 from asymvq_jax.files.pictures import FORMATS, Picture, check_fits, read_file, read_picture, read_size, write_picture
 from asymvq_jax.files.tensors import LatentFile, read_latent_file
+from asymvq_jax.inference.ahead import compile_ahead
 from asymvq_jax.inference.blend import BAND, Blend, check_blend
 from asymvq_jax.inference.inpainting import Keep, inpaint_picture
 from asymvq_jax.inference.latents import Layout, check_latent
@@ -88,7 +90,13 @@ def run(task: Task) -> str:
     if mask.empty:
         _give_back(task, picture)
         return f"{task.out}: {picture.size[1]} x {picture.size[0]} px, {mask.describe()}: the picture as it was"
-    model = read_model(task.checkpoint, as_told(task.scaling_factor, task.shift_factor), dtype=task.dtype)
+    programs: dict[str, Callable[..., Any]] = {}
+
+    def known(config: ModelConfig) -> None:
+        if task.large is None:
+            programs.update(compile_ahead(config, picture.size, encodes=latent is None))
+
+    model = read_model(task.checkpoint, as_told(task.scaling_factor, task.shift_factor), dtype=task.dtype, known=known)
     if task.keep == "model":
         check_condition(model.config, f"--checkpoint {task.checkpoint}")
     if latent is not None:
@@ -104,7 +112,7 @@ def run(task: Task) -> str:
         band=task.band,
         layout=task.latent_layout,
         scaled=_told_scale(task, latent),
-        **_for_size(task.large, -(-picture.size[0] // model.config.downsampling)),
+        **(programs or _for_size(task.large, -(-picture.size[0] // model.config.downsampling))),
     )
     if done.reading is not None:
         log.info("%s", done.reading.describe())

@@ -19,6 +19,8 @@ from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.parameters import merge, split
 
 M = TypeVar("M", bound=nnx.Module)
+# Takes a model and arrays.
+Program = Callable[..., jax.Array]
 
 
 def pad(x: jax.Array | np.ndarray, multiple: int) -> jax.Array:
@@ -28,7 +30,8 @@ def pad(x: jax.Array | np.ndarray, multiple: int) -> jax.Array:
 
 
 @nnx.jit
-def _encode(model: Autoencoder, image: jax.Array) -> jax.Array:
+def encode_program(model: Autoencoder, image: jax.Array) -> jax.Array:
+    """`encode` of pictures whose sizes are multiples of the model's downsampling; one jitted program."""
     return model.encode(image).mode()
 
 
@@ -39,7 +42,11 @@ def decode_program(model: Autoencoder, z: jax.Array, image: jax.Array | None, ma
 
 
 def encode(
-    model: Autoencoder, image: Float[Array | np.ndarray, "b h w c"], *, mesh: Mesh | None = None
+    model: Autoencoder,
+    image: Float[Array | np.ndarray, "b h w c"],
+    *,
+    mesh: Mesh | None = None,
+    program: Program = encode_program,
 ) -> Float[Array, "b y x z"]:
     """The posterior's mode.
 
@@ -47,6 +54,7 @@ def encode(
         model: the autoencoder.
         image: (b, h, w, 3) float in [-1, 1], of any size.
         mesh: see `decode`.
+        program: `encode_program`, or what has been compiled of it.
 
     Returns:
         (b, ceil(h / 8), ceil(w / 8), latent_channels) float32, not scaled for a diffusion model.
@@ -56,7 +64,7 @@ def encode(
     """
     check_pixels(image, model.config)
     image = pad(image, model.config.downsampling)
-    return _over(mesh, image.shape[1] // model.config.downsampling, _encode, model, image)
+    return _over(mesh, image.shape[1] // model.config.downsampling, program, model, image)
 
 
 def decode(
@@ -67,6 +75,7 @@ def decode(
     size: tuple[int, int] | None = None,
     *,
     mesh: Mesh | None = None,
+    program: Program = decode_program,
 ) -> Float[Array, "b h w c"]:
     """Decodes a latent, conditioned on a picture's unmasked pixels where one is given.
 
@@ -79,6 +88,7 @@ def decode(
         mesh: splits the work over its devices, with the same result: from `sharding.make_mesh` the batch, from
             `sharding.make_height_mesh` the rows of pictures that one device cannot hold (on one device, see
             `inference.strips`). The weights are copied there at every call unless `place` has put them there.
+        program: `decode_program`, or what has been compiled of it.
 
     Returns:
         (b, h, w, 3) float32, not clipped.
@@ -95,7 +105,7 @@ def decode(
         size = size or (image.shape[1], image.shape[2])
         multiple = model.config.downsampling
         image, mask = pad(image, multiple), pad(mask, multiple)
-    result = _over(mesh, latent.shape[1], decode_program, model, latent, image, mask)
+    result = _over(mesh, latent.shape[1], program, model, latent, image, mask)
     return result if size is None else result[:, : size[0], : size[1]]
 
 
@@ -109,7 +119,7 @@ def place(model: M, mesh: Mesh) -> M:
 def _over(
     mesh: Mesh | None,
     rows: int,
-    function: Callable[..., jax.Array],
+    function: Program,
     model: Autoencoder,
     first: jax.Array | np.ndarray,
     *others: jax.Array | np.ndarray | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from flax import nnx
 from jaxtyping import Array, Float
@@ -97,6 +98,13 @@ class Autoencoder(nnx.Module):
 
 def structure(config: ModelConfig) -> tuple[nnx.GraphDef[Autoencoder], Params]:
     """The graph definition and the parameters' shapes (by name) of a model; allocates nothing."""
+    graphdef, shapes = _structure(config)
+    return graphdef, dict(shapes)
+
+
+# Tracing all initialisers takes a large model about a second, and reading one asks several times.
+@functools.lru_cache(maxsize=8)
+def _structure(config: ModelConfig) -> tuple[nnx.GraphDef[Autoencoder], Params]:
     return split(nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0))))
 
 

@@ -19,7 +19,7 @@ from asymvq_jax.errors import CheckpointError, OutputError, first_line
 from asymvq_jax.files.addresses import check_address
 from asymvq_jax.files.threads import quiet_threads
 from asymvq_jax.models.autoencoder import Autoencoder, structure
-from asymvq_jax.models.embedded import embedded_parameters, is_embedded
+from asymvq_jax.models.embedded import Known, embedded_parameters, ignore, is_embedded
 from asymvq_jax.models.parameters import Params, fingerprint, merge, split
 
 STEPS = "checkpoints"
@@ -44,7 +44,7 @@ def save_model(path: str | Path, model: Autoencoder) -> None:
     if target.exists():
         raise CheckpointError(f"{target} exists already; choose another target or remove it first")
     params = split(model)[1]
-    stored = {"model": dataclasses.asdict(model.config), FINGERPRINTS: {"model": int(fingerprint(params))}}
+    stored = {"model": dataclasses.asdict(model.config), FINGERPRINTS: {"model": fingerprint(params)}}
     items = ocp.args.Composite(config=ocp.args.JsonSave(stored), model=ocp.args.StandardSave(params))
     with quiet_threads():
         try:
@@ -57,7 +57,7 @@ def save_model(path: str | Path, model: Autoencoder) -> None:
             raise OutputError(f"{target} cannot be written: {reason}") from None
 
 
-def load_model(path: str | Path, **changes: Any) -> Autoencoder:
+def load_model(path: str | Path, *, known: Known = ignore, **changes: Any) -> Autoencoder:
     """Reads the autoencoder of a run (its last step), of one step of a run, or of what `convert` wrote, or one that the
     package holds.
 
@@ -65,22 +65,23 @@ def load_model(path: str | Path, **changes: Any) -> Autoencoder:
 
     Args:
         path: the checkpoint's directory, or a name in `asymvq_jax.models.embedded.MODELS`.
+        known: called with the configuration before the arrays are read, for what can be done meanwhile.
         changes: fields of the model's configuration to replace, such as dtype="bfloat16".
 
     Raises:
         CheckpointError: no model checkpoint at `path`.
     """
-    config, params = load_parameters(path)
+    config, params = load_parameters(path, lambda config: known(dataclasses.replace(config, **changes)))
     return merge(structure(dataclasses.replace(config, **changes))[0], params)
 
 
-def load_parameters(path: str | Path) -> tuple[ModelConfig, Params]:
+def load_parameters(path: str | Path, known: Known = ignore) -> tuple[ModelConfig, Params]:
     """As `load_model`, but the configuration and the flat parameters, on the first local device."""
     if is_embedded(path):
-        return embedded_parameters(str(path))
+        return embedded_parameters(str(path), known=known)
     step = find_step(path)
     try:
-        return _read(step)
+        return _read(step, known)
     except CannotReadError as error:
         raise CheckpointError(f"{error}; {_advice(step)}") from error
 
@@ -101,7 +102,7 @@ def reading(step: epath.Path) -> Iterator[None]:
             raise CannotReadError(f"{step} cannot be read: {reason}") from error
 
 
-def _read(step: epath.Path) -> tuple[ModelConfig, Params]:
+def _read(step: epath.Path, known: Known = ignore) -> tuple[ModelConfig, Params]:
     device = SingleDeviceSharding(jax.local_devices()[0])
     me = jax.process_index()
     # Each process reads by itself and does not wait for the others.
@@ -110,6 +111,7 @@ def _read(step: epath.Path) -> tuple[ModelConfig, Params]:
     with reading(step), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         stored = checkpointer.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
         config: ModelConfig = configs.from_dict(ModelConfig, stored["model"], "model.")
+        known(config)
         _, shapes = structure(config)
         abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=device) for k, v in shapes.items()}
         items = {"model": ocp.args.StandardRestore(abstract)}
@@ -128,7 +130,7 @@ def _read(step: epath.Path) -> tuple[ModelConfig, Params]:
 def check_fingerprints(arrays: dict[str, Any], stored: dict[str, int]) -> None:
     """Raises ValueError for an item whose numbers are not those that were written; older checkpoints say nothing."""
     for name, tree in arrays.items():
-        if stored.get(name) not in (None, int(fingerprint(tree))):
+        if stored.get(name) not in (None, fingerprint(tree)):
             raise ValueError(f"the numbers in its item {name!r} are not those that were written")
 
 

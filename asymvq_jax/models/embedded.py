@@ -8,6 +8,7 @@ them.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -22,6 +23,9 @@ from asymvq_jax.errors import CheckpointError
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.parameters import Params, split
 
+# Is called with a model's configuration as soon as that is known.
+Known = Callable[[ModelConfig], None]
+
 FOLDER = Path(__file__).parent / "tiny"
 ENCODER = "encoder.safetensors"
 # Name of a model -> file of its decoder.
@@ -33,7 +37,11 @@ def is_embedded(source: str | Path) -> bool:
     return str(source) in MODELS and not Path(source).exists()
 
 
-def embedded_parameters(name: str, folder: Path = FOLDER) -> tuple[ModelConfig, Params]:
+def ignore(config: ModelConfig) -> None:
+    """Does nothing with a configuration that has become known."""
+
+
+def embedded_parameters(name: str, folder: Path = FOLDER, known: Known = ignore) -> tuple[ModelConfig, Params]:
     """The configuration and the float32 parameters, on the first local device.
 
     Raises:
@@ -48,6 +56,7 @@ def embedded_parameters(name: str, folder: Path = FOLDER) -> tuple[ModelConfig, 
             stored |= tensors.metadata() or {}
             values |= {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
     config: ModelConfig = configs.from_dict(ModelConfig, json.loads(stored["config"]), "model.")
+    known(config)
     device = jax.local_devices()[0]
     return config, {key: jax.device_put(value.astype(np.float32), device) for key, value in values.items()}
 

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 Params = dict[str, jax.Array]
@@ -48,17 +49,44 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
 
 
-@jax.jit
-def fingerprint(tree: Any) -> jax.Array:
-    """A uint32 that changes with any bit of a tree of arrays, computed where they lie, the same on every mesh.
+def fingerprint(tree: Any) -> int:
+    """A number of 32 bits that changes with any bit of a tree of arrays, the same on every mesh.
 
     Checkpoints keep it, because TensorStore's checksums cover its indices and not the numbers (Nov 2026).
     """
-    total: jax.Array = jnp.uint32(0)
-    for x in jax.tree.leaves(tree):
-        unsigned = {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[x.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    leaves = jax.tree.leaves(tree)
+    # On one CPU device the numbers are the host's, and XLA would compile for longer than NumPy takes.
+    if {device.platform for x in leaves for device in x.devices()} == {"cpu"} and all(
+        len(x.devices()) == 1 for x in leaves
+    ):
+        sums = [_host_sum(np.asarray(x)) for x in leaves]
+    else:
+        sums = [int(x) for x in jax.device_get(_device_sums(leaves))]
+    total = 0
+    for each in sums:
+        total = (31 * total + each) % 2**32
+    return total
+
+
+_UNSIGNED = {4: np.uint32, 2: np.uint16, 1: np.uint8}
+
+
+def _host_sum(x: np.ndarray) -> int:
+    """As `_device_sums`, of one array in the host's memory."""
+    size = x.shape[-1] if x.ndim else 1
+    bits = np.ascontiguousarray(x).reshape(-1, size).view(_UNSIGNED[x.dtype.itemsize])
+    # In uint32, which wraps around.
+    columns = bits.sum(axis=0, dtype=np.uint32)
+    return int((columns * (2 * np.arange(size, dtype=np.uint32) + 1)).sum(dtype=np.uint32))
+
+
+@jax.jit
+def _device_sums(leaves: list[jax.Array]) -> list[jax.Array]:
+    """Sums, modulo 2**32, of each array's bits times odd factors, computed where they lie."""
+    result = []
+    for x in leaves:
+        bits = jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize]).astype(jnp.uint32)
         # Odd factors lose no bit modulo 2**32; those of the last axis are enough to tell neighbours apart.
         place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, x.ndim - 1) if x.ndim else jnp.uint32(0)
-        total = total * jnp.uint32(31) + jnp.sum(bits * (place * jnp.uint32(2) + jnp.uint32(1)), dtype=jnp.uint32)
-    return total
+        result.append(jnp.sum(bits * (place * jnp.uint32(2) + jnp.uint32(1)), dtype=jnp.uint32))
+    return result

@@ -185,9 +185,9 @@ def matmul_flops(jaxpr: Any) -> float:
     return math.fsum(scoped_flops(jaxpr).values())
 
 
-def scoped_flops(jaxpr: Any) -> Counter[str]:
+def scoped_flops(jaxpr: Any) -> dict[str, float]:
     """`matmul_flops` by the scope in which an operation stands, such as "transpose(jvp(decoder))/condition"."""
-    total: Counter[str] = Counter()
+    total: defaultdict[str, float] = defaultdict(float)
     platforms = {e.outvars[0] for e in jaxpr.eqns if e.primitive.name == "platform_index"}
     for equation in jaxpr.eqns:
         name, params, scope = equation.primitive.name, equation.params, str(equation.source_info.name_stack)
@@ -201,7 +201,8 @@ def scoped_flops(jaxpr: Any) -> Counter[str]:
         elif name == "cond":
             branches = params["branches"][-1:] if equation.invars[0] in platforms else params["branches"]
             dearest = max((scoped_flops(inner) for inner in _inner(branches)), key=lambda found: sum(found.values()))
-            total.update({f"{scope}/{inside}": flops for inside, flops in dearest.items()})
+            for inside, flops in dearest.items():
+                total[f"{scope}/{inside}"] += flops
         else:
             repeats = _repeats(name, params)
             for inner in _inner(params.values()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +53,7 @@ def step_parts(config: Config, jaxpr: Any, chips: int) -> tuple[Part, ...]:
         again for the gradient at the input of every layer behind the first trained one, and for that of every trained
         kernel. What stands in no part is "other".
     """
-    found: Counter[str] = Counter()
+    found: defaultdict[str, float] = defaultdict(float)
     for scope, flops in scoped_flops(needed(jaxpr)).items():
         found[_part(scope)] += flops
     least = _least(config)

@@ -147,7 +147,7 @@ class RunCheckpoints:
         step = int(jax.device_get(state.step))
         if step in self._manager.all_steps():
             return
-        progress = {**progress, FINGERPRINTS: {name: int(fingerprint(x)) for name, x in _arrays(state).items()}}
+        progress = {**progress, FINGERPRINTS: {name: fingerprint(x) for name, x in _arrays(state).items()}}
         items = {
             "config": ocp.args.JsonSave(dataclasses.asdict(self._config)),
             **{name: ocp.args.StandardSave(arrays) for name, arrays in _arrays(state).items()},
