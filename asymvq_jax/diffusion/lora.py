@@ -84,7 +84,10 @@ def read(text: str) -> Lora:
     if not name or not np.isfinite(weight):
         raise LoraError(f"--lora {text}: expected FILE or FILE:WEIGHT, such as style.safetensors:0.8")
     opened = open_weights(locate(name))
-    ups, downs, alphas, rest = {}, {}, {}, []
+    ups: dict[str, StoredTensor] = {}
+    downs: dict[str, StoredTensor] = {}
+    alphas: dict[str, StoredTensor] = {}
+    rest: list[str] = []
     for key, tensor in opened.tensors.items():
         if old := OLD.fullmatch(key):
             layer, way = _renamed(*old.groups()[:3]), old[4]

@@ -120,8 +120,8 @@ def _names(described: Description) -> dict[str, list[tuple[Weight, ...]]]:
     names = {"unet": list(zip(*(mapping.unet_weights(network, form) for form in ways), strict=True))}
     if isinstance(encoder, TextConfig):
         text = nnx.eval_shape(lambda: TextEncoder(encoder, rngs=nnx.Rngs(0)))
-        ways = ("ldm" if original is not None and original.open_clip else "diffusers", "diffusers")
-        names["text_encoder"] = list(zip(*(mapping.text_weights(text, form) for form in ways), strict=True))
+        forms = ("ldm" if original is not None and original.open_clip else "diffusers", "diffusers")
+        names["text_encoder"] = list(zip(*(mapping.text_weights(text, form) for form in forms), strict=True))
     return names
 
 

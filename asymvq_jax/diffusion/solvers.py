@@ -315,7 +315,8 @@ def _euler_ancestral(config: SchedulerConfig, grid: Grid, alphas: np.ndarray) ->
     sigma, shrink = _noise_levels(config, grid, alphas)
     up = sigma[1:] * np.sqrt(1 - (sigma[1:] / sigma[:-1]) ** 2)
     down = np.sqrt(sigma[1:] ** 2 - up**2)
-    return Table(*grid[:2], *_one_step(config, grid, shrink, shrink * down), shrink * up)
+    samples, outputs = _one_step(config, grid, shrink, shrink * down)
+    return Table(grid.timesteps, grid.alpha, samples, outputs, shrink * up)
 
 
 def _heun(config: SchedulerConfig, grid: Grid, alphas: np.ndarray) -> Table:

@@ -169,4 +169,5 @@ def pool(x: jax.Array, side: int) -> jax.Array:
 def enlarge(x: jax.Array, factor: int, size: tuple[int, ...]) -> jax.Array:
     """Linear interpolation by `factor`, cut to `size`: (b, h, w, c) -> (b, *size, c)."""
     b, h, w, c = x.shape
-    return jax.image.resize(x, (b, h * factor, w * factor, c), "linear")[:, : size[0], : size[1]]
+    enlarged: jax.Array = jax.image.resize(x, (b, h * factor, w * factor, c), "linear")
+    return enlarged[:, : size[0], : size[1]]

@@ -222,11 +222,12 @@ def plan_denoising(unet: UNetConfig, target: Target, shape: tuple[int, int, int]
     }
     solver = make_solver(SchedulerConfig(kind="dpm++"), steps)
     fixed = unet.in_channels - unet.out_channels
-    batch: Any = Batch(
+    parts: Any = (
         maps(*shape, unet.out_channels),
         maps(shape[0], 2, tokens, unet.context),
         maps(*shape, fixed) if fixed else None,
     )
+    batch = Batch(*parts)
 
     def loop(params: Params, batch: Batch) -> jax.Array:
         sample: Any = denoise
