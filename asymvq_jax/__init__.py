@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from asymvq_jax.convert.convert import convert as convert
     from asymvq_jax.convert.convert import read_model as load_model  # noqa: F401
     from asymvq_jax.errors import UserError as UserError
+    from asymvq_jax.inference import Crop as Crop
     from asymvq_jax.inference import InpaintResult as InpaintResult
     from asymvq_jax.inference import decode as decode
     from asymvq_jax.inference import denormalize_latent as denormalize_latent
@@ -45,6 +46,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Autoencoder": ("models.autoencoder", "Autoencoder"),
     "Config": ("config", "Config"),
+    "Crop": ("inference", "Crop"),
     "DataConfig": ("config", "DataConfig"),
     "InpaintResult": ("inference", "InpaintResult"),
     "LossConfig": ("config", "LossConfig"),

@@ -14,8 +14,10 @@ The asymmetric VQGAN for Stable Diffusion (arXiv 2306.04632) in JAX: a decoder t
 
 use a model
   inpaint     decode an edited latent so that the picture's unmasked pixels stay
+  decode      decode latents of other programs to pictures
   generate    run Stable Diffusion: text, inpaint or edit, decoded with the asymmetric decoder
   page        serve a web page on which masks are painted and decoders compared
+  serve       serve inpainting over HTTP
 
 weights
   convert     convert weights between this package, diffusers and the original PyTorch files
@@ -46,8 +48,10 @@ the run has ended; 130 interrupted by Ctrl-C.
 # The commands, and the modules of asymvq_jax.commands that have their `main`.
 COMMANDS = {
     "inpaint": "inpaint",
+    "decode": "decode",
     "generate": "generate",
     "page": "page",
+    "serve": "serve",
     "convert": "convert",
     "export": "export",
     "train": "train",

@@ -25,6 +25,7 @@ OPTIONS = {
     "asymvq train": "commands.train.Train",
     "asymvq evaluate": "commands.evaluate.Evaluate",
     "asymvq inpaint": "commands.inpaint.Inpaint",
+    "asymvq decode": "commands.decode.Decode",
     "asymvq generate text": "diffusion.settings.Text",
     "asymvq generate inpaint": "diffusion.settings.Inpaint",
     "asymvq generate edit": "diffusion.settings.Edit",
@@ -37,6 +38,7 @@ OPTIONS = {
     "asymvq plan table": "commands.plan_table.PlanTable",
     "asymvq plan denoising": "commands.plan_denoising.PlanDenoising",
     "asymvq page": "commands.page.Page",
+    "asymvq serve": "commands.serve.Serve",
 }
 TYPES = {str: "TEXT", int: "INTEGER", float: "NUMBER", bool: "", Path: "PATH"}
 

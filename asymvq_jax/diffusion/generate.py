@@ -18,7 +18,7 @@ from asymvq_jax.config import MeshConfig, ModelConfig
 from asymvq_jax.convert.convert import as_told, read_model
 from asymvq_jax.devices import cluster, sharding
 from asymvq_jax.diffusion import sampling
-from asymvq_jax.diffusion.jobs import MODELS_OWN, Inputs, Job, Original, list_jobs, read_inputs
+from asymvq_jax.diffusion.jobs import MODELS_OWN, Inputs, Job, Original, list_jobs, read_inputs, with_region
 from asymvq_jax.diffusion.pipeline import (
     Description,
     Pipeline,
@@ -35,7 +35,9 @@ from asymvq_jax.files import images
 from asymvq_jax.files.decoding import Array
 from asymvq_jax.files.outputs import write_bytes
 from asymvq_jax.files.pictures import Picture, write_picture
-from asymvq_jax.inference.blend import check_blend
+from asymvq_jax.inference.blend import Blend, check_blend
+from asymvq_jax.inference.crop import Crop
+from asymvq_jax.inference.inpainting import Keep
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.parameters import split
 
@@ -78,15 +80,27 @@ def _check_options(options: Generate) -> None:
             f"--negative has no effect with --guidance {options.guidance:g}: expected --guidance above 1"
         )
     if isinstance(options, Painting):
-        check_blend(options.blend, options.band)
-        if options.keep == "exact" and epath.Path(options.out).suffix.lower() in (".jpg", ".jpeg"):
-            raise GenerateError(f"--out {options.out}: JPEG changes every pixel; --keep exact needs .png or .webp")
-        if options.keep == "exact" and options.decode == "both":
+        keep, blend = _keeping(options)
+        check_blend(blend, options.band)
+        if keep == "exact" and epath.Path(options.out).suffix.lower() in (".jpg", ".jpeg"):
             raise GenerateError(
-                "--decode both does not go with --keep exact: choose --decode plain or --decode asymmetric"
+                f"--out {options.out}: JPEG changes every pixel; --keep exact and --crop-and-stitch need .png or .webp"
+            )
+        if not options.crop_and_stitch and (options.context is not None or options.work_size is not None):
+            raise GenerateError("--context and --work-size belong to --crop-and-stitch, which is missing; give it too")
+        if keep == "exact" and options.decode == "both":
+            raise GenerateError(
+                "--decode both does not go with --keep exact or --crop-and-stitch: "
+                "choose --decode plain or --decode asymmetric"
             )
     if options.folder is not None and options.count > 1:
         raise GenerateError(f"--count {options.count} does not go with --folder, which makes one picture for each name")
+
+
+def _keeping(options: Painting) -> tuple[Keep, Blend]:
+    return inference.ways_of_keeping(
+        options.keep, options.blend, exact="--crop-and-stitch" if options.crop_and_stitch else ""
+    )
 
 
 def _describe(options: Generate) -> Description:
@@ -120,7 +134,7 @@ def _read_decoder(own: ModelConfig, options: Generate) -> Autoencoder | None:
         return None
     told = as_told(options.scaling_factor, options.shift_factor)
     decoder = read_model(options.checkpoint, told, dtype=options.dtype)
-    if isinstance(options, Painting) and options.keep == "model":
+    if isinstance(options, Painting) and _keeping(options)[0] == "model":
         inference.check_condition(decoder.config, f"--checkpoint {options.checkpoint}")
     fields = ("latent_channels", "downsampling", "scaling_factor", "shift_factor", "latent_mean", "latent_std",
               "latent_patch", "batch_norm_epsilon")  # fmt: skip
@@ -154,6 +168,10 @@ def _sized(jobs: Sequence[Job], described: Description, options: Generate) -> li
     """The jobs sorted by size, for batches; those without one get the size that the UNet was trained on."""
     side = described.unet.sample_size * described.autoencoder.downsampling
     jobs = [replace(job, size=(side, side)) if job.size == MODELS_OWN else job for job in jobs]
+    if isinstance(options, Painting) and options.crop_and_stitch:
+        crop = Crop(options.context or Crop.context, options.work_size or side)
+        factor = described.autoencoder.downsampling
+        jobs = [with_region(job, crop, factor, options) for job in jobs]
     if options.task == "text":
         for job in jobs:
             sampling.check_size(described.unet, described.autoencoder, job.size)
@@ -314,8 +332,8 @@ def _finished(inputs: Inputs, decoded: Array, options: Generate) -> Picture:
     """A picture of what was decoded, (h, w, 3) float32, with all that its original has."""
     if inputs.original is None or not isinstance(options, Painting):
         return Picture(images.to_uint8(decoded))
-    picture, mask = inputs.original.picture, inputs.original.mask
+    picture, mask = inputs.original.whole or inputs.original[:2]
     if mask.empty:
         return picture
-    values = mask.values.astype(np.float32)
-    return inference.compose(picture, decoded, values, options.keep, options.blend, options.band)[0]
+    keep, blend = _keeping(options)
+    return inference.compose(picture, decoded, mask.values, keep, blend, options.band, inputs.job.region)[0]

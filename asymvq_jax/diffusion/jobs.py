@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import cv2
 from etils import epath
 
 from asymvq_jax.diffusion.settings import Generate, Painting
@@ -17,6 +16,7 @@ from asymvq_jax.files.folders import by_stem, list_folder
 from asymvq_jax.files.masks import Mask, load_mask, read_mask_size, resized, turned
 from asymvq_jax.files.outputs import check_not_input, check_writable, try_out, writing
 from asymvq_jax.files.pictures import FORMATS, Picture, check_fits, read_picture, read_size
+from asymvq_jax.inference.crop import Crop, Region, scaled
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,15 @@ class Job:
     example: str = ""
     # Height and width, px.
     size: tuple[int, int] = MODELS_OWN
+    # What of the picture is filled, at `size`; None: all of it.
+    region: Region | None = None
+
+
+class Whole(NamedTuple):
+    """The picture and its mask of which a job fills one region."""
+
+    picture: Picture
+    mask: Mask
 
 
 class Original(NamedTuple):
@@ -51,6 +60,8 @@ class Original(NamedTuple):
     picture: Picture
     mask: Mask
     example: Any
+    # Where these are one region only.
+    whole: Whole | None = None
 
 
 class Inputs(NamedTuple):
@@ -70,11 +81,16 @@ def list_jobs(options: Generate) -> list[Job]:
     needed = NEEDED[task]
     given = [name for name in ("prompt", "image", "mask", "example") if getattr(options, name, None) is not None]
     size = images.parse_size("--size", options.size) if options.size else None
+    cropping = isinstance(options, Painting) and options.crop_and_stitch
+    if size and cropping:
+        raise GenerateError(f"--size {options.size} does not go with --crop-and-stitch, whose size is --work-size")
     if options.save_latents:
         latents = epath.Path(options.save_latents)
-        if task != "text" and size and options.folder and latents.resolve() == epath.Path(options.folder).resolve():
+        scaling = "--size" if size else "--crop-and-stitch" if cropping else ""
+        folder = epath.Path(options.folder).resolve() if options.folder else None
+        if task != "text" and scaling and latents.resolve() == folder:
             raise GenerateError(
-                f"--save-latents {latents}: with --size, latents do not have the size of the pictures there; "
+                f"--save-latents {latents}: with {scaling}, latents do not have the size of the pictures there; "
                 "name another directory"
             )
         with writing(latents):
@@ -159,6 +175,16 @@ def _read_prompt(path: epath.Path) -> str:
     return prompt
 
 
+def with_region(job: Job, crop: Crop, factor: int, options: Painting) -> Job:
+    """The job with the region that it fills; as it was where its mask cannot be read, which `read_inputs` will say."""
+    try:
+        mask = load_mask(job.mask, soft=options.soft_mask, channel=options.mask_channel, invert=options.invert_mask)
+    except ImageError:
+        return job
+    region = crop.region(mask.values, factor)
+    return replace(job, size=region.work, region=region)
+
+
 def _with_size(job: Job, size: tuple[int, int] | None, options: Generate) -> Job:
     """The job with its size, after a look at its pictures' heads."""
     if options.task != "text":
@@ -198,20 +224,7 @@ def read_inputs(job: Job, options: Generate) -> Inputs:
     elif warning := mask.warning(job.mask):
         log.warning("%s", warning)
     example = images.read(job.example) if job.example else None
-    return Inputs(job, Original(_scaled(picture, job.size), resized(mask, job.size), example))
-
-
-def _scaled(picture: Picture, size: tuple[int, int]) -> Picture:
-    if picture.size == size:
-        return picture
-    shrinks = size[0] * size[1] < picture.size[0] * picture.size[1]
-    way = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-
-    def scale(array: Any) -> Any:
-        return cv2.resize(array, size[::-1], interpolation=way).reshape(*size, array.shape[2])
-
-    return replace(
-        picture,
-        colour=scale(picture.colour),
-        alpha=None if picture.alpha is None else scale(picture.alpha),
-    )
+    if job.region is not None:
+        seen = replace(mask, values=job.region.enter_mask(mask.values))
+        return Inputs(job, Original(job.region.enter(picture), seen, example, Whole(picture, mask)))
+    return Inputs(job, Original(scaled(picture, job.size), resized(mask, job.size), example))

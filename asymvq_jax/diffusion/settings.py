@@ -91,12 +91,20 @@ class Painting(Generate):
     mask_channel: Literal["grey", "red", "green", "blue", "alpha"] | None = None
     # Black = generate, white = preserve.
     invert_mask: bool = False
-    # model: what the decoder makes. exact: also paste the preserved pixels back, with any decoder.
-    keep: Literal["model", "exact"] = "model"
+    # model: what the decoder makes. exact: also paste the preserved pixels back, with any decoder. By default model, or
+    # exact with --crop-and-stitch.
+    keep: Literal["model", "exact"] | None = None
     # How exact sets the fill into the picture; see `asymvq inpaint`.
-    blend: Literal["none", "feather", "multiband", "tone", "poisson"] = "feather"
+    blend: Literal["none", "feather", "multiband", "tone", "poisson"] | None = None
     # Width of the transition of feather and multiband, px.
     band: int = 8
+    # Fill only the surroundings of the mask, scaled to --work-size, and leave the rest of the picture alone.
+    crop_and_stitch: bool = False
+    # How much of the surroundings: the side of a square, as a multiple of the longer side of the mask's box; by default
+    # 1.5.
+    context: float | None = None
+    # The longer side, px, at which the surroundings are filled; by default the model's.
+    work_size: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from asymvq_jax import inference
 from asymvq_jax.config import DataConfig
 from asymvq_jax.data.sources import open_source
 from asymvq_jax.errors import InputError, UserError
+from asymvq_jax.evaluation.finish import add_finish, read_loaded_mask
 from asymvq_jax.evaluation.metrics.image import mean_squared_error, psnr
 from asymvq_jax.evaluation.rows import decode_ours, decode_plain, hard_paste
 from asymvq_jax.files import images
@@ -35,7 +36,8 @@ this page, so the painted part shows what a decoder makes of the latent alone.
 """
 STEPS = f"""
 1. Load a picture (one larger than {LONGEST} px is scaled down to that), or choose an example.
-2. Paint over the part that is to be generated. All the rest is to be kept.
+2. Paint over the part that is to be generated, or load a mask; the eraser and undo are beside the brush. All the rest
+   is to be kept.
 3. Decode. The first time takes longest for every size of picture, which is compiled for.
 """
 PLAIN = """
@@ -104,6 +106,13 @@ def load(path: str) -> np.ndarray:
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
+def read_background(painting: dict[str, Any] | None) -> np.ndarray:
+    """The picture of `read_painting`."""
+    if not painting or not painting["background"]:
+        raise InputError("There is no picture yet: load one, or choose an example.")
+    return images.read(painting["background"])
+
+
 def read_painting(painting: dict[str, Any] | None) -> tuple[np.ndarray, np.ndarray]:
     """Reads what was painted on the page.
 
@@ -117,9 +126,8 @@ def read_painting(painting: dict[str, Any] | None) -> tuple[np.ndarray, np.ndarr
     Raises:
         InputError: no picture, or nothing painted.
     """
-    if not painting or not painting["background"]:
-        raise InputError("There is no picture yet: load one, or choose an example.")
-    image = images.read(painting["background"])
+    image = read_background(painting)
+    assert painting is not None
     mask = np.zeros((*image.shape[:2], 1), np.float32)
     for layer in painting["layers"]:
         mask = np.maximum(mask, images.read_mask(layer))
@@ -151,6 +159,15 @@ def page(model: Autoencoder, plain: Autoencoder | None) -> gradio.Blocks:
         except UserError as error:
             gr.Warning(str(error), title="Not loaded")
             return gr.skip(), gr.skip()
+
+    def put_mask(path: str, painting: dict[str, Any] | None, loaded: bool) -> Any:
+        try:
+            image = read_background(painting if loaded else None)
+            layer = read_loaded_mask(path, (image.shape[0], image.shape[1]))
+        except UserError as error:
+            gr.Warning(str(error), title="Not loaded")
+            return gr.skip()
+        return {"background": image, "layers": [layer], "composite": None}
 
     def press(painting: dict[str, Any] | None, loaded: bool) -> Any:
         try:
@@ -185,35 +202,46 @@ def page(model: Autoencoder, plain: Autoencoder | None) -> gradio.Blocks:
             with gr.Column(scale=2):
                 gr.Markdown(STEPS)
                 upload = gr.UploadButton("Load a picture", file_types=["image"])
+                mask_upload = gr.UploadButton("Load a mask", file_types=["image"])
                 # Not gr.Examples, under which the editor sends its contents dozens of times.
                 gallery = gr.Dataset(
                     label="Examples", components=["image"], samples=[[path] for path in examples], type="index"
                 )
                 button = gr.Button("Decode", variant="primary")
                 status = gr.Markdown()
-        outputs: list[gradio.Component] = [status]
-        shown: dict[str, Any] = {
-            "format": "png",
-            "interactive": False,
-            "show_label": False,
-            "buttons": ["download", "fullscreen"],
-        }
-        with gr.Row():
-            for text in (PLAIN if plain is not None else PLAIN_OURS, PASTE, ASYMMETRIC):
-                with gr.Column():
-                    gr.Markdown(text)
-                    picture = gr.Image(**shown)
-                    numbers = gr.Markdown()
-                    gr.Markdown("Error x 4, black where the picture is as the original:")
-                    error = gr.Image(**shown)
-                    outputs += [picture, numbers, error]
+        outputs = [status, *_results(plain is not None)]
         # The editor that was cleared gives a white picture, which one that was loaded may be too.
         loaded = gr.State(True)
         editor.clear(lambda: False, outputs=loaded, show_progress="hidden")
         gallery.click(lambda index: (load(examples[index]), True), gallery, [editor, loaded], show_progress="hidden")
         upload.upload(put, upload, [editor, loaded], show_progress="hidden")
+        mask_upload.upload(put_mask, [mask_upload, editor, loaded], editor, show_progress="hidden")
         button.click(press, [editor, loaded], outputs)
+        add_finish(model, editor, loaded, read_painting)
     return blocks
+
+
+def _results(with_plain: bool) -> list[gradio.Component]:
+    """The three ways' pictures, numbers and error maps."""
+    import gradio as gr
+
+    outputs: list[gradio.Component] = []
+    shown: dict[str, Any] = {
+        "format": "png",
+        "interactive": False,
+        "show_label": False,
+        "buttons": ["download", "fullscreen"],
+    }
+    with gr.Row():
+        for text in (PLAIN if with_plain else PLAIN_OURS, PASTE, ASYMMETRIC):
+            with gr.Column():
+                gr.Markdown(text)
+                picture = gr.Image(**shown)
+                numbers = gr.Markdown()
+                gr.Markdown("Error x 4, black where the picture is as the original:")
+                error = gr.Image(**shown)
+                outputs += [picture, numbers, error]
+    return outputs
 
 
 def _examples() -> list[str]:

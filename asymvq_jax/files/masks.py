@@ -120,13 +120,25 @@ def load_mask(
         ImageError: the file is missing or no picture.
         MaskError: it could mean two things.
     """
-    data = read_file(path)
-    picture = _from_numpy(data, path) if data.startswith(NUMPY) else decode_picture(data, str(path), large=large)
-    lossy = PurePath(path).suffix.lower() not in (".png", ".bmp", ".tif", ".tiff", ".gif") and data[:2] == b"\xff\xd8"
+    return decode_mask(read_file(path), str(path), soft=soft, channel=channel, invert=invert, large=large)
+
+
+def decode_mask(
+    data: bytes,
+    name: str,
+    *,
+    soft: bool = False,
+    channel: Channel | None = None,
+    invert: bool = False,
+    large: bool = False,
+) -> Mask:
+    """As `load_mask`, of a file's bytes; messages call it `name`."""
+    picture = _from_numpy(data, name) if data.startswith(NUMPY) else decode_picture(data, name, large=large)
+    lossy = PurePath(name).suffix.lower() not in (".png", ".bmp", ".tif", ".tiff", ".gif") and data[:2] == b"\xff\xd8"
     try:
         return understand(picture, soft=soft, channel=channel, invert=invert, lossy=lossy)
     except MaskError as error:
-        raise MaskError(f"mask {path} {error}") from None
+        raise MaskError(f"mask {name} {error}") from None
 
 
 def read_mask_size(path: str | epath.Path) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from etils import epath
@@ -33,11 +34,13 @@ class LatentFile:
         values: as stored, finite or not, of real numbers.
         scaled: whether it is times the scaling factor; None where the file does not say.
         kind: of the file, for messages.
+        layout: where its channels are; None where the file does not say.
     """
 
     values: Array
     scaled: bool | None
     kind: str
+    layout: Literal["channels-first"] | None = None
 
 
 def read_latent_file(path: str | epath.Path) -> LatentFile:
@@ -48,24 +51,37 @@ def read_latent_file(path: str | epath.Path) -> LatentFile:
     """
     if "://" not in str(path):
         return _read(Path(path), str(path))
+    try:
+        data = epath.Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"latent {path} cannot be read: {error.strerror or error}") from None
+    return decode_latent_file(data, str(path))
+
+
+def decode_latent_file(data: bytes, name: str) -> LatentFile:
+    """As `read_latent_file`, of a file's bytes; messages call it `name`."""
     with tempfile.NamedTemporaryFile() as copy:
-        try:
-            copy.write(epath.Path(path).read_bytes())
-        except OSError as error:
-            raise InputError(f"latent {path} cannot be read: {error.strerror or error}") from None
+        copy.write(data)
         copy.flush()
-        return _read(Path(copy.name), str(path))
+        return _read(Path(copy.name), name)
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether a file is of a kind that takes no more memory than its bytes, and no unpickling: .npy or safetensors."""
+    safe = len(data) > 9 and data[8:9] == b"{" and int.from_bytes(data[:8], "little") < len(data)
+    return safe or data.startswith(b"\x93NUMPY")
 
 
 def _read(path: Path, name: str) -> LatentFile:
     """A local file, which messages call `name`."""
-    scaled = None
+    scaled: bool | None = None
+    layout: Literal["channels-first"] | None = None
     try:
         kind, arrays = _arrays(path)
         if _COMFY in arrays:
-            kind, scaled = "ComfyUI latent", _COMFY_UNSCALED not in arrays
+            kind, scaled, layout = "ComfyUI latent", _COMFY_UNSCALED not in arrays, "channels-first"
             arrays = {_COMFY: arrays[_COMFY]}
-        return LatentFile(_one(arrays), scaled, kind)
+        return LatentFile(_one(arrays), scaled, kind, layout)
     except TensorFileError as error:
         raise InputError(f"latent {str(error).replace(str(path), name)}; or save it as .npy with numpy.save") from None
     except InputError as error:

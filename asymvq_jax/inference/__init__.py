@@ -2,7 +2,16 @@
 
 from asymvq_jax.errors import InputError
 from asymvq_jax.inference.blend import composite
-from asymvq_jax.inference.inpainting import InpaintResult, check_mask, compose, inpaint, inpaint_picture, paste
+from asymvq_jax.inference.crop import Crop
+from asymvq_jax.inference.inpainting import (
+    InpaintResult,
+    check_mask,
+    compose,
+    inpaint,
+    inpaint_picture,
+    paste,
+    ways_of_keeping,
+)
 from asymvq_jax.inference.latents import denormalize_latent, normalize_latent, read_latent, understand
 from asymvq_jax.inference.whole import check_condition, decode, encode, pad, place
 
@@ -10,6 +19,7 @@ from asymvq_jax.inference.whole import check_condition, decode, encode, pad, pla
 Inpainting = InpaintResult
 
 __all__ = [
+    "Crop",
     "InpaintResult",
     "Inpainting",
     "InputError",
@@ -28,4 +38,5 @@ __all__ = [
     "place",
     "read_latent",
     "understand",
+    "ways_of_keeping",
 ]

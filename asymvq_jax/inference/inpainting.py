@@ -15,6 +15,7 @@ from asymvq_jax.files import images
 from asymvq_jax.files.masks import HAZE
 from asymvq_jax.files.pictures import Picture
 from asymvq_jax.inference.blend import BAND, MIXING, Blend, check_blend, composite
+from asymvq_jax.inference.crop import Crop, Region
 from asymvq_jax.inference.edges import distance
 from asymvq_jax.inference.latents import Layout, Reading, understand
 from asymvq_jax.inference.whole import check_condition, decode, encode
@@ -32,11 +33,19 @@ class InpaintResult(NamedTuple):
 
 
 class Inpainted(NamedTuple):
-    """A finished picture with all that its file had, the tone step, and how the latent was read (None: its own)."""
+    """A finished picture with all that its file had, and what is worth saying about it.
+
+    Attributes:
+        picture: the result.
+        tone_step: see `InpaintResult`.
+        reading: how the latent was read; None: the picture's own.
+        region: what was cut out and filled; None: the whole picture.
+    """
 
     picture: Picture
     tone_step: float | None
     reading: Reading | None
+    region: Region | None = None
 
 
 def inpaint(
@@ -45,9 +54,11 @@ def inpaint(
     mask: Shaped[np.ndarray, "h w"] | Shaped[np.ndarray, "h w 1"],
     latent: Array | None = None,
     *,
-    keep: Keep = "model",
-    blend: Blend = "feather",
+    keep: Keep | None = None,
+    blend: Blend | None = None,
     band: int = BAND,
+    crop: Crop | None = None,
+    edited: Array | None = None,
     scaled: bool | None = None,
     layout: Layout | None = None,
     encode: Callable[..., jax.Array] = encode,
@@ -59,12 +70,17 @@ def inpaint(
         model: an autoencoder; one with a condition branch unless `keep` is "exact".
         image: (h, w, 3) uint8, of any size.
         mask: (h, w) or (h, w, 1); bool, or numbers in [0, 1]: 1 = generate, 0 = preserve.
-        latent: an edited latent; None: the picture's own.
+        latent: an edited latent; None: the picture's own. With `crop`, it is the region's at its working size.
         keep: "model" returns what the decoder made; "exact" also pastes the original's pixels, bit for bit, wherever
-            they are preserved.
+            they are preserved. None: "model", or with `crop`, which can do no other, "exact".
         blend: how "exact" sets the decoder's fill into the original; see `inference.blend.composite`. "feather" and
-            "multiband" mix the two in a band around the mask, where kept pixels change.
+            "multiband" mix the two in a band around the mask, where kept pixels change. None: "feather", or with `crop`
+            "none", so that every kept pixel stays.
         band: its width, px; 0 pastes up to the mask's edge.
+        crop: fills only the mask's surroundings, scaled to the model's size, and leaves the rest of the picture alone;
+            None: the whole picture at its own size.
+        edited: (h, w, 3) of the picture's type, an edited picture whose latent is decoded instead of the picture's own;
+            excludes `latent`. See `inference.changes.find_changes` for its mask.
         scaled, layout: how the latent is stored; see `latents.understand`.
         encode, decode: for large pictures, the functions of `inference.strips`, or `inference.whole`'s with a mesh.
 
@@ -78,9 +94,9 @@ def inpaint(
     """
     image = check_image(image)
     done = inpaint_picture(
-        model, Picture(image), check_mask(mask, image), latent, keep=keep, blend=blend, band=band, scaled=scaled,
-        layout=layout,
-        encode=encode, decode=decode,
+        model, Picture(image), check_mask(mask, image), latent, keep=keep, blend=blend, band=band, crop=crop,
+        edited=None if edited is None else check_image(edited),
+        scaled=scaled, layout=layout, encode=encode, decode=decode,
     )  # fmt: skip
     return InpaintResult(done.picture.colour, done.tone_step)
 
@@ -91,49 +107,111 @@ def inpaint_picture(
     mask: Array,
     latent: Array | None = None,
     *,
-    keep: Keep = "model",
-    blend: Blend = "feather",
+    keep: Keep | None = None,
+    blend: Blend | None = None,
     band: int = BAND,
+    crop: Crop | None = None,
+    edited: Array | None = None,
     scaled: bool | None = None,
     layout: Layout | None = None,
     encode: Callable[..., jax.Array] = encode,
     decode: Callable[..., jax.Array | Array] = decode,
 ) -> Inpainted:
-    """As `inpaint`, of a picture with its depth, alpha and metadata; `mask` is (h, w, 1) float32."""
-    if keep not in ("model", "exact"):
-        raise InputError(f"keep={keep!r}: expected 'model' or 'exact'")
+    """As `inpaint`, of a picture with its depth, alpha and metadata; `mask` is (h, w, 1), of numbers in [0, 1]."""
+    keep, blend = ways_of_keeping(keep, blend, exact="crop" if crop is not None else "")
     check_blend(blend, band)
     if keep == "model":
         check_condition(model.config)
+    if edited is not None and edited.shape[:2] != picture.size:
+        raise InputError(f"the edited picture has shape {edited.shape}: expected that of the picture, {picture.size}")
+    if edited is not None and latent is not None:
+        raise InputError("an edited picture and a latent: expected one of them")
+    region = None if crop is None else crop.region(mask, model.config.downsampling)
+    whole = picture if edited is None else Picture(edited)
+    seen, source, small = (
+        (picture, whole, mask)
+        if region is None
+        else (region.enter(picture), region.enter(whole), region.enter_mask(mask))
+    )
+    decoded, reading = _decoded(
+        model, seen, small.astype(np.float32), source if latent is None else latent,
+        scaled=scaled, layout=layout, encode=encode, decode=decode,
+    )  # fmt: skip
+    return Inpainted(*compose(picture, decoded, mask, keep, blend, band, region), reading, region)
+
+
+def _decoded(
+    model: Autoencoder,
+    picture: Picture,
+    mask: Array,
+    source: Picture | Array,
+    *,
+    scaled: bool | None,
+    layout: Layout | None,
+    encode: Callable[..., jax.Array],
+    decode: Callable[..., jax.Array | Array],
+) -> tuple[Array, Reading | None]:
+    """What the decoder makes of a latent, or of another picture's, beside a picture.
+
+    Returns:
+        (h, w, 3) float32, and how the latent was read.
+    """
     pixels = picture.to_float()[None]
     reading = None
-    if latent is None:
-        z = encode(model, pixels)
+    if isinstance(source, Picture):
+        z = encode(model, pixels if source is picture else source.to_float()[None])
     else:
         reading = understand(
-            np.asarray(latent), model.config, picture.size, own=lambda: encode(model, pixels), mask=mask,
+            np.asarray(source), model.config, picture.size, own=lambda: encode(model, pixels), mask=mask,
             layout=layout, scaled=scaled, norm=model.normalization(),
         )  # fmt: skip
         z = reading.latent
     seen = (pixels, mask[None]) if model.config.condition else (None, None)
-    decoded = np.asarray(decode(model, z, *seen)[0])[: picture.size[0], : picture.size[1]]
-    return Inpainted(*compose(picture, decoded, mask, keep, blend, band), reading)
+    return np.asarray(decode(model, z, *seen)[0])[: picture.size[0], : picture.size[1]], reading
+
+
+def ways_of_keeping(keep: str | None, blend: Blend | None, *, exact: str = "") -> tuple[Keep, Blend]:
+    """How pixels are kept, where the user has not said it.
+
+    Args:
+        keep, blend: as given; None: not.
+        exact: what else was asked for that keeps them exactly, or "".
+
+    Raises:
+        InputError: `keep` is unknown, or contradicts `exact`.
+    """
+    if keep not in (None, "model", "exact"):
+        raise InputError(f"keep={keep!r}: expected 'model' or 'exact'")
+    if exact and keep == "model":
+        raise InputError(f"keep='model' does not go with {exact}, which keeps the original's pixels exactly")
+    return ("exact", blend or "none") if exact else ("exact" if keep == "exact" else "model", blend or "feather")
 
 
 def compose(
-    picture: Picture, decoded: Array, mask: Array, keep: Keep, blend: Blend = "feather", band: int = BAND
+    picture: Picture,
+    decoded: Array,
+    mask: Array,
+    keep: Keep,
+    blend: Blend = "feather",
+    band: int = BAND,
+    region: Region | None = None,
 ) -> tuple[Picture, float | None]:
     """A picture from its original and what a decoder made of it.
 
     Args:
         picture: the original.
-        decoded: (h, w, 3) float32 in [-1, 1], clipped.
-        mask: (h, w, 1) float32, 1 = generate.
+        decoded: (h, w, 3) float32 in [-1, 1], clipped; with a region, of its working size.
+        mask: (h, w, 1), of the original's size; 1 = generate.
         keep, blend, band: see `inpaint`.
+        region: what of the picture was decoded; None: all of it.
 
     Returns:
         The picture, and the tone step where pixels were pasted.
     """
+    if region is not None:
+        part, step = compose(region.cut(picture), region.leave(decoded), region.of(mask), keep, blend, band)
+        return region.stitch(part, picture), step
+    mask = mask.astype(np.float32)
     if keep == "model":
         return picture.painted(decoded, mask, np.zeros(picture.size, bool)), None
     scale = np.float32(picture.levels / 2)
@@ -141,12 +219,12 @@ def compose(
     # In the picture's own depth, as the decoder's result alone would be written.
     made = np.round((np.clip(decoded, -1, 1) + 1) * scale).astype(original.dtype)
     # What nobody sees of a mask does not undo an exact copy.
-    region = mask > HAZE
-    far = distance(~region[..., 0])
+    masked = mask > HAZE
+    far = distance(~masked[..., 0])
     width = band if blend in MIXING else 0
     near = (far > 0) & (far <= max(width, 1))
     step = np.abs(made.astype(np.float32) - original.astype(np.float32))[near]
-    mixed = composite(made, original, region, blend, band).astype(np.float32) / scale - 1
+    mixed = composite(made, original, masked, blend, band).astype(np.float32) / scale - 1
     done = picture.painted(mixed, mask, far > width)
     return done, float(step.mean()) * 255 / picture.levels if step.size else 0.0
 

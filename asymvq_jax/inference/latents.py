@@ -26,6 +26,9 @@ CERTAIN = 0.9
 FOREIGN = 0.3
 # A layout is found from this correlation on, if that of the other is less by so much.
 ALIKE, DISTINCT = 0.5, 0.2
+# Scaled latents spread by 1 about their channels' means, unscaled ones by 1 / factor. A spread that is within this
+# factor of the one, and clearly farther from the other, tells which.
+SPREAD = 2.0
 # Fewer of the latent's pixels outside the mask say nothing.
 ENOUGH = 12
 
@@ -227,6 +230,72 @@ def _in_patches(
         raise InputError(f"the latent's shape {inner.shape} {problem}: give its layout and whether it is scaled")
     name, seen = max(found, key=lambda key: likeness[key])
     return Reading(found[name, seen], name, seen, "as given" if scaled is not None else "by its shape")
+
+
+def understand_alone(
+    array: Array, config: ModelConfig, *, layout: Layout | None = None, scaled: bool | None = None
+) -> Reading:
+    """Brings latents that no picture belongs to into the form that `decode` takes.
+
+    Args:
+        array: (b, c, h, w) or (b, h, w, c), or either without b.
+        config: the model's.
+        layout: the array's; None: found by its shape.
+        scaled: see `understand`; None: found by the values' spread, for which the scaling factor is there.
+
+    Returns:
+        The reading; its latent is (b, h, w, c).
+
+    Raises:
+        InputError: the array is not of this model, or its layout or its scale cannot be told.
+    """
+    array, channels = np.asarray(array), config.latent_channels
+    if array.dtype.kind not in "fiu" or array.ndim not in (3, 4) or array.size == 0:
+        raise InputError(
+            f"the latent has shape {array.shape} and type {array.dtype}: expected real numbers, "
+            f"(b, {channels}, h, w) or (b, h, w, {channels}), or either without b"
+        )
+    if not np.isfinite(array).all():
+        raise InputError("the latent holds values that are not finite (NaN or infinity)")
+    batch = (array if array.ndim == 4 else array[None]).astype(np.float32)
+    axes: dict[Layout, int] = {"channels-first": 1, "channels-last": 3}
+    fitting = [name for name, axis in axes.items() if batch.shape[axis] == channels and layout in (None, name)]
+    if not fitting:
+        where = "" if layout is None else f" with the {layout.replace('-', ' ')}"
+        raise InputError(f"the latent has shape {array.shape}: expected {channels} channels{where}, as the model has")
+    if len(fitting) > 1:
+        raise InputError(
+            f"the latent's shape {array.shape} fits with the channels first and last: give --latent-layout "
+            + " or ".join(LAYOUTS)
+        )
+    batch = batch.transpose(0, 2, 3, 1) if fitting[0] == "channels-first" else batch
+    reason = "as given"
+    if scaled is None:
+        scaled, reason = _scale_by_spread(batch, config)
+    if scaled:
+        batch = batch / np.float32(config.scaling_factor) + np.float32(config.shift_factor)
+    return Reading(jnp.asarray(batch), fitting[0], scaled, reason)
+
+
+def _scale_by_spread(batch: Array, config: ModelConfig) -> tuple[bool, str]:
+    """Whether latents are scaled, and why; raises InputError where their spread does not show it."""
+    if config.scaling_factor == 1 and config.shift_factor == 0:
+        return False, "the model's scaling factor is 1"
+    spread = float((batch - batch.mean((1, 2), keepdims=True)).std())
+    unscaled = 1 / config.scaling_factor
+    near = {True: _apart(spread, 1.0), False: _apart(spread, unscaled)}
+    best = near[True] <= near[False]
+    if near[best] > SPREAD or near[not best] < 1.5 * near[best] or _apart(unscaled, 1.0) < SPREAD:
+        raise InputError(
+            f"the latent's values have a standard deviation of {spread:.2f}, where scaled ones have about 1 and "
+            f"unscaled ones about {unscaled:.2f}, which does not show what they are: give --latent-scaled yes or no"
+        )
+    return best, f"a standard deviation of {spread:.2f}, of about 1 if scaled and {unscaled:.1f} if not"
+
+
+def _apart(value: float, other: float) -> float:
+    """The ratio of two numbers, 1 or more."""
+    return max(value / other, other / value) if value > 0 else float("inf")
 
 
 def _kept(mask: Array | None, shape: tuple[int, int], factor: int) -> npt.NDArray[np.bool_]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import PurePath
 from typing import Any, Literal
@@ -16,15 +17,17 @@ from asymvq_jax.convert.convert import as_told, read_model
 from asymvq_jax.devices import sharding
 from asymvq_jax.errors import InputError
 from asymvq_jax.files.formats import HEAD, picture_format
-from asymvq_jax.files.masks import Channel, Mask, load_mask, turned
+from asymvq_jax.files.masks import Mask
 from asymvq_jax.files.outputs import check_not_input, check_writable, write_bytes
 from asymvq_jax.files.pictures import FORMATS, Picture, check_fits, read_file, read_picture, read_size, write_picture
-from asymvq_jax.files.tensors import LatentFile, read_latent_file
-from asymvq_jax.inference.blend import BAND, Blend, check_blend
-from asymvq_jax.inference.inpainting import Keep, inpaint_picture
+from asymvq_jax.inference.blend import BAND, MIXING, Blend, check_blend
+from asymvq_jax.inference.crop import Crop
+from asymvq_jax.inference.edits import Change, Edit, MaskReading, list_edits, read_edit
+from asymvq_jax.inference.inpainting import Inpainted, Keep, inpaint_picture, ways_of_keeping
 from asymvq_jax.inference.latents import Layout, check_latent
 from asymvq_jax.inference.strips import decode_in_strips, encode_in_strips
 from asymvq_jax.inference.whole import check_condition, decode, encode
+from asymvq_jax.models.autoencoder import Autoencoder
 
 log = logging.getLogger(__name__)
 
@@ -37,34 +40,37 @@ class Task:
 
     Attributes:
         image: the original picture's file.
-        mask: a picture of the same size.
         checkpoint: of the autoencoder, of any kind that is read.
         out: the file to write.
-        latent: an edited latent's file; None: the picture's own latent.
+        mask: a picture of the same size; None: found by comparing `edited`.
+        latent: an edited latent's file; None: the picture's own, or that of `edited`.
+        edited: the file of the picture as an editor has returned it.
+        edits: a folder of masks with latents or edited pictures, which are applied in order instead of these three.
+        save_mask: where the mask is written.
         latent_layout: the latent's; None: found.
         latent_scaled: whether it is times the scaling factor; None: found.
-        soft_mask: whether the mask's greys blend.
-        mask_channel: what of the mask's file is the mask; None: found.
-        invert_mask: whether black is to be generated.
-        keep, blend, band: see `inpainting.inpaint`.
+        masks: how masks are read.
+        keep, blend, band, crop: see `inpainting.inpaint`.
         large: how a picture is decoded that one device's memory cannot hold; such pictures are also read.
         scaling_factor, shift_factor: how a diffusion model scales the latents; None: the checkpoint's file says it.
         dtype: the compute type; None: the checkpoint's.
     """
 
     image: str
-    mask: str
     checkpoint: str
     out: str
+    mask: str | None = None
     latent: str | None = None
+    edited: str | None = None
+    edits: str | None = None
+    save_mask: str | None = None
     latent_layout: Layout | None = None
     latent_scaled: bool | None = None
-    soft_mask: bool = False
-    mask_channel: Channel | None = None
-    invert_mask: bool = False
-    keep: Keep = "model"
-    blend: Blend = "feather"
+    masks: MaskReading = field(default_factory=MaskReading)
+    keep: Keep | None = None
+    blend: Blend | None = None
     band: int = BAND
+    crop: Crop | None = None
     large: Large | None = None
     scaling_factor: float | None = None
     shift_factor: float | None = None
@@ -80,80 +86,124 @@ def run(task: Task) -> str:
     Raises:
         UserError: files or options that do not fit; before the model is run, if it can be known then.
     """
-    _check_options(task)
-    picture, mask = _read(task)
-    latent = None if task.latent is None else read_latent_file(task.latent)
-    if warning := mask.warning(task.mask):
-        log.warning("%s", warning)
-    if mask.empty:
-        _give_back(task, picture)
-        return f"{task.out}: {picture.size[1]} x {picture.size[0]} px, {mask.describe()}: the picture as it was"
-    model = read_model(task.checkpoint, as_told(task.scaling_factor, task.shift_factor), dtype=task.dtype)
-    if task.keep == "model":
-        check_condition(model.config, f"--checkpoint {task.checkpoint}")
-    if latent is not None:
-        check_latent(latent.values, model.config, picture.size, task.latent_layout)
+    edits = _check_options(task)
+    original = _read_picture(task)
+    changes = [read_edit(edit, original.size, task.masks, large=task.large is not None) for edit in edits]
+    # Once, and only if there is something to generate.
+    model = functools.cache(lambda: _read_model(task))
     begin = time.perf_counter()
+    picture, said, changed = original, "", False
+    for change in changes:
+        mask, edited = change.settle(picture)
+        if task.save_mask is not None:
+            write_picture(task.save_mask, Picture((mask.values * 255).round().astype("uint8")))
+        said = mask.describe()
+        if mask.empty:
+            continue
+        done = _apply(task, model(), picture, mask, change, edited)
+        picture, changed = done.picture, True
+        said += "" if done.tone_step is None else f"; covered a tone step of {done.tone_step:.2f} levels of 255"
+    height, width = picture.size
+    what = said if task.edits is None else f"{len(changes)} edits"
+    if not changed:
+        _give_back(task, original)
+        return f"{task.out}: {width} x {height} px, {what}: the picture as it was"
+    for lost in write_picture(task.out, picture):
+        log.warning("warning: %s", lost)
+    return f"{task.out}: {width} x {height} px, {what}, {time.perf_counter() - begin:.1f} s with compilation"
+
+
+def _read_model(task: Task) -> Autoencoder:
+    model = read_model(task.checkpoint, as_told(task.scaling_factor, task.shift_factor), dtype=task.dtype)
+    if _keep(task)[0] == "model":
+        check_condition(model.config, f"--checkpoint {task.checkpoint}")
+    return model
+
+
+def _apply(task: Task, model: Autoencoder, picture: Picture, mask: Mask, change: Change, edited: Any) -> Inpainted:
+    """The picture after one edit."""
+    keep, blend = _keep(task)
+    latent = change.latent
+    layout = task.latent_layout or (None if latent is None else latent.layout)
+    size = picture.size if task.crop is None else task.crop.region(mask.values, model.config.downsampling).work
+    if latent is not None:
+        check_latent(latent.values, model.config, size, layout)
     done = inpaint_picture(
         model,
         picture,
-        mask.values.astype("float32"),
+        mask.values,
         None if latent is None else latent.values,
-        keep=task.keep,
-        blend=task.blend,
+        keep=keep,
+        blend=blend,
         band=task.band,
-        layout=task.latent_layout,
-        scaled=_told_scale(task, latent),
-        **_for_size(task.large, -(-picture.size[0] // model.config.downsampling)),
+        crop=task.crop,
+        edited=edited,
+        layout=layout,
+        scaled=task.latent_scaled if latent is None or task.latent_scaled is not None else latent.scaled,
+        **_for_size(task.large, -(-size[0] // model.config.downsampling)),
     )
+    if done.region is not None:
+        log.info("%s", done.region.describe())
     if done.reading is not None:
         log.info("%s", done.reading.describe())
         if done.reading.warning:
             log.warning("warning: %s", done.reading.warning)
-    for lost in write_picture(task.out, done.picture):
-        log.warning("warning: %s", lost)
-    step = "" if done.tone_step is None else f"; covered a tone step of {done.tone_step:.2f} levels of 255"
-    height, width = picture.size
-    return (
-        f"{task.out}: {width} x {height} px, {mask.describe()}, "
-        f"{time.perf_counter() - begin:.1f} s with compilation{step}"
-    )
+    return done
 
 
-def _check_options(task: Task) -> None:
-    """What is known without reading a pixel."""
-    check_not_input("--out", task.out, {"--image": task.image, "--mask": task.mask, "--latent": task.latent})
-    check_writable(task.out, FORMATS)
-    check_blend(task.blend, task.band)
-    if task.keep == "exact" and FORMATS[PurePath(task.out).suffix.lower()] == "JPEG":
-        raise InputError(f"--out {task.out}: JPEG changes every pixel; --keep exact needs .png or .webp")
-    if task.latent is None and (task.latent_layout is not None or task.latent_scaled is not None):
-        raise InputError(
-            "--latent-layout, --scaled-latent and --unscaled-latent describe --latent, which is missing; name it too"
-        )
+def _check_options(task: Task) -> list[Edit]:
+    """What is known without reading a pixel; returns the edits."""
+    edits = _list_edits(task)
+    outputs = {"--out": (task.out, tuple(FORMATS)), "--save-mask": (task.save_mask, (".png",))}
+    for option, (path, endings) in outputs.items():
+        if path is not None:
+            for edit in edits:
+                check_not_input(option, path, {"--image": task.image, **edit.inputs()})
+            check_writable(path, endings)
+    if task.save_mask is not None:
+        check_not_input("--save-mask", task.save_mask, {"--out": task.out})
+    keep, blend = _keep(task)
+    check_blend(blend, task.band)
+    if task.edits is not None and blend in MIXING:
+        raise InputError(f"--blend {blend} changes kept pixels, which --edits keeps: expected none, tone or poisson")
+    if keep == "exact" and FORMATS[PurePath(task.out).suffix.lower()] == "JPEG":
+        why = _exact(task) or "--keep exact"
+        raise InputError(f"--out {task.out}: JPEG changes every pixel; {why} needs .png or .webp")
+    if not any(edit.latent for edit in edits) and (task.latent_layout is not None or task.latent_scaled is not None):
+        raise InputError("--latent-layout and --latent-scaled describe --latent, which is missing; name it too")
     size = read_size(task.image, large=task.large is not None)
     check_fits(task.out, size)
+    return edits
 
 
-def _read(task: Task) -> tuple[Picture, Mask]:
-    large = task.large is not None
-    picture = read_picture(task.image, large=large)
+def _list_edits(task: Task) -> list[Edit]:
+    single = Edit(task.mask, task.latent, task.edited)
+    if task.edits is not None:
+        for name, given in {**single.inputs(), "--save-mask": task.save_mask}.items():
+            if given is not None:
+                raise InputError(f"{name} {given} does not go with --edits, whose folder has the masks; leave it out")
+        return list_edits(task.edits)
+    if task.mask is None and task.edited is None:
+        raise InputError("nothing says what is to be generated: expected --mask, --edited or --edits")
+    if task.latent is not None and (task.edited is not None or task.mask is None):
+        raise InputError(f"--latent {task.latent} does not go with --edited {task.edited}: give one of them")
+    return [single]
+
+
+def _exact(task: Task) -> str:
+    """The option that asks for kept pixels that are exact, but for --keep."""
+    return "--edits" if task.edits is not None else "--crop-and-stitch" if task.crop is not None else ""
+
+
+def _keep(task: Task) -> tuple[Keep, Blend]:
+    return ways_of_keeping(task.keep, task.blend, exact=_exact(task))
+
+
+def _read_picture(task: Task) -> Picture:
+    picture = read_picture(task.image, large=task.large is not None)
     for note in picture.notes:
         log.warning("warning: %s: %s", task.image, note)
-    mask = load_mask(task.mask, soft=task.soft_mask, channel=task.mask_channel, invert=task.invert_mask, large=large)
-    if mask.size != picture.size:
-        (h, w), (ih, iw) = mask.size, picture.size
-        raise InputError(
-            f"the mask is {w} x {h} px and the picture {iw} x {ih} px; they must have the same size"
-            + turned(mask.size, picture.size)
-        )
-    return picture, mask
-
-
-def _told_scale(task: Task, latent: LatentFile | None) -> bool | None:
-    if task.latent_scaled is not None or latent is None:
-        return task.latent_scaled
-    return latent.scaled
+    return picture
 
 
 def _give_back(task: Task, picture: Picture) -> None:

@@ -793,3 +793,31 @@ def test_long_text_is_cut_with_a_warning(pipelines, caplog):
         read_tokenizer(pipelines.root / "tokenizer", dataclasses.replace(config, vocabulary=50))
     with pytest.raises(TokenizerError, match="expected a folder with"):
         read_tokenizer(pipelines.root / "text", config)
+
+
+def test_command_crop_and_stitch(pipelines, tmp_path, capsys):
+    """Only the mask's surroundings go through the model; all other pixels are the original's."""
+    rng = np.random.default_rng(3)
+    image = rng.integers(0, 256, (70, 90, 3)).astype(np.uint8)
+    mask = np.zeros((70, 90), np.uint8)
+    mask[30:50, 40:60] = 255
+    images.write(tmp_path / "a.png", image)
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    folder = pipelines.root / "inpaint"
+    inputs = ("--image", tmp_path / "a.png", "--mask", tmp_path / "mask.png", "--prompt", "a fox", "--steps", 1)
+    options = (*inputs, "--batch", 1, "--dtype", "float32", "--out", tmp_path / "o.png")
+    crop = ("--crop-and-stitch", "--work-size", 32)
+    assert run("inpaint", folder, *options, *crop, "--save-latents", tmp_path / "latents") == 0
+    out = images.read(tmp_path / "o.png")
+    np.testing.assert_array_equal(out[mask == 0], image[mask == 0])
+    assert (out[mask > 0] != image[mask > 0]).mean() > 0.5
+    factor = describe(folder, "inpaint").autoencoder.downsampling
+    assert np.load(tmp_path / "latents" / "o.npy").shape[:2] == (32 // factor, 32 // factor)
+    for wrong, message in (
+        ((*crop, "--size", "32x32"), "--size 32x32 does not go with --crop-and-stitch"),
+        (("--work-size", 32), "which is missing"),
+        ((*crop, "--keep", "model"), "does not go with --crop-and-stitch"),
+        (("--crop-and-stitch", "--work-size", 33), "expected a multiple of"),
+    ):
+        assert run("inpaint", folder, *options, *wrong) == 2
+        assert message in capsys.readouterr().err

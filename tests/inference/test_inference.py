@@ -284,7 +284,8 @@ def test_command_line_checks_what_it_can_before_the_model(files, capsys, monkeyp
     for options, message in (
         (["--image=wide.png", "--out=o.webp"], "16384 x 1 px cannot be written as WEBP"),
         (["--latent-layout=channels-first"], "name it too"),
-        (["--latent=z.npy", "--scaled-latent", "--unscaled-latent"], "exclude each other"),
+        (["--latent-scaled=no"], "name it too"),
+        (["--latent=z.npy", "--scaled-latent", "--unscaled-latent"], "contradict each other"),
         (["--latent=z.npy"], "latent z.npy holds values of type complex128"),
         (["--mask-channel=alpha"], "has no alpha channel"),
         (["--band=-1"], "expected zero or more"),

@@ -12,10 +12,14 @@ from ml_dtypes import bfloat16
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
+from asymvq_jax.__main__ import main
 from asymvq_jax.config import ModelConfig
+from asymvq_jax.convert.convert import read_model as load_model
 from asymvq_jax.errors import InputError
+from asymvq_jax.files import images
 from asymvq_jax.files.tensors import read_latent_file
-from asymvq_jax.inference.latents import understand
+from asymvq_jax.inference import decode, encode
+from asymvq_jax.inference.latents import understand, understand_alone
 
 CONFIG = ModelConfig()
 Z = np.random.default_rng(0).normal(size=(1, 4, 6, 9)).astype(np.float32)
@@ -197,3 +201,71 @@ def test_a_shape_of_two_layouts():
 def test_bfloat16_in_a_safetensors_file_of_numpy(tmp_path):
     save_file({"latent": Z.astype(bfloat16)}, tmp_path / "a.safetensors")
     assert read_latent_file(tmp_path / "a.safetensors").values.dtype == np.float32
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("layout", ["channels-first", "channels-last"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, ModelConfig(scaling_factor=0.13025), ModelConfig(scaling_factor=0.3611, shift_factor=0.1159)]
+)
+def test_latents_without_a_picture_are_told_by_shape_and_spread(config, layout, scaled):
+    z = np.random.default_rng(3).normal(size=(2, 6, 9, 4)).astype(np.float32) / config.scaling_factor + 0.3
+    stored = (z - config.shift_factor) * config.scaling_factor if scaled else z
+    stored = stored.transpose(0, 3, 1, 2) if layout == "channels-first" else stored
+    reading = understand_alone(stored, config)
+    np.testing.assert_allclose(reading.latent, z, atol=1e-4)
+    assert (reading.layout, reading.scaled) == (layout, scaled)
+    assert "a standard deviation of" in reading.describe()
+
+
+@pytest.mark.parametrize(
+    ("array", "config", "options", "message"),
+    [
+        (OWN * 0.5, CONFIG, {}, "give --latent-scaled yes or no"),
+        (OWN * 0, CONFIG, {}, "give --latent-scaled yes or no"),
+        (OWN * 20, CONFIG, {}, "give --latent-scaled yes or no"),
+        (OWN / 5, ModelConfig(scaling_factor=0.9), {}, "give --latent-scaled yes or no"),
+        (OWN[:, :4], CONFIG, {}, "give --latent-layout"),
+        (OWN, CONFIG, {"layout": "channels-first"}, "expected 4 channels with the channels first"),
+        (OWN[..., :3], CONFIG, {}, "expected 4 channels"),
+        (OWN[0, 0], CONFIG, {}, r"expected real numbers, \(b, 4, h, w\)"),
+        (OWN * np.nan, CONFIG, {}, "not finite"),
+    ],
+)
+def test_what_is_ambiguous_without_a_picture_is_refused(array, config, options, message):
+    with pytest.raises(InputError, match=message):
+        understand_alone(array, config, **options)
+
+
+def test_command_line_decodes_what_other_programs_write(tmp_path, capsys, monkeypatch):
+    """One picture from every kind of file, and a batch into a directory."""
+    monkeypatch.chdir(tmp_path)
+    model = load_model("tiny")
+    scale = model.config.scaling_factor
+    image = np.linspace(-1, 1, 48 * 80 * 3, dtype=np.float32).reshape(1, 48, 80, 3)
+    z = np.asarray(encode(model, image))
+    first = np.ascontiguousarray(z.transpose(0, 3, 1, 2))
+    expected = images.to_uint8(decode(model, z)[0])
+    np.save("jax.npy", z * scale)
+    torch.save({"samples": torch.from_numpy(first * scale)}, "diffusers.pt")
+    save_file({"latent_tensor": first, "latent_format_version_0": np.zeros(0, np.float32)}, "comfy.latent")
+    save_file({"latent_tensor": first * scale}, "old.latent")
+    save_file({"latents": first}, "unscaled.safetensors")
+    for name, told in (("jax.npy", "yes"), ("diffusers.pt", "yes"), ("comfy.latent", ""), ("old.latent", ""),
+                       ("unscaled.safetensors", "no")):  # fmt: skip
+        options = [f"--latent-scaled={told}"] if told else []
+        assert main(["decode", f"--latent={name}", "--out=out.png", *options]) == 0, capsys.readouterr().err
+        assert np.abs(images.read("out.png").astype(int) - expected).max() <= 1, name
+        assert f"80 x 48 px; latent: channels {'last' if name == 'jax.npy' else 'first'}" in capsys.readouterr().out
+    np.save("several.npy", np.concatenate([z, z * 0.5]) * scale)
+    assert main(["decode", "--latent=several.npy", "--out=many", "--latent-scaled=yes", "--large=strips"]) == 0
+    assert np.abs(images.read("many/0000.png").astype(int) - expected).max() <= 1
+    assert (images.read("many/0001.png") != expected).any()
+    for options, message in (
+        (["--latent=several.npy", "--out=one.png"], "holds 2 latents; expected a directory"),
+        (["--latent=jax.npy", "--out=jax.npy"], "would be overwritten"),
+        (["--latent=none.npy", "--out=a.png"], "latent none.npy cannot be read"),
+        (["--latent=jax.npy", "--out=a.png", "--latent-layout=channels-first"], "channels first, as the model has"),
+    ):
+        assert main(["decode", *options]) == 2
+        assert message in capsys.readouterr().err
