@@ -71,6 +71,7 @@ def work(options: Decode) -> None:
         model.config,
         layout=options.latent_layout or file.layout,
         scaled=file.scaled if said is None else said,
+        norm=model.normalization(),
     )
     for path, latent in zip(outs, reading.latent, strict=True):
         picture = (decode_in_strips if options.large else decode)(model, latent[None])[0]

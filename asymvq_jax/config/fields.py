@@ -14,6 +14,9 @@ DTYPES = get_args(Dtype)
 LAYERS = ("sd", "wan", "qwen-image")
 
 
+MASK_REDUCTIONS = ("nearest", "area-any")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Sizes of one autoencoder. The defaults are Stable Diffusion 1.x's encoder with the paper's base decoder."""
@@ -54,6 +57,11 @@ class ModelConfig:
     codebook_size: int = 0
     # The branch that hands the decoder the unmasked pixels (paper, section 3.2).
     condition: bool = True
+    # Whether that branch sees the mask as one more channel of the picture, as ASUKA's decoder does.
+    condition_mask: bool = False
+    # How the mask is reduced to each resolution. nearest: one pixel of each cell, as in the paper's code; area-any: a
+    # cell that holds anything of the mask is masked, as in ASUKA's, so that no thin line is lost.
+    mask_reduction: str = "nearest"
     # Groups of every group normalisation; must divide every channel count of a half that has some.
     norm_groups: int = 32
     # Compute type: float32 or bfloat16. Parameters, norms and softmax are always float32.
@@ -92,6 +100,18 @@ class ModelConfig:
             f"some of {', '.join(map(str, levels))}, or none",
         )
         require(self.codebook_size >= 0, "model.codebook_size", self.codebook_size, "zero or more")
+        require(
+            self.mask_reduction in MASK_REDUCTIONS,
+            "model.mask_reduction",
+            self.mask_reduction,
+            f"one of {', '.join(MASK_REDUCTIONS)}",
+        )
+        require(
+            self.condition or not self.condition_mask,
+            "model.condition_mask",
+            self.condition_mask,
+            "false without a condition branch (model.condition=False)",
+        )
         require(
             self.decoder_layers == "sd" or (self.decoder_layers == self.encoder_layers and not self.condition),
             "model.decoder_layers",
@@ -139,7 +159,10 @@ class ModelConfig:
 
     def encoder_fields(self) -> dict[str, Any]:
         """What describes the encoder and the latent: all but the decoder's sizes, and how it is computed."""
-        others = ("decoder_channels", "decoder_blocks", "decoder_layers", "condition", "dtype", "remat")
+        others = (
+            "decoder_channels", "decoder_blocks", "decoder_layers", "condition", "condition_mask", "mask_reduction",
+            "dtype", "remat",
+        )  # fmt: skip
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in others}
 
     @property

@@ -91,6 +91,7 @@ def _write_original(model: Autoencoder, path: Path) -> None:
         "shift_factor": config.shift_factor,
         "norm_groups": config.norm_groups,
         **({"batch_norm_epsilon": config.batch_norm_epsilon} if config.batch_norm_epsilon else {}),
+        "mask_area_any": int(config.mask_reduction == "area-any"),
     }
     write_tensors(path, dump_each(model, "ldm"), _shapes(config, "ldm"), (BATCHES,), **beside)
 

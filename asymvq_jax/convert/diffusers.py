@@ -256,7 +256,14 @@ def config_to_diffusers(config: ModelConfig) -> dict[str, Any]:
         problems.append(f"model.decoder_channels={config.decoder_channels} (its condition branch needs {doubling})")
     problems += [
         f"model.{name}={getattr(config, name)}"
-        for name, value in (("mid_attention", True), ("codebook_size", 0), ("shift_factor", 0), *PLAIN_LATENT.items())
+        for name, value in (
+            ("mid_attention", True),
+            ("codebook_size", 0),
+            ("shift_factor", 0),
+            ("condition_mask", False),
+            ("mask_reduction", "nearest"),
+            *PLAIN_LATENT.items(),
+        )
         if getattr(config, name) != value
     ]
     problems += [] if config.encoder_layers == "sd" else [f"model.encoder_layers={config.encoder_layers}"]

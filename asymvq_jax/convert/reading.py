@@ -241,6 +241,10 @@ def sizes(found: Found, opened: Weights, norm_groups: int | None = None) -> Mode
     encoder, decoder = channels(f"encoder.{down}"), channels(f"decoder.{up}")
     middle = "mid_block.attentions.0" if found.form == "diffusers" else "mid.attn_1"
     branch = "decoder.condition_encoder." if found.form == "diffusers" else "decoder.encoder."
+    first = tensors.get(f"{branch}layers.0.weight")
+    condition_mask = first is not None and first.shape[1] == tensors["encoder.conv_in.weight"].shape[1] + 1
+    # ASUKA's code reduces masks in this way, and its decoder is the one that sees them.
+    any_masked = opened.metadata.get("mask_area_any", str(int(condition_mask))) == "1"
     said = opened.metadata.get("norm_groups", "")
     groups = norm_groups or (int(said) if said.isdigit() else ModelConfig().norm_groups)
     epsilon, patch = _statistics(found, opened)
@@ -262,6 +266,8 @@ def sizes(found: Found, opened: Weights, norm_groups: int | None = None) -> Mode
         quant_conv="quant_conv.weight" in tensors,
         codebook_size=0 if codes is None else codes.shape[0],
         condition=any(name.startswith(branch) for name in tensors),
+        condition_mask=condition_mask,
+        mask_reduction="area-any" if any_masked else "nearest",
         norm_groups=groups,
     )
     try:

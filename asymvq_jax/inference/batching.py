@@ -148,6 +148,6 @@ class Batcher:
         height, width = job.pixels.shape[:2]
         reading = understand(
             job.latent, self._model.config, (height, width), own=lambda: own[None], mask=job.mask,
-            layout=job.layout, scaled=job.scaled,
+            layout=job.layout, scaled=job.scaled, norm=self._model.normalization(),
         )  # fmt: skip
         return np.asarray(reading.latent[0])

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import cv2
 import jax
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Shaped, UInt8
 
+from asymvq_jax.config import ModelConfig
 from asymvq_jax.errors import InputError
 from asymvq_jax.files import images
-from asymvq_jax.files.masks import HAZE
+from asymvq_jax.files.masks import HAZE, generated
 from asymvq_jax.files.pictures import Picture
 from asymvq_jax.inference.blend import BAND, MIXING, Blend, check_blend, composite
 from asymvq_jax.inference.crop import Crop, Region
@@ -266,3 +268,24 @@ def check_mask(mask: Array, image: Array) -> Array:
             f"the mask has values from {mask.min()} to {mask.max()}: expected 0 (preserve) to 1 (generate)"
         )
     return mask
+
+
+def thin_parts(mask: Array, config: ModelConfig) -> str:
+    """What to say of the parts of a mask that a decoder does not see at the latent's resolution, or "".
+
+    Args:
+        mask: (h, w, 1), 1 = generate.
+        config: the model's, which says how masks are reduced.
+    """
+    if not config.condition or config.mask_reduction != "nearest":
+        return ""
+    count, labels = cv2.connectedComponents(generated(mask)[..., 0].astype(np.uint8), connectivity=8)
+    step = config.downsampling
+    lost = count - 1 - np.count_nonzero(np.unique(labels[::step, ::step]))
+    if not lost:
+        return ""
+    return (
+        f"{lost} of {count - 1} parts of the mask are so small or thin that the decoder, which takes one pixel of "
+        f"{step} x {step} there, does not see them at the latent's resolution: widen them to {step} px, or use "
+        "--crop-and-stitch, which enlarges small ones"
+    )

@@ -26,8 +26,8 @@ CERTAIN = 0.9
 FOREIGN = 0.3
 # A layout is found from this correlation on, if that of the other is less by so much.
 ALIKE, DISTINCT = 0.5, 0.2
-# Scaled latents spread by 1 about their channels' means, unscaled ones by 1 / factor. A spread that is within this
-# factor of the one, and clearly farther from the other, tells which.
+# Scaled latents spread by about 1. A latent that does within this factor, as it is or once it is scaled, and not nearly
+# so well the other way, is known.
 SPREAD = 2.0
 # Fewer of the latent's pixels outside the mask say nothing.
 ENOUGH = 12
@@ -233,7 +233,12 @@ def _in_patches(
 
 
 def understand_alone(
-    array: Array, config: ModelConfig, *, layout: Layout | None = None, scaled: bool | None = None
+    array: Array,
+    config: ModelConfig,
+    *,
+    layout: Layout | None = None,
+    scaled: bool | None = None,
+    norm: Normalization | None = None,
 ) -> Reading:
     """Brings latents that no picture belongs to into the form that `decode` takes.
 
@@ -241,7 +246,9 @@ def understand_alone(
         array: (b, c, h, w) or (b, h, w, c), or either without b.
         config: the model's.
         layout: the array's; None: found by its shape.
-        scaled: see `understand`; None: found by the values' spread, for which the scaling factor is there.
+        scaled: see `understand`; None: found by the shape, where a diffusion model sees patches, or else by the values'
+            spread, for which the scaling factor is there.
+        norm: see `understand`.
 
     Returns:
         The reading; its latent is (b, h, w, c).
@@ -257,40 +264,54 @@ def understand_alone(
         )
     if not np.isfinite(array).all():
         raise InputError("the latent holds values that are not finite (NaN or infinity)")
+    norm = norm or normalization(config)
     batch = (array if array.ndim == 4 else array[None]).astype(np.float32)
     axes: dict[Layout, int] = {"channels-first": 1, "channels-last": 3}
-    fitting = [name for name, axis in axes.items() if batch.shape[axis] == channels and layout in (None, name)]
+    # Whether a latent of so many channels is scaled; without patches the number does not show it.
+    seen = {channels: None} if norm.patch == 1 else {channels * norm.patch**2: True, channels: False}
+    fitting = [
+        (name, known)
+        for name, axis in axes.items()
+        for count, known in seen.items()
+        if batch.shape[axis] == count and layout in (None, name) and (known is None or scaled in (None, known))
+    ]
     if not fitting:
         where = "" if layout is None else f" with the {layout.replace('-', ' ')}"
-        raise InputError(f"the latent has shape {array.shape}: expected {channels} channels{where}, as the model has")
+        counts = " or ".join(map(str, seen))
+        raise InputError(f"the latent has shape {array.shape}: expected {counts} channels{where}, as the model has")
     if len(fitting) > 1:
         raise InputError(
             f"the latent's shape {array.shape} fits with the channels first and last: give --latent-layout "
             + " or ".join(LAYOUTS)
         )
-    batch = batch.transpose(0, 2, 3, 1) if fitting[0] == "channels-first" else batch
-    reason = "as given"
-    if scaled is None:
-        scaled, reason = _scale_by_spread(batch, config)
-    if scaled:
-        batch = batch / np.float32(config.scaling_factor) + np.float32(config.shift_factor)
-    return Reading(jnp.asarray(batch), fitting[0], scaled, reason)
+    name, known = fitting[0]
+    latent = jnp.asarray(batch.transpose(0, 2, 3, 1) if name == "channels-first" else batch)
+    reason = "as given" if known is None else "by its shape"
+    if known is None and scaled is None:
+        known, reason = _scale_by_spread(latent, norm)
+    scaled = scaled if known is None else known
+    return Reading(norm.remove(latent) if scaled else latent, name, bool(scaled), reason)
 
 
-def _scale_by_spread(batch: Array, config: ModelConfig) -> tuple[bool, str]:
-    """Whether latents are scaled, and why; raises InputError where their spread does not show it."""
-    if config.scaling_factor == 1 and config.shift_factor == 0:
-        return False, "the model's scaling factor is 1"
-    spread = float((batch - batch.mean((1, 2), keepdims=True)).std())
-    unscaled = 1 / config.scaling_factor
-    near = {True: _apart(spread, 1.0), False: _apart(spread, unscaled)}
-    best = near[True] <= near[False]
-    if near[best] > SPREAD or near[not best] < 1.5 * near[best] or _apart(unscaled, 1.0) < SPREAD:
+def _scale_by_spread(latent: jax.Array, norm: Normalization) -> tuple[bool, str]:
+    """Whether (b, h, w, c) is scaled, and why; raises InputError where its spread does not show it."""
+    seen = norm.apply(latent)
+    if jnp.array_equal(seen, latent):
+        return True, "the model does not scale its latents"
+    spread, unscaled = (_spread(x) for x in (latent, seen))
+    near, far = sorted((_apart(spread, 1.0), _apart(unscaled, 1.0)))
+    best = _apart(spread, 1.0) == near
+    if near > SPREAD or far < 1.5 * near:
         raise InputError(
-            f"the latent's values have a standard deviation of {spread:.2f}, where scaled ones have about 1 and "
-            f"unscaled ones about {unscaled:.2f}, which does not show what they are: give --latent-scaled yes or no"
+            f"the latent's values have a standard deviation of {spread:.2f}, and of {unscaled:.2f} once scaled, where "
+            "that of scaled latents is about 1, which does not show what they are: give --latent-scaled yes or no"
         )
-    return best, f"a standard deviation of {spread:.2f}, of about 1 if scaled and {unscaled:.1f} if not"
+    return best, f"a standard deviation of {spread if best else unscaled:.2f}{'' if best else ' once scaled'}"
+
+
+def _spread(latent: jax.Array) -> float:
+    """The standard deviation about each channel's mean in each picture."""
+    return float(jnp.sqrt(jnp.square(latent - latent.mean((1, 2), keepdims=True)).mean()))
 
 
 def _apart(value: float, other: float) -> float:

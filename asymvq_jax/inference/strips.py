@@ -20,7 +20,7 @@ from flax import nnx
 from asymvq_jax.inference.whole import check_condition, check_pixels, pad
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.blocks import Attention, Conv, Norm, ResBlock, channel_moments
-from asymvq_jax.models.decoder import Decoder, blend
+from asymvq_jax.models.decoder import Decoder, blend, level_masks
 
 STRIP_PIXELS = 2**19
 
@@ -37,10 +37,14 @@ Sweep = Callable[..., FeatureMap]
 
 
 class Condition(NamedTuple):
-    """The condition branch's features, outermost first, and the mask (b, h, w, 1)."""
+    """The condition branch's features and the masks to blend them by, outermost first."""
 
     features: list[np.ndarray]
-    mask: np.ndarray
+    masks: list[np.ndarray]
+
+    def outer(self, count: int) -> Condition:
+        """The first of them."""
+        return Condition(self.features[:count], self.masks[:count])
 
 
 def encode_in_strips(model: Autoencoder, image: jax.Array | np.ndarray, strip_pixels: int = STRIP_PIXELS) -> jax.Array:
@@ -90,15 +94,14 @@ def decode_in_strips(
         check_condition(model.config)
         size = (image.shape[1], image.shape[2])
         pixels, region = (np.asarray(pad(x, model.config.downsampling)) for x in (image, mask))
-        condition = Condition(_condition(decoder, pixels, region, sweep), region)
+        features = _condition(decoder, pixels, region, sweep)
+        condition = Condition(features, level_masks(region, len(features), decoder.mask_reduction))
     values, moments = latent_program(model, jnp.asarray(latent), *_innermost(condition))
     x = FeatureMap(np.asarray(values), moments)
     for i, level in enumerate(decoder.levels):
         # What the next level begins with is blended as it is written: where this level upsamples, with the feature of
         # the doubled resolution; after the last one, with the outermost.
-        after = (
-            None if condition is None else condition._replace(features=condition.features[: len(decoder.levels) - i])
-        )
+        after = None if condition is None else condition.outer(len(decoder.levels) - i)
         layers = list(level.layers())
         for layer in layers:
             last = level.upsample is None and layer is layers[-1]
@@ -127,7 +130,7 @@ def _blended(h: jax.Array, feature: jax.Array | None, mask: jax.Array | None) ->
 
 def _condition(decoder: Decoder, image: np.ndarray, mask: np.ndarray, sweep: Sweep) -> list[np.ndarray]:
     assert decoder.condition is not None
-    x = FeatureMap((1 - mask) * image, None)
+    x = FeatureMap(decoder.condition_input(image, mask), None)
     features = []
     for i, layer in enumerate(decoder.condition.layers):
         x = sweep(x, layer, relu=i > 0)
@@ -136,8 +139,10 @@ def _condition(decoder: Decoder, image: np.ndarray, mask: np.ndarray, sweep: Swe
 
 
 def _innermost(condition: Condition | None) -> tuple[jax.Array | None, jax.Array | None]:
-    """The feature of the lowest resolution, and the mask."""
-    return (None, None) if condition is None else (jnp.asarray(condition.features[-1]), jnp.asarray(condition.mask))
+    """The feature of the lowest resolution, and its mask."""
+    if condition is None:
+        return None, None
+    return jnp.asarray(condition.features[-1]), jnp.asarray(condition.masks[-1])
 
 
 def _layer(layer: ResBlock | Attention, x: FeatureMap, condition: Condition | None, sweep: Sweep) -> FeatureMap:
@@ -180,9 +185,7 @@ def _sweep(
         strip, inside = _input_rows(x.values, top, bottom, conv, upsample)
         feature = mask = None
         if condition is not None:
-            scale = condition.mask.shape[1] // height
-            feature = condition.features[-1][:, top:bottom]
-            mask = condition.mask[:, top * scale : bottom * scale]
+            feature, mask = (each[-1][:, top:bottom] for each in condition)
         y, part = strip_program(
             conv, norm, shortcut, strip, x.moments if norm is not None else None, inside,
             None if residual is None else residual[:, top:bottom], feature, mask, relu=relu, upsample=upsample,

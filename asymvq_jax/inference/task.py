@@ -23,7 +23,7 @@ from asymvq_jax.files.pictures import FORMATS, Picture, check_fits, read_file, r
 from asymvq_jax.inference.blend import BAND, MIXING, Blend, check_blend
 from asymvq_jax.inference.crop import Crop
 from asymvq_jax.inference.edits import Change, Edit, MaskReading, list_edits, read_edit
-from asymvq_jax.inference.inpainting import Inpainted, Keep, inpaint_picture, ways_of_keeping
+from asymvq_jax.inference.inpainting import Inpainted, Keep, inpaint_picture, thin_parts, ways_of_keeping
 from asymvq_jax.inference.latents import Layout, check_latent
 from asymvq_jax.inference.strips import decode_in_strips, encode_in_strips
 from asymvq_jax.inference.whole import check_condition, decode, encode
@@ -125,7 +125,10 @@ def _apply(task: Task, model: Autoencoder, picture: Picture, mask: Mask, change:
     keep, blend = _keep(task)
     latent = change.latent
     layout = task.latent_layout or (None if latent is None else latent.layout)
-    size = picture.size if task.crop is None else task.crop.region(mask.values, model.config.downsampling).work
+    region = None if task.crop is None else task.crop.region(mask.values, model.config.downsampling)
+    size = picture.size if region is None else region.work
+    if warning := thin_parts(mask.values if region is None else region.enter_mask(mask.values), model.config):
+        log.warning("warning: %s: %s", change.edit.mask or change.edit.edited, warning)
     if latent is not None:
         check_latent(latent.values, model.config, size, layout)
     done = inpaint_picture(

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.models.blocks import Conv, Layers, Level, MidBlock, UpsampleConv, run_block
 from asymvq_jax.models.causal import layers_of
+
+# On the device, or on the host, where pictures are decoded in strips.
+AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
 
 
 class ConditionBranch(nnx.Module):
@@ -20,7 +26,7 @@ class ConditionBranch(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         channels, dtype = config.decoder_channels, jnp.dtype(config.dtype)
-        widths = (config.image_channels, *channels, channels[-1])
+        widths = (config.image_channels + config.condition_mask, *channels, channels[-1])
         self.layers = nnx.List(
             [
                 Conv(widths[i], widths[i + 1], 3, dtype=dtype, rngs=rngs)
@@ -80,6 +86,7 @@ class Decoder(nnx.Module):
         self.conv_out = layers.conv(channels[0], config.image_channels, 3, rngs=rngs)
         self.condition = ConditionBranch(config, rngs=rngs) if config.condition else None
         self.remat = config.remat
+        self.condition_mask, self.mask_reduction = config.condition_mask, config.mask_reduction
 
     def __call__(
         self,
@@ -118,20 +125,49 @@ class Decoder(nnx.Module):
             if self.condition is None:
                 raise ValueError("this decoder has no condition branch (model.condition=False); decode without a mask")
             mask = mask.astype(h.dtype)
-            features = run_block(self.condition, (1 - mask) * image.astype(h.dtype), remat=self.remat)
+            seen = self.condition_input(image.astype(h.dtype), mask)
+            features = run_block(self.condition, seen, remat=self.remat)
+        masks = [] if mask is None else level_masks(mask, len(features), self.mask_reduction)
         for i, level in enumerate(self.levels):
-            if mask is not None and features:
-                h = blend(h, features[-1 - i], mask)
+            if features:
+                h = blend(h, features[-1 - i], masks[-1 - i])
             h = level(h)
-        if mask is not None and features:
-            h = blend(h, features[0], mask)
+        if features:
+            h = blend(h, features[0], masks[0])
         return self.norm_out(h)
+
+    def condition_input(self, image: AnyArray, mask: AnyArray) -> AnyArray:
+        """What the condition branch sees: (b, h, w, 3) without what the mask covers, and the mask where it takes it."""
+        kept = (1 - mask) * image
+        return (
+            (np if isinstance(kept, np.ndarray) else jnp).concatenate([kept, mask], -1) if self.condition_mask else kept
+        )
+
+
+def level_masks(mask: AnyArray, count: int, reduction: str) -> list[AnyArray]:
+    """The masks to blend with, one for each feature of the condition branch.
+
+    Args:
+        mask: (b, h, w, 1), 1 = generate.
+        count: of the features; the first two have the mask's resolution, each other one half of the one before.
+        reduction: see `ModelConfig.mask_reduction`.
+
+    Returns:
+        Outermost first. The first is the mask itself, with which the decoder ends.
+    """
+    masks = [mask]
+    for stride in (2**level for level in range(count - 1)):
+        if reduction == "nearest":
+            masks.append(mask[:, ::stride, ::stride])
+        else:
+            batch, height, width, _ = mask.shape
+            cells = mask.reshape(batch, height // stride, stride, width // stride, stride, 1)
+            masks.append((cells.max((2, 4)) > 0).astype(mask.dtype))
+    return masks
 
 
 def blend(
-    h: Float[Array, "b y x features"], feature: Float[Array, "b y x features"], mask: Float[Array, "b h w 1"]
+    h: Float[Array, "b y x features"], feature: Float[Array, "b y x features"], mask: Float[Array, "b y x 1"]
 ) -> Float[Array, "b y x features"]:
-    """h where the mask is 1, the condition's feature where it is 0; the mask resized nearest to their resolution."""
-    stride = mask.shape[1] // h.shape[1]
-    mask = mask[:, ::stride, ::stride]
+    """h where the mask, of the same resolution, is 1; the condition's feature where it is 0."""
     return h * mask + feature * (1 - mask)

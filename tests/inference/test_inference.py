@@ -259,6 +259,19 @@ def test_command_line_keeps_all_of_a_picture(files, capsys):
     assert "warning: WEBP holds 8 bits a channel" in said
 
 
+def test_a_mask_that_the_decoder_would_lose_is_told(files, capsys):
+    thin = np.zeros((37, 51), np.uint8)
+    thin[5, 3:40] = thin[20:24, 20:24] = thin[30, 41] = 255
+    Image.fromarray(thin).save("mask.png")
+    assert main(files) == 0
+    assert "mask.png: 2 of 3 parts of the mask are so small or thin" in capsys.readouterr().err
+    thin[:] = 0
+    thin[8:12, 8:12] = 255
+    Image.fromarray(thin).save("mask.png")
+    assert main(files) == 0
+    assert "so small or thin" not in capsys.readouterr().err
+
+
 def test_command_line_gives_back_what_nothing_is_to_be_generated_of(files, capsys):
     Image.new("L", (51, 37)).save("mask.png")
     assert main([*files, "--checkpoint=not-even-read"]) == 0
