@@ -3,6 +3,7 @@
 import http.client
 import io
 import json
+import runpy
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from flax import nnx
-from processes import DEADLINE
+from processes import DEADLINE, ROOT
 
 from asymvq_jax.commands.serve import main
 from asymvq_jax.config import ModelConfig
@@ -188,6 +189,25 @@ def test_one_bad_latent_of_a_batch_fails_alone(model):
             results[1].result(DEADLINE)
     with pytest.raises(BusyError):
         batcher.submit(Job(pixels, values))
+
+
+def test_the_node_for_comfyui(port, model):
+    """What it sends and gives, with the tensors that ComfyUI hands to nodes."""
+    torch = pytest.importorskip("torch")
+    node = runpy.run_path(str(ROOT / "integrations" / "comfyui" / "asymvq_decode.py"))["AsymvqDecode"]()
+    assert set(node.INPUT_TYPES()["required"]) == {"image", "mask", "keep", "blend", "address"}
+    image, mask = picture()
+    latent = np.random.default_rng(5).normal(size=(2, 4, 6, 8)).astype(np.float32)
+    tensors = torch.from_numpy(np.stack([image, image[::-1]]) / np.float32(255)), torch.from_numpy(mask[None, ..., 0])
+    address = f"http://127.0.0.1:{port}/"
+    (made,) = node.run(*tensors, "exact", "none", address, {"samples": torch.from_numpy(latent)})
+    for number, original in enumerate((image, image[::-1])):
+        expected = inpaint(model, original, mask, latent[number], scaled=False, keep="exact", blend="none").image
+        assert np.abs(made[number].numpy() * 255 - expected).max() < 1.01
+    with pytest.raises(RuntimeError, match=r"asymvq serve: 400 .*the latent has shape \(4, 6, 7\)"):
+        node.run(*tensors, "model", "none", address, {"samples": torch.zeros(2, 4, 6, 7)})
+    with pytest.raises(RuntimeError, match="no asymvq serve at"):
+        node.run(*tensors, "model", "none", "http://127.0.0.1:1")
 
 
 def test_command_line_messages(capsys, monkeypatch):
