@@ -102,7 +102,7 @@ def test_version_names_what_computes(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["trian"], "error: asymvq trian: expected one of inpaint, generate"),
+        (["trian"], "error: asymvq trian: expected one of inpaint, decode, generate"),
         (["trian"], "did you mean train?"),
         (["generate", "tekst"], "did you mean text?"),
         (["train"], "error: --config is missing; see asymvq train --help"),
