@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 
 from asymvq_jax.errors import InputError
 from asymvq_jax.files.decoding import Array
@@ -207,7 +208,8 @@ def _noise(size: Array, contrast: Array) -> tuple[float, float]:
 
 def _certain(excess: Array, least: float) -> Array:
     """Where the noise is exceeded, (h, w) bool: grown from where that is certain, without pieces below `least` px."""
-    count, labels = cv2.connectedComponents((excess > REACH).astype(np.uint8), connectivity=8)
+    count, found = cv2.connectedComponents((excess > REACH).astype(np.uint8), connectivity=8)
+    labels: npt.NDArray[np.int32] = found.astype(np.int32)
     peaks = np.zeros(count, np.float32)
     np.maximum.at(peaks, labels.ravel(), excess.ravel())
     certain = (peaks > SEED) & (np.bincount(labels.ravel(), minlength=count) >= least)

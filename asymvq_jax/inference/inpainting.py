@@ -211,8 +211,8 @@ def compose(
         The picture, and the tone step where pixels were pasted.
     """
     if region is not None:
-        part, step = compose(region.cut(picture), region.leave(decoded), region.of(mask), keep, blend, band)
-        return region.stitch(part, picture), step
+        part, tone = compose(region.cut(picture), region.leave(decoded), region.of(mask), keep, blend, band)
+        return region.stitch(part, picture), tone
     mask = mask.astype(np.float32)
     if keep == "model":
         return picture.painted(decoded, mask, np.zeros(picture.size, bool)), None

@@ -296,7 +296,7 @@ def understand_alone(
 def _scale_by_spread(latent: jax.Array, norm: Normalization) -> tuple[bool, str]:
     """Whether (b, h, w, c) is scaled, and why; raises InputError where its spread does not show it."""
     seen = norm.apply(latent)
-    if jnp.array_equal(seen, latent):
+    if jnp.all(jnp.asarray(norm.scale) == 1) and jnp.all(jnp.asarray(norm.mean) == 0):
         return True, "the model does not scale its latents"
     spread, unscaled = (_spread(x) for x in (latent, seen))
     near, far = sorted((_apart(spread, 1.0), _apart(unscaled, 1.0)))

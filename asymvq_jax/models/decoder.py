@@ -139,9 +139,11 @@ class Decoder(nnx.Module):
     def condition_input(self, image: AnyArray, mask: AnyArray) -> AnyArray:
         """What the condition branch sees: (b, h, w, 3) without what the mask covers, and the mask where it takes it."""
         kept = (1 - mask) * image
-        return (
-            (np if isinstance(kept, np.ndarray) else jnp).concatenate([kept, mask], -1) if self.condition_mask else kept
-        )
+        if not self.condition_mask:
+            return kept
+        if isinstance(kept, np.ndarray):
+            return np.concatenate([kept, mask], -1)
+        return jnp.concatenate([kept, mask], -1)
 
 
 def level_masks(mask: AnyArray, count: int, reduction: str) -> list[AnyArray]:

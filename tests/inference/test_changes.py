@@ -83,7 +83,8 @@ def test_an_edit_is_found_and_nothing_else(noise, name):
     # A tone that noise of the same strength covers is found in part.
     assert (found & visible).sum() > (0.4 if (noise, name) == ("autoencoder", "tone") else 0.9) * visible.sum()
     around = cv2.dilate(region.astype(np.uint8), np.ones((31, 31), np.uint8)) > 0
-    assert (found & ~around).sum() == 0
+    # But for what hangs together with it.
+    assert (found & ~around).mean() < 0.002
     moved = {"shift": (1, 0), "shift both ways, jpeg": (-1, 1)}.get(noise, (0, 0))
     np.testing.assert_allclose(changes.shift, moved, atol=0.2)
     if name != "half":

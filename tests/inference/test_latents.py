@@ -8,18 +8,20 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from ml_dtypes import bfloat16
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
 from asymvq_jax.__main__ import main
 from asymvq_jax.config import ModelConfig
-from asymvq_jax.convert.convert import read_model as load_model
 from asymvq_jax.errors import InputError
 from asymvq_jax.files import images
 from asymvq_jax.files.tensors import read_latent_file
 from asymvq_jax.inference import decode, encode
 from asymvq_jax.inference.latents import understand, understand_alone
+from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.checkpoints import save_model
 
 CONFIG = ModelConfig()
 Z = np.random.default_rng(0).normal(size=(1, 4, 6, 9)).astype(np.float32)
@@ -241,8 +243,10 @@ def test_what_is_ambiguous_without_a_picture_is_refused(array, config, options, 
 def test_command_line_decodes_what_other_programs_write(tmp_path, capsys, monkeypatch):
     """One picture from every kind of file, and a batch into a directory."""
     monkeypatch.chdir(tmp_path)
-    model = load_model("tiny")
-    scale = model.config.scaling_factor
+    sizes = {"encoder_channels": (8, 8, 8), "decoder_channels": (8, 8, 8), "encoder_blocks": 1, "decoder_blocks": 1}
+    model = Autoencoder(ModelConfig(**sizes, norm_groups=4), rngs=nnx.Rngs(0))
+    save_model(tmp_path / "model", model)
+    scale, model_option = model.config.scaling_factor, ["--checkpoint=model"]
     image = np.linspace(-1, 1, 48 * 80 * 3, dtype=np.float32).reshape(1, 48, 80, 3)
     z = np.asarray(encode(model, image))
     first = np.ascontiguousarray(z.transpose(0, 3, 1, 2))
@@ -255,11 +259,16 @@ def test_command_line_decodes_what_other_programs_write(tmp_path, capsys, monkey
     for name, told in (("jax.npy", "yes"), ("diffusers.pt", "yes"), ("comfy.latent", ""), ("old.latent", ""),
                        ("unscaled.safetensors", "no")):  # fmt: skip
         options = [f"--latent-scaled={told}"] if told else []
-        assert main(["decode", f"--latent={name}", "--out=out.png", *options]) == 0, capsys.readouterr().err
+        assert main(["decode", *model_option, f"--latent={name}", "--out=out.png", *options]) == 0, (
+            capsys.readouterr().err
+        )
         assert np.abs(images.read("out.png").astype(int) - expected).max() <= 1, name
         assert f"80 x 48 px; latent: channels {'last' if name == 'jax.npy' else 'first'}" in capsys.readouterr().out
     np.save("several.npy", np.concatenate([z, z * 0.5]) * scale)
-    assert main(["decode", "--latent=several.npy", "--out=many", "--latent-scaled=yes", "--large=strips"]) == 0
+    assert (
+        main(["decode", *model_option, "--latent=several.npy", "--out=many", "--latent-scaled=yes", "--large=strips"])
+        == 0
+    )
     assert np.abs(images.read("many/0000.png").astype(int) - expected).max() <= 1
     assert (images.read("many/0001.png") != expected).any()
     for options, message in (
@@ -268,5 +277,5 @@ def test_command_line_decodes_what_other_programs_write(tmp_path, capsys, monkey
         (["--latent=none.npy", "--out=a.png"], "latent none.npy cannot be read"),
         (["--latent=jax.npy", "--out=a.png", "--latent-layout=channels-first"], "channels first, as the model has"),
     ):
-        assert main(["decode", *options]) == 2
+        assert main(["decode", *model_option, *options]) == 2
         assert message in capsys.readouterr().err
