@@ -73,7 +73,8 @@ class Batcher:
             self._queue.clear()
             self._changed.notify_all()
         for job in left:
-            job.result.set_exception(BusyError("the server is being stopped"))
+            if job.result.set_running_or_notify_cancel():
+                job.result.set_exception(BusyError("the server is being stopped"))
         self._thread.join()
 
     @property
@@ -96,9 +97,12 @@ class Batcher:
 
     def _work(self) -> None:
         while jobs := self._next():
+            # Who has given up need not be served.
+            jobs = [job for job in jobs if job.result.set_running_or_notify_cancel()]
             # Whoever waits has to learn of any error, and the thread has to outlive it.
             try:
-                self._decode(jobs)
+                if jobs:
+                    self._decode(jobs)
             except Exception as error:
                 for job in jobs:
                     if not job.result.done():
