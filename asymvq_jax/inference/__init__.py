@@ -2,6 +2,7 @@
 
 from asymvq_jax.errors import InputError
 from asymvq_jax.inference.blend import composite
+from asymvq_jax.inference.fills import Fills
 from asymvq_jax.inference.inpainting import InpaintResult, check_mask, compose, inpaint, inpaint_picture, paste
 from asymvq_jax.inference.latents import denormalize_latent, normalize_latent, read_latent, understand
 from asymvq_jax.inference.whole import check_condition, decode, encode, pad, place
@@ -10,6 +11,7 @@ from asymvq_jax.inference.whole import check_condition, decode, encode, pad, pla
 Inpainting = InpaintResult
 
 __all__ = [
+    "Fills",
     "InpaintResult",
     "Inpainting",
     "InputError",

@@ -84,8 +84,8 @@ class Decoder(nnx.Module):
     def __call__(
         self,
         z: Float[Array, "b y x z"],
-        image: Float[Array, "b h w c"] | None = None,
-        mask: Float[Array, "b h w 1"] | None = None,
+        image: Float[Array, "#b h w c"] | None = None,
+        mask: Float[Array, "#b h w 1"] | None = None,
     ) -> Float[Array, "b h w c"]:
         """(b, h, w, latent_channels) -> (b, 8h, 8w, 3) float32; see `features` for the condition."""
         return self.to_image(self.features(z, image, mask))
@@ -99,38 +99,53 @@ class Decoder(nnx.Module):
     def features(
         self,
         z: Float[Array, "b y x z"],
-        image: Float[Array, "b h w c"] | None = None,
-        mask: Float[Array, "b h w 1"] | None = None,
+        image: Float[Array, "#b h w c"] | None = None,
+        mask: Float[Array, "#b h w 1"] | None = None,
     ) -> Float[Array, "b h w features"]:
         """All but the last convolution.
 
         Args:
             z: (b, h, w, latent_channels).
-            image: (b, 8h, 8w, 3) in [-1, 1], the picture whose unmasked pixels condition the decoder.
-            mask: (b, 8h, 8w, 1), 1 = generate, 0 = preserve; values between blend.
+            image: (b, 8h, 8w, 3) in [-1, 1], the picture whose unmasked pixels condition the decoder; or (1, ...).
+            mask: (b, 8h, 8w, 1), 1 = generate, 0 = preserve; values between blend; or (1, ...) with such an image.
 
         Returns:
             (b, 8h, 8w, decoder_channels[0]), which `to_image` turns into the picture.
         """
+        if image is None or mask is None:
+            return self.features_with(z, [], None)
+        return self.features_with(z, self.condition_features(image, mask), mask)
+
+    def condition_features(
+        self, image: Float[Array, "b h w c"], mask: Float[Array, "b h w 1"]
+    ) -> list[Float[Array, "b _ _ _"]]:
+        """What the condition branch makes of a picture's unmasked pixels, outermost first; see `features`."""
+        if self.condition is None:
+            raise ValueError("this decoder has no condition branch (model.condition=False); decode without a mask")
+        dtype = self.conv_in.dtype
+        with jax.named_scope("condition"):
+            masked: list[Array] = run_block(
+                self.condition, (1 - mask.astype(dtype)) * image.astype(dtype), remat=self.remat
+            )
+        return masked
+
+    def features_with(
+        self, z: Float[Array, "b y x z"], features: list[Float[Array, "_ _ _ _"]], mask: Float[Array, "#b h w 1"] | None
+    ) -> Float[Array, "b h w features"]:
+        """As `features`, with the condition's features already made; none, and no mask, without a condition."""
         h = self.mid(self.conv_in(z))
-        features: list[Array] = []
-        if image is not None and mask is not None:
-            if self.condition is None:
-                raise ValueError("this decoder has no condition branch (model.condition=False); decode without a mask")
-            mask = mask.astype(h.dtype)
-            with jax.named_scope("condition"):
-                features = run_block(self.condition, (1 - mask) * image.astype(h.dtype), remat=self.remat)
+        mask = None if mask is None else mask.astype(h.dtype)
         for i, level in enumerate(self.levels):
-            if mask is not None and features:
+            if mask is not None:
                 h = blend(h, features[-1 - i], mask)
             h = level(h)
-        if mask is not None and features:
+        if mask is not None:
             h = blend(h, features[0], mask)
         return self.norm_out(h)
 
 
 def blend(
-    h: Float[Array, "b y x features"], feature: Float[Array, "b y x features"], mask: Float[Array, "b h w 1"]
+    h: Float[Array, "b y x features"], feature: Float[Array, "#b y x features"], mask: Float[Array, "#b h w 1"]
 ) -> Float[Array, "b y x features"]:
     """h where the mask is 1, the condition's feature where it is 0; the mask resized nearest to their resolution."""
     stride = mask.shape[1] // h.shape[1]
