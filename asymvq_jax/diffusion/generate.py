@@ -261,11 +261,13 @@ def _make_batch(
     latent = np.asarray(_latents(pipeline, [each.job for each in filled], originals, options, mesh))
     finite = np.isfinite(latent).all((1, 2, 3))
     latent = np.where(finite[:, None, None, None], latent, 0)
+    # With --count all are fills of one picture, whose condition is then computed once.
+    shown = originals[:1] if options.count > 1 else originals
     decoded = {}
     for title, model in decoders.items():
         # A pipeline's own asymmetric autoencoder decodes plainly without the picture.
         blind = title == "plain" or not model.config.condition or not originals
-        seen = () if blind else (np.stack([each.picture.to_float() for each in originals]), _masks(originals))
+        seen = () if blind else (np.stack([each.picture.to_float() for each in shown]), _masks(shown))
         margin = 0
         if isinstance(options, Painting) and not blind:
             margin = inference.margin_of(model.config, *_keeping(options))

@@ -3,6 +3,7 @@
 from asymvq_jax.errors import InputError
 from asymvq_jax.inference.blend import composite
 from asymvq_jax.inference.crop import Crop
+from asymvq_jax.inference.fills import Fills
 from asymvq_jax.inference.inpainting import (
     InpaintResult,
     check_mask,
@@ -21,6 +22,7 @@ Inpainting = InpaintResult
 
 __all__ = [
     "Crop",
+    "Fills",
     "InpaintResult",
     "Inpainting",
     "InputError",

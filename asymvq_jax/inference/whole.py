@@ -75,8 +75,8 @@ def encode(
 def decode(
     model: Autoencoder,
     latent: Float[Array | np.ndarray, "b y x z"],
-    image: Float[Array | np.ndarray, "b h w c"] | None = None,
-    mask: Float[Array | np.ndarray, "b h w 1"] | None = None,
+    image: Float[Array | np.ndarray, "#b h w c"] | None = None,
+    mask: Float[Array | np.ndarray, "#b h w 1"] | None = None,
     size: tuple[int, int] | None = None,
     *,
     margin: int = 0,
@@ -88,7 +88,8 @@ def decode(
     Args:
         model: the autoencoder.
         latent: as `encode` returns it.
-        image: (b, h, w, 3) float in [-1, 1], of any size.
+        image: (b, h, w, 3) float in [-1, 1], of any size; or one picture with one mask for all latents, which computes
+            its condition once.
         mask: (b, h, w, 1) float, 1 = generate, 0 = preserve.
         size: height and width to crop to; by default the image's, or all that the latent covers.
         margin: see `Autoencoder.decode`.
@@ -112,6 +113,9 @@ def decode(
         size = size or (image.shape[1], image.shape[2])
         multiple = model.config.downsampling
         image, mask = pad(image, multiple), pad(mask, multiple)
+        if mesh is not None and len(image) == 1 < len(latent):
+            # Each device needs the picture beside its own latents.
+            image, mask = (jnp.repeat(x, len(latent), axis=0) for x in (image, mask))
     program = partial(program, margin=margin) if margin else program
     result = _over(mesh, latent.shape[1], program, model, latent, image, mask)
     return result if size is None else result[:, : size[0], : size[1]]

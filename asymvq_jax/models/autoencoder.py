@@ -57,8 +57,8 @@ class Autoencoder(nnx.Module):
     def decode(
         self,
         z: Float[Array, "b y x z"],
-        image: Float[Array, "b h w c"] | None = None,
-        mask: Float[Array, "b h w 1"] | None = None,
+        image: Float[Array, "#b h w c"] | None = None,
+        mask: Float[Array, "#b h w 1"] | None = None,
         *,
         margin: int = 0,
     ) -> Float[Array, "b h w c"]:
@@ -68,7 +68,8 @@ class Autoencoder(nnx.Module):
             z: (b, h, w, latent_channels), the mode that `encode` gives or an edited one, not scaled for the diffusion
                 model; where there is a codebook, it is quantised first.
             image: (b, 8h, 8w, 3) in [-1, 1]; with `mask`, the picture whose unmasked pixels are to be kept.
-            mask: (b, 8h, 8w, 1), 1 = generate, 0 = preserve.
+            mask: (b, 8h, 8w, 1), 1 = generate, 0 = preserve. One image with one mask serves any number of latents, and
+                its condition is then computed once.
             margin: for a result of which only the masked pixels are used: the decoder preserves none within so many px
                 of the mask, so that its own features, not the condition's, meet at the edge.
 
@@ -81,20 +82,31 @@ class Autoencoder(nnx.Module):
         return self.decoder.toned(self.decoder.to_image(features), image, mask)
 
     def decode_features(
-        self, z: Float[Array, "b y x z"], image: Float[Array, "b h w c"] | None, mask: Float[Array, "b h w 1"] | None
+        self, z: Float[Array, "b y x z"], image: Float[Array, "#b h w c"] | None, mask: Float[Array, "#b h w 1"] | None
     ) -> Float[Array, "b h w features"]:
         """The features under the decoder's last convolution; arguments as in `decode`, but `z` is taken as it is."""
         self._check(z, "z", self.config.latent_channels)
         if (image is None) != (mask is None):
             raise ValueError("decode takes image and mask together, or neither (text-to-image)")
         if image is not None and mask is not None:
-            full = (z.shape[0], z.shape[1] * self.config.downsampling, z.shape[2] * self.config.downsampling)
+            sides = (z.shape[1] * self.config.downsampling, z.shape[2] * self.config.downsampling)
+            # One picture may stand for all: what its condition is does not depend on the latent.
+            full = (1 if len(image) == len(mask) == 1 else z.shape[0], *sides)
             for name, value, channels in (("image", image, self.config.image_channels), ("mask", mask, 1)):
                 if value.shape != (*full, channels):
                     raise ValueError(
                         f"{name} has shape {value.shape}: expected {(*full, channels)} for a latent of shape {z.shape}"
                     )
         return self.decoder.features(z if self.post_quant_conv is None else self.post_quant_conv(z), image, mask)
+
+    def decode_with(
+        self, z: Float[Array, "b y x z"], features: list[Float[Array, "_ _ _ _"]], mask: Float[Array, "#b h w 1"]
+    ) -> Float[Array, "b h w c"]:
+        """As `decode`, with features that `decoder.condition_features` has made of a picture and this mask."""
+        self._check(z, "z", self.config.latent_channels)
+        z = self.quantize(z)
+        z = z if self.post_quant_conv is None else self.post_quant_conv(z)
+        return self.decoder.to_image(self.decoder.features_with(z, features, mask))
 
     def _check(self, x: Array, name: str, channels: int, multiple: int = 1) -> None:
         if x.ndim != 4 or x.shape[-1] != channels or x.shape[1] % multiple or x.shape[2] % multiple:

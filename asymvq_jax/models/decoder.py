@@ -93,8 +93,8 @@ class Decoder(nnx.Module):
     def __call__(
         self,
         z: Float[Array, "b y x z"],
-        image: Float[Array, "b h w c"] | None = None,
-        mask: Float[Array, "b h w 1"] | None = None,
+        image: Float[Array, "#b h w c"] | None = None,
+        mask: Float[Array, "#b h w 1"] | None = None,
     ) -> Float[Array, "b h w c"]:
         """(b, h, w, latent_channels) -> (b, 8h, 8w, 3) float32; see `features` for the condition."""
         return self.toned(self.to_image(self.features(z, image, mask)), image, mask)
@@ -103,6 +103,7 @@ class Decoder(nnx.Module):
         """The decoded picture with its tone set right under the mask, where the decoder has a field of tone."""
         if self.tone is None or image is None or mask is None:
             return picture
+        image, mask = (jnp.broadcast_to(x, (len(picture), *x.shape[1:])) for x in (image, mask))
         return self.tone(picture, image, mask)
 
     def to_image(
@@ -123,29 +124,41 @@ class Decoder(nnx.Module):
     def features(
         self,
         z: Float[Array, "b y x z"],
-        image: Float[Array, "b h w c"] | None = None,
-        mask: Float[Array, "b h w 1"] | None = None,
+        image: Float[Array, "#b h w c"] | None = None,
+        mask: Float[Array, "#b h w 1"] | None = None,
     ) -> Float[Array, "b h w features"]:
         """All but the last convolution.
 
         Args:
             z: (b, h, w, latent_channels).
-            image: (b, 8h, 8w, 3) in [-1, 1], the picture whose unmasked pixels condition the decoder.
-            mask: (b, 8h, 8w, 1), 1 = generate, 0 = preserve; values between blend.
+            image: (b, 8h, 8w, 3) in [-1, 1], the picture whose unmasked pixels condition the decoder; or (1, ...).
+            mask: (b, 8h, 8w, 1), 1 = generate, 0 = preserve; values between blend; or (1, ...) with such an image.
 
         Returns:
             (b, 8h, 8w, decoder_channels[0]), which `to_image` turns into the picture.
         """
+        if image is None or mask is None:
+            return self.features_with(z, [], None)
+        return self.features_with(z, self.condition_features(image, mask), mask)
+
+    def condition_features(
+        self, image: Float[Array, "b h w c"], mask: Float[Array, "b h w 1"]
+    ) -> list[Float[Array, "b _ _ _"]]:
+        """What the condition branch makes of a picture's unmasked pixels, outermost first; see `features`."""
+        if self.condition is None:
+            raise ValueError("this decoder has no condition branch (model.condition=False); decode without a mask")
+        dtype = self.conv_in.dtype
+        with jax.named_scope("condition"):
+            seen = self.condition_input(image.astype(dtype), mask.astype(dtype))
+            features: list[Array] = run_block(self.condition, seen, remat=self.remat)
+        return features
+
+    def features_with(
+        self, z: Float[Array, "b y x z"], features: list[Float[Array, "_ _ _ _"]], mask: Float[Array, "#b h w 1"] | None
+    ) -> Float[Array, "b h w features"]:
+        """As `features`, with the condition's features already made; none, and no mask, without a condition."""
         h = self.mid(self.conv_in(z))
-        features: list[Array] = []
-        if image is not None and mask is not None:
-            if self.condition is None:
-                raise ValueError("this decoder has no condition branch (model.condition=False); decode without a mask")
-            mask = mask.astype(h.dtype)
-            with jax.named_scope("condition"):
-                seen = self.condition_input(image.astype(h.dtype), mask)
-                features = run_block(self.condition, seen, remat=self.remat)
-        masks = [] if mask is None else level_masks(mask, len(features), self.mask_reduction)
+        masks = [] if mask is None else level_masks(mask.astype(h.dtype), len(features), self.mask_reduction)
         for i, level in enumerate(self.levels):
             if features:
                 h = blend(h, features[-1 - i], masks[-1 - i])
@@ -194,7 +207,7 @@ def level_masks(mask: AnyArray, count: int, reduction: str) -> list[AnyArray]:
 
 
 def blend(
-    h: Float[Array, "b y x features"], feature: Float[Array, "b y x features"], mask: Float[Array, "b y x 1"]
+    h: Float[Array, "b y x features"], feature: Float[Array, "#b y x features"], mask: Float[Array, "#b y x 1"]
 ) -> Float[Array, "b y x features"]:
     """h where the mask, of the same resolution, is 1; the condition's feature where it is 0."""
     return h * mask + feature * (1 - mask)
