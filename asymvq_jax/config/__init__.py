@@ -1,19 +1,17 @@
 """What a run is: its fields, and the files and options that set them."""
 
 from asymvq_jax.config.fields import (
-    DTYPES,
     Config,
     DataConfig,
-    Dtype,
     HarmoniseConfig,
     LossConfig,
     MeshConfig,
-    ModelConfig,
     OptimizerConfig,
     RunConfig,
 )
 from asymvq_jax.config.loading import Settings, flatten, from_dict, load_config, override, to_json
 from asymvq_jax.config.masks import MASK_PRESETS, MaskConfig
+from asymvq_jax.config.model import DTYPES, Dtype, ModelConfig
 from asymvq_jax.errors import ConfigError, UserError
 
 __all__ = [

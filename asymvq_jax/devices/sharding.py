@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -84,6 +84,28 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Axis 0 split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def part_of_batch(mesh: Mesh) -> tuple[int, int]:
+    """Which of how many equal parts of every batch this process's devices hold.
+
+    Processes along the tensor axis hold the same part.
+
+    Raises:
+        ConfigError: the parts of two processes overlap, but are not the same.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows: dict[int, set[int]] = {}
+    places: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((ways,))
+    for device, (row,) in places.items():
+        rows.setdefault(device.process_index, set()).add(row.start or 0)
+    parts = sorted({tuple(sorted(r)) for r in rows.values()})
+    if sum(map(len, parts)) != ways:
+        raise ConfigError(
+            f"mesh.tensor={mesh.shape['tensor']}: expected a divisor or a multiple of the "
+            f"{jax.local_device_count()} devices of a process"
+        )
+    return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:

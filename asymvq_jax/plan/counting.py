@@ -57,6 +57,7 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
     runs = _runs(hlo)
     count: Counter[tuple[str, tuple[str, ...]]] = Counter()
     size: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    key: tuple[str, tuple[str, ...]]
     for name, line in _instructions(hlo):
         match = _COLLECTIVE.search(line)
         if match is None:

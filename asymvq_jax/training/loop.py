@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NoReturn
@@ -135,7 +135,7 @@ class Run:
         inputs = pipeline.open_inputs(config.data, kept=directory, once=cluster.from_first)
         self.identities |= {name: str(each) for name, each in inputs.identities(config.data).items()}
         self.skipped = pipeline.SkippedFiles(inputs.train, config.data.max_corrupt_share)
-        part, parts = _share(mesh)
+        part, parts = sharding.part_of_batch(mesh)
         self.batches = pipeline.training_batches(
             config.data, config.run.seed, process_index=part, process_count=parts, inputs=inputs
         )
@@ -478,28 +478,6 @@ def _device_memory() -> dict[str, float]:
     """Bytes in use and their peak on this process's first device, where it tells."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return {f"device_{name}": float(stats[name]) for name in ("bytes_in_use", "peak_bytes_in_use") if name in stats}
-
-
-def _share(mesh: Mesh) -> tuple[int, int]:
-    """Which of how many equal parts of every batch this process's devices hold.
-
-    Processes along the tensor axis hold the same part.
-
-    Raises:
-        ConfigError: the parts of two processes overlap, but are not the same.
-    """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows: dict[int, set[int]] = {}
-    places: Mapping[Any, Any] = sharding.batch_sharding(mesh).devices_indices_map((ways,))
-    for device, (row,) in places.items():
-        rows.setdefault(device.process_index, set()).add(row.start or 0)
-    parts = sorted({tuple(sorted(r)) for r in rows.values()})
-    if sum(map(len, parts)) != ways:
-        raise ConfigError(
-            f"mesh.tensor={mesh.shape['tensor']}: expected a divisor or a multiple of the "
-            f"{jax.local_device_count()} devices of a process"
-        )
-    return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 
 
 def _hms(seconds: float) -> str:

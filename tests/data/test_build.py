@@ -76,7 +76,9 @@ def _records(target, split, name="mine") -> dict[str, bytes]:
 
 
 def _bytes(directory) -> dict[str, bytes]:
-    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(directory)): file.read_bytes() for file in Path(directory).rglob("*") if file.is_file()
+    }
 
 
 def test_a_folder_becomes_a_data_set_that_training_reads(tmp_path, folder, capsys):
