@@ -123,7 +123,7 @@ def inputs():
 def test_it_decodes_as_the_published_code(model, inputs):
     theirs = Asuka()
     tensors = {n.removeprefix("decoder."): x for n, x in dump_tensors(model, "ldm").items() if n.startswith("decoder.")}
-    theirs.load_state_dict({name: torch.from_numpy(x) for name, x in tensors.items()}, strict=True)
+    theirs.load_state_dict({name: torch.tensor(x) for name, x in tensors.items()}, strict=True)
     with torch.no_grad():
         expected = theirs(*(torch.from_numpy(x).movedim(-1, 1) for x in inputs)).movedim(1, -1).numpy()
     z, image, mask = inputs
@@ -135,7 +135,7 @@ def test_it_decodes_as_the_published_code(model, inputs):
 
 
 def test_its_file_is_read_and_written(model, tmp_path, caplog):
-    tensors = {name: torch.from_numpy(x) for name, x in dump_tensors(model, "ldm").items()}
+    tensors = {name: torch.tensor(x) for name, x in dump_tensors(model, "ldm").items()}
     unused = {"decoder.up_layers.0.deconv.weight": torch.zeros(4, 2, 4, 4), "loss.logvar": torch.zeros(())}
     torch.save({"state_dict": tensors | unused, "epoch": 3}, tmp_path / "asuka_decoder.ckpt")
     with caplog.at_level(logging.INFO):
