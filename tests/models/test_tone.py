@@ -113,6 +113,16 @@ def test_strips_give_the_same(model, margin):
     np.testing.assert_allclose(strips, whole, atol=1e-4 * np.abs(whole).max())
 
 
+def test_keeping_exactly_pastes_up_to_the_edge_by_default(model):
+    image, mask = _case()
+    image = np.asarray(np.round((image[0] + 1) * 127.5), np.uint8)
+    kept, pasted, feathered = (
+        inference.inpaint(model, image, mask[0], keep="exact", blend=blend).image for blend in (None, "none", "feather")
+    )
+    np.testing.assert_array_equal(kept, pasted)
+    assert (kept != feathered).any()
+
+
 def test_there_is_no_place_for_it_in_other_formats():
     with pytest.raises(ConvertError, match="tone"):
         weights(dataclasses.replace(TINY, tone_field=True), "diffusers")
