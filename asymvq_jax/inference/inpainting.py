@@ -76,8 +76,8 @@ def inpaint(
         keep: "model" returns what the decoder made; "exact" also pastes the original's pixels, bit for bit, wherever
             they are preserved. None: "model", or with `crop`, which can do no other, "exact".
         blend: how "exact" sets the decoder's fill into the original; see `inference.blend.composite`. "feather" and
-            "multiband" mix the two in a band around the mask, where kept pixels change. None: "feather"; with `crop`, so
-            that every kept pixel stays, or with a field of tone, whose edge needs no transition, "none".
+            "multiband" mix the two in a band around the mask, where kept pixels change. None: "feather"; with `crop`,
+            so that every kept pixel stays, or with a field of tone, whose edge needs no transition, "none".
         band: its width, px; 0 pastes up to the mask's edge.
         crop: fills only the mask's surroundings, scaled to the model's size, and leaves the rest of the picture alone;
             None: the whole picture at its own size.
