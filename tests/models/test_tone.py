@@ -77,7 +77,7 @@ def test_means_and_enlargement_against_numpy():
     np.testing.assert_allclose(pool(x, 4)[0, 1, 2], x[0, 4:, 8:].mean((0, 1)), rtol=1e-5)
     np.testing.assert_allclose(enlarge(jnp.ones((1, 2, 3, 1)), 4, (7, 10)), np.ones((1, 7, 10, 1)), rtol=1e-6)
     image, mask = _case()
-    found = means(image, image, mask)
+    found = means(image, image, mask, 1 - mask)
     inside = mask[0, 8:16, 20:24, 0] > 0
     np.testing.assert_allclose(found.inside[0, 3, 5], image[0, 12:16, 20:24].mean((0, 1)), rtol=1e-3, atol=1e-4)
     assert inside.sum() == 16
