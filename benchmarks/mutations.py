@@ -155,8 +155,8 @@ MUTATIONS = (
     Mutation(
         "the condition branch takes the share",
         OPTIMIZER,
-        '{"condition": 1.0, "rest": c.pretrained_scale}',
-        '{"condition": c.pretrained_scale, "rest": 1.0}',
+        '{"new": 1.0, "rest": c.pretrained_scale}',
+        '{"new": c.pretrained_scale, "rest": 1.0}',
         _tests("training/test_step.py", "test_pretrained_parameters_take_a_share_of_the_rate"),
     ),
     Mutation("the worst step is kept for the best", CHECKPOINTS, "reverse=True,\n", "reverse=False,\n", FINISHED_RUN),
@@ -294,8 +294,8 @@ MUTATIONS = (
     Mutation(
         "every pass begins with the original",
         DRIFT,
-        "decode(image, mask, models.encode(image))",
-        "decode(original, mask, models.encode(original))",
+        "decode(image, mask, models.encode(image), pasted)",
+        "decode(original, mask, models.encode(original), pasted)",
         _tests("evaluation/test_seam.py", "test_drift_is_measured_against_the_first_original"),
     ),
     Mutation("edited pixels count as untouched", DRIFT, "untouched &= ~region", "untouched &= True", EDITS),

@@ -3,10 +3,9 @@
 Command: asymvq train --config tiny --data.path=photos/train --data.eval_path=photos/held_out,
     after the first stage
 Data: as the first stage's.
-Hardware: one thread of a 2-core CPU, 14 pictures/s: 24 minutes.
-Result: on 19 unseen whole photographs of 256 px with a mask each, kept pixels 38.0 dB (plain decoder 29.4), fill
-    28.6 dB (plain 29.1), LPIPS 0.187 (plain 0.297), as eval.py measures with this config and --data.image_size=256
-    --run.eval_pictures=19.
+Hardware: one thread of a 2-core CPU, 14 pictures/s: 24 minutes (38 with the core shared).
+Result: on 19 unseen whole photographs of 256 px with a mask each, kept pixels 43.5 dB and 29.2 dB without a mask (plain
+    decoder 29.0), as asymvq benchmark embed --measure prints. How the fill looks at the mask's edge: docs/seam.md.
 """
 
 from asymvq_jax.config import Config, DataConfig, LossConfig, MaskConfig, ModelConfig, OptimizerConfig, RunConfig

@@ -57,7 +57,7 @@ class Inpaint:
     # How exact sets the fill into the picture. none: up to the mask's edge. feather: with a linear transition around
     # the mask. multiband: octave by octave, and a transition. tone: a smooth tone, fitted along the edge, is added to
     # the fill. poisson: the fill's gradients with the colours around it. By default feather, or none with
-    # --crop-and-stitch and --edits, so that every kept pixel stays as it was.
+    # --crop-and-stitch and --edits, so that every kept pixel stays as it was, and for a model with a field of tone.
     blend: Literal["none", "feather", "multiband", "tone", "poisson"] | None = None
     # Width of the transition of feather and multiband, px.
     band: int = 8

@@ -76,8 +76,8 @@ def inpaint(
         keep: "model" returns what the decoder made; "exact" also pastes the original's pixels, bit for bit, wherever
             they are preserved. None: "model", or with `crop`, which can do no other, "exact".
         blend: how "exact" sets the decoder's fill into the original; see `inference.blend.composite`. "feather" and
-            "multiband" mix the two in a band around the mask, where kept pixels change. None: "feather", or with `crop`
-            "none", so that every kept pixel stays.
+            "multiband" mix the two in a band around the mask, where kept pixels change. None: "feather"; with `crop`,
+            so that every kept pixel stays, or with a field of tone, whose edge needs no transition, "none".
         band: its width, px; 0 pastes up to the mask's edge.
         crop: fills only the mask's surroundings, scaled to the model's size, and leaves the rest of the picture alone;
             None: the whole picture at its own size.
@@ -120,7 +120,7 @@ def inpaint_picture(
     decode: Callable[..., jax.Array | Array] = decode,
 ) -> Inpainted:
     """As `inpaint`, of a picture with its depth, alpha and metadata; `mask` is (h, w, 1), of numbers in [0, 1]."""
-    keep, blend = ways_of_keeping(keep, blend, exact="crop" if crop is not None else "")
+    keep, blend = ways_of_keeping(keep, blend, model.config, exact="crop" if crop is not None else "")
     check_blend(blend, band)
     if keep == "model":
         check_condition(model.config)
@@ -174,11 +174,14 @@ def _decoded(
     return decoded[: picture.size[0], : picture.size[1]], reading
 
 
-def ways_of_keeping(keep: str | None, blend: Blend | None, *, exact: str = "") -> tuple[Keep, Blend]:
+def ways_of_keeping(
+    keep: str | None, blend: Blend | None, config: ModelConfig | None = None, *, exact: str = ""
+) -> tuple[Keep, Blend]:
     """How pixels are kept, where the user has not said it.
 
     Args:
         keep, blend: as given; None: not.
+        config: the model's; with a field of tone the fill is set in by "none", without one (or None) by "feather".
         exact: what else was asked for that keeps them exactly, or "".
 
     Raises:
@@ -188,7 +191,9 @@ def ways_of_keeping(keep: str | None, blend: Blend | None, *, exact: str = "") -
         raise InputError(f"keep={keep!r}: expected 'model' or 'exact'")
     if exact and keep == "model":
         raise InputError(f"keep='model' does not go with {exact}, which keeps the original's pixels exactly")
-    return ("exact", blend or "none") if exact else ("exact" if keep == "exact" else "model", blend or "feather")
+    toned = config is not None and config.tone_field
+    blend = blend or ("none" if exact or toned else "feather")
+    return "exact" if exact or keep == "exact" else "model", blend
 
 
 def margin_of(config: ModelConfig, keep: Keep, blend: Blend) -> int:

@@ -21,7 +21,7 @@ from asymvq_jax.inference.whole import check_condition, check_pixels, pad
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.blocks import Attention, Conv, Norm, ResBlock, channel_moments
 from asymvq_jax.models.decoder import Decoder, blend, grow, level_masks
-from asymvq_jax.models.tone import CELL, Means, ToneField, enlarge, means
+from asymvq_jax.models.tone import CELL, SHIFTS, Means, ToneField, beyond, enlarge, means, together
 
 STRIP_PIXELS = 2**19
 
@@ -133,16 +133,32 @@ def _toned(tone: ToneField, picture: np.ndarray, image: np.ndarray, mask: np.nda
     side = 2 * CELL
     _, height, width, _ = picture.shape
     rows = max(side, strip_pixels // width // side * side)
-    cuts = [slice(top, min(top + rows, height)) for top in range(0, height, rows)]
-    found = [means_program(picture[:, cut], image[:, cut], mask[:, cut]) for cut in cuts]
-    field = field_program(tone, Means(*(jnp.concatenate(parts, 1) for parts in zip(*found, strict=True))))
+    fields, weights = [], []
+    for shift in SHIFTS:
+        inputs = [np.pad(x, beyond(shift)) for x in (picture, image, mask, 1 - mask)]
+        starts = range(0, height + shift, rows)
+        found = [means_program(*(x[:, top : top + rows] for x in inputs)) for top in starts]
+        joined = Means(*(jnp.concatenate(parts, 1) for parts in zip(*found, strict=True)))
+        fields.append(field_program(tone, joined))
+        weights.append(joined.edge().sum((1, 2, 3), keepdims=True))
     result = np.empty_like(picture)
-    for cut in cuts:
-        # With the neighbouring cells, between which it is interpolated.
-        low, high = max(cut.start // side - 1, 0), -(-cut.stop // side) + 1
-        moved = np.asarray(enlarge(field[:, low:high], side, ((high - low) * side, width)))
-        result[:, cut] = picture[:, cut] + mask[:, cut] * moved[:, cut.start - low * side : cut.stop - low * side]
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        # With the neighbouring cells, between which they are interpolated.
+        parts = [
+            _rows(field, top + s, bottom + s, side)[:, :, s:][:, :, :width]
+            for field, s in zip(fields, SHIFTS, strict=True)
+        ]
+        result[:, top:bottom] = picture[:, top:bottom] + mask[:, top:bottom] * np.asarray(together(parts, weights))
     return result
+
+
+def _rows(field: jax.Array, top: int, bottom: int, side: int) -> jax.Array:
+    """Rows `top` to `bottom` of the enlarged field."""
+    low, high = max(top // side - 1, 0), -(-bottom // side) + 1
+    part = field[:, low:high]
+    whole = enlarge(part, side, (part.shape[1] * side, part.shape[2] * side))
+    return whole[:, top - low * side : bottom - low * side]
 
 
 @nnx.jit

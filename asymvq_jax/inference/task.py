@@ -96,7 +96,7 @@ def run(task: Task) -> str:
     def known(config: ModelConfig) -> None:
         if task.large is None and task.crop is None:
             encodes = any(change.latent is None for change in changes)
-            margin = margin_of(config, *_keep(task))
+            margin = margin_of(config, *_keep(task, config))
             programs.update(compile_ahead(config, original.size, encodes=encodes, margin=margin))
 
     # Once, and only if there is something to generate.
@@ -140,7 +140,7 @@ def _apply(
     programs: dict[str, Callable[..., Any]],
 ) -> Inpainted:
     """The picture after one edit, by `programs` where some were compiled ahead."""
-    keep, blend = _keep(task)
+    keep, blend = _keep(task, model.config)
     latent = change.latent
     layout = task.latent_layout or (None if latent is None else latent.layout)
     region = None if task.crop is None else task.crop.region(mask.values, model.config.downsampling)
@@ -216,8 +216,8 @@ def _exact(task: Task) -> str:
     return "--edits" if task.edits is not None else "--crop-and-stitch" if task.crop is not None else ""
 
 
-def _keep(task: Task) -> tuple[Keep, Blend]:
-    return ways_of_keeping(task.keep, task.blend, exact=_exact(task))
+def _keep(task: Task, config: ModelConfig | None = None) -> tuple[Keep, Blend]:
+    return ways_of_keeping(task.keep, task.blend, config, exact=_exact(task))
 
 
 def _read_picture(task: Task) -> Picture:

@@ -21,6 +21,9 @@ from asymvq_jax.models.blocks import Conv
 
 # Side of the cells of the means, px; the field has half as many.
 CELL = 4
+# The grids of cells begin so many px above and left of the picture: a mask whose edge follows the lines of one grid,
+# and so crosses none of its cells, crosses the other's.
+SHIFTS = (0, CELL // 2)
 # Widths of the network that finds the confidences, and of the U-Net by resolution: cells, and halves of the one before.
 FINDER, WIDTHS = 24, (24, 32, 48, 48)
 # Where the confidences of a cell add up to this, it counts as much as what larger cells say.
@@ -40,6 +43,10 @@ class Means(NamedTuple):
     outside: jax.Array
     share_inside: jax.Array
     share_outside: jax.Array
+
+    def edge(self) -> jax.Array:
+        """How much each cell tells about the edge, (b, h/4, w/4, 1): 1 where it is half inside and half outside."""
+        return 4 * self.share_inside * self.share_outside
 
 
 class ToneField(nnx.Module):
@@ -74,11 +81,17 @@ class ToneField(nnx.Module):
             mask: (b, h, w, 1), 1 = generate, 0 = preserve.
         """
         picture, image, mask = (x.astype(jnp.float32) for x in (picture, image, mask))
-        return picture + mask * enlarge(self.field(means(picture, image, mask)), 2 * CELL, picture.shape[1:3])
+        _, h, w, _ = picture.shape
+        fields, weights = [], []
+        for shift in SHIFTS:
+            found = means(*(jnp.pad(x, beyond(shift)) for x in (picture, image, mask, 1 - mask)))
+            fields.append(enlarge(self.field(found), 2 * CELL, (h + shift, w + shift))[:, shift:, shift:])
+            weights.append(found.edge().sum((1, 2, 3), keepdims=True))
+        return picture + mask * together(fields, weights)
 
     def field(self, found: Means) -> jax.Array:
-        """The field, (b, ceil(h/8), ceil(w/8), c), from the means in cells of 4 x 4 pixels."""
-        edge = 4 * found.share_inside * found.share_outside
+        """The field, (b, ceil(h/8), ceil(w/8), c), from the means in the cells of one grid."""
+        edge = found.edge()
         difference = found.outside - found.inside
         x = jnp.concatenate([*found, GAIN * difference * edge], -1)
         h = x
@@ -104,11 +117,25 @@ class ToneField(nnx.Module):
         return pool(fitted, 2) * (1 + share_fitted) + pool(spread, 2) * share_spread + OUTPUT * rest
 
 
-def means(picture: jax.Array, image: jax.Array, mask: jax.Array) -> Means:
-    """What the field is predicted from; arguments as for `ToneField`, of any size: missing pixels count for nothing."""
-    parts = [pool(x, CELL) for x in (mask * picture, (1 - mask) * image, mask, 1 - mask)]
+def means(picture: jax.Array, image: jax.Array, mask: jax.Array, kept: jax.Array) -> Means:
+    """What the field is predicted from.
+
+    Arguments as for `ToneField`, of any size, and `kept`: 1 - mask, but 0 beyond the picture, as the mask is.
+    """
+    parts = [pool(x, CELL) for x in (mask * picture, kept * image, mask, kept)]
     inside, outside, share_inside, share_outside = parts
     return Means(inside / (share_inside + EPSILON), outside / (share_outside + EPSILON), share_inside, share_outside)
+
+
+def beyond(shift: int) -> tuple[tuple[int, int], ...]:
+    """What to pad (b, h, w, c) with so that a grid begins `shift` px above and left of it."""
+    return ((0, 0), (shift, 0), (shift, 0), (0, 0))
+
+
+def together(fields: list[jax.Array], weights: list[jax.Array]) -> jax.Array:
+    """The mean of several grids' fields, (b, h, w, c), by what their cells tell, (b, 1, 1, 1); 0 without an edge."""
+    total = sum((w * f for w, f in zip(weights, fields, strict=True)), jnp.zeros(()))
+    return total / (sum(weights, jnp.zeros(())) + EPSILON)
 
 
 def robust_fit(values: jax.Array, confidence: jax.Array, region: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -185,9 +185,9 @@ def test_no_row_reads_the_original_under_the_mask(models):
         }
         results.append(compose_rows(decoded, original, mask))
         # Nor do the table's rows and what the library gives.
-        results[-1] |= {f"composite, {b}": composite(decoded["ours"], original, mask, b) for b in BLENDS}
+        results[-1] |= {f"composite, {b}": composite(decoded["ours"].fill, original, mask, b) for b in BLENDS}
         results[-1] |= {f"table, {k}": v for k, v in compose(*table, Pair("a", original, mask), latent).items()}
-        results[-1]["page"] = hard_paste(decoded["plain"], original, mask)
+        results[-1]["page"] = hard_paste(decoded["plain"].whole, original, mask)
     assert len(results[0]) == 9 + 4 + 4 + len(BLENDS) + 5 + 1
     for row, image in results[0].items():
         np.testing.assert_array_equal(image, results[1][row], err_msg=row)

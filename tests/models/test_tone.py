@@ -77,7 +77,7 @@ def test_means_and_enlargement_against_numpy():
     np.testing.assert_allclose(pool(x, 4)[0, 1, 2], x[0, 4:, 8:].mean((0, 1)), rtol=1e-5)
     np.testing.assert_allclose(enlarge(jnp.ones((1, 2, 3, 1)), 4, (7, 10)), np.ones((1, 7, 10, 1)), rtol=1e-6)
     image, mask = _case()
-    found = means(image, image, mask)
+    found = means(image, image, mask, 1 - mask)
     inside = mask[0, 8:16, 20:24, 0] > 0
     np.testing.assert_allclose(found.inside[0, 3, 5], image[0, 12:16, 20:24].mean((0, 1)), rtol=1e-3, atol=1e-4)
     assert inside.sum() == 16
@@ -111,6 +111,16 @@ def test_strips_give_the_same(model, margin):
     whole = np.asarray(inference.decode(model, z, image, mask, margin=margin))
     strips = decode_in_strips(model, z, image, mask, strip_pixels=72 * 16, margin=margin)
     np.testing.assert_allclose(strips, whole, atol=1e-4 * np.abs(whole).max())
+
+
+def test_keeping_exactly_pastes_up_to_the_edge_by_default(model):
+    image, mask = _case()
+    image = np.asarray(np.round((image[0] + 1) * 127.5), np.uint8)
+    kept, pasted, feathered = (
+        inference.inpaint(model, image, mask[0], keep="exact", blend=blend).image for blend in (None, "none", "feather")
+    )
+    np.testing.assert_array_equal(kept, pasted)
+    assert (kept != feathered).any()
 
 
 def test_there_is_no_place_for_it_in_other_formats():

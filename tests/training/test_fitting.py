@@ -74,7 +74,7 @@ def test_the_fitted_branch_agrees_with_the_decoder_on_pictures_it_has_not_seen()
             model.decoder.condition((1 - mask) * image), model.decoder.unconditioned(z), strict=True
         ):
             kept = 1 - mask[:, :: SIZE // mine.shape[1], :: SIZE // mine.shape[1]]
-            centred = wanted - (kept * wanted).sum((0, 1, 2)) / kept.sum()
+            centred = wanted - (kept * wanted).sum((0, 1, 2), keepdims=True) / kept.sum()
             shares.append(float((kept * jnp.square(mine - wanted)).sum() / (kept * jnp.square(centred)).sum()))
         return np.array(shares)
 
