@@ -62,7 +62,7 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
         match = _COLLECTIVE.search(line)
         if match is None:
             if sent := _SEND.search(line):
-                key: tuple[str, tuple[str, ...]] = BETWEEN_SLICES, ("slices",)
+                key = BETWEEN_SLICES, ("slices",)
                 count[key] += runs[name]
                 size[key] += runs[name] * _payload(sent[1].partition(", u32[]")[0], BETWEEN_SLICES, False, 1)
             continue
