@@ -147,7 +147,8 @@ def test_command(parts, tmp_path, capsys):
     images.write(tmp_path / "image.png", image[0])
     images.write(tmp_path / "mask.png", mask[0].repeat(3, -1) * 128)
     inputs = ("--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png", "--prompt", "a fox", "--soft-mask")
-    shared = ("inpaint", root, *inputs, "--keep", "exact", "--out", tmp_path / "o.png", "--dtype", "float32")
+    exact = ("--keep", "exact", "--blend", "none", "--dtype", "float32")
+    shared = ("inpaint", root, *inputs, *exact, "--out", tmp_path / "o.png")
     assert run(*shared, "--steps", 4, "--strength", 0.5) == 0
     kept = mask[0, ..., 0] == 0
     np.testing.assert_array_equal(images.read(tmp_path / "o.png")[kept], image[0][kept])
