@@ -68,8 +68,8 @@ MUTATIONS = (
     Mutation(
         "the batch statistics see the real pictures less",
         STEP,
-        "_, moved = judge(state.discriminator, recon, moved)",
-        "_, moved = judge(state.discriminator, recon, stats)",
+        "for seen in (of_fake, of_real, of_fake):",
+        "for seen in (of_fake, of_fake):",
         TORCH_STEP,
     ),
     Mutation(
