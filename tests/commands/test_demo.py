@@ -174,7 +174,7 @@ def test_command_line_opens_with_the_models_inside_the_package(models, checkpoin
     places = {"tiny": checkpoints[0], "tiny-plain": checkpoints[1]}
     monkeypatch.setattr("asymvq_jax.convert.reading.is_embedded", lambda source: source in places)
     monkeypatch.setattr(
-        "asymvq_jax.convert.reading.load_model", lambda name, *a, **o: load_model(places[name], *a, **o)
+        "asymvq_jax.convert.reading.load_model", lambda name, *a, **o: load_model(places.get(name, name), *a, **o)
     )
     assert main(["--port=1234", "--dtype=bfloat16"]) == 0
     model, plain, *address = served.pop()
