@@ -15,7 +15,6 @@ from PIL import Image, PngImagePlugin
 
 import asymvq_jax
 from asymvq_jax.errors import InputError, UserError
-from asymvq_jax.files.masks import load_mask, reduce_mask
 from asymvq_jax.inference import inpaint
 from asymvq_jax.inference.blend import BAND, BLENDS, Blend
 from asymvq_jax.inference.crop import WORK_SIZE, Crop
@@ -75,25 +74,6 @@ def png(image: np.ndarray, settings: dict[str, Any]) -> bytes:
     text.add_text(KEY, json.dumps(settings))
     Image.fromarray(image).save(buffer, "PNG", pnginfo=text)
     return buffer.getvalue()
-
-
-def read_loaded_mask(path: str, size: tuple[int, int]) -> np.ndarray:
-    """A mask's file as a layer of the editor: (h, w, 4) uint8, white where it generates.
-
-    Args:
-        path: the file.
-        size: height and width of the picture on the page, which may have been scaled down.
-
-    Raises:
-        UserError: it is no mask, or of another shape than the picture.
-    """
-    mask = load_mask(path)
-    (height, width), (h, w) = size, mask.size
-    if abs(h * width - w * height) > max(h, w, height, width):
-        raise InputError(f"The mask has {w} x {h} px, which is not the shape of the picture.")
-    layer = np.full((height, width, 4), 255, np.uint8)
-    layer[..., 3:] *= reduce_mask(mask.values, size)
-    return layer
 
 
 def add_finish(

@@ -14,7 +14,7 @@ from asymvq_jax import inference
 from asymvq_jax.config import DataConfig
 from asymvq_jax.data.sources import open_source
 from asymvq_jax.errors import InputError, UserError
-from asymvq_jax.evaluation.finish import add_finish, read_loaded_mask
+from asymvq_jax.evaluation.finish import add_finish
 from asymvq_jax.evaluation.metrics.image import mean_squared_error, psnr
 from asymvq_jax.evaluation.rows import decode_ours, decode_plain, hard_paste
 from asymvq_jax.files import images
@@ -36,7 +36,7 @@ this page, so the painted part shows what a decoder makes of the latent alone.
 """
 STEPS = f"""
 1. Load a picture (one larger than {LONGEST} px is scaled down to that), or choose an example.
-2. Paint over the part that is to be generated, or load a mask; the eraser and undo are beside the brush. All the rest
+2. Paint over the part that is to be generated; the eraser and undo are beside the brush. All the rest
    is to be kept.
 3. Decode. The first time takes longest for every size of picture, which is compiled for.
 """
@@ -160,15 +160,6 @@ def page(model: Autoencoder, plain: Autoencoder | None) -> gradio.Blocks:
             gr.Warning(str(error), title="Not loaded")
             return gr.skip(), gr.skip()
 
-    def put_mask(path: str, painting: dict[str, Any] | None, loaded: bool) -> Any:
-        try:
-            image = read_background(painting if loaded else None)
-            layer = read_loaded_mask(path, (image.shape[0], image.shape[1]))
-        except UserError as error:
-            gr.Warning(str(error), title="Not loaded")
-            return gr.skip()
-        return {"background": image, "layers": [layer], "composite": None}
-
     def press(painting: dict[str, Any] | None, loaded: bool) -> Any:
         try:
             image, mask = read_painting(painting if loaded else None)
@@ -202,7 +193,6 @@ def page(model: Autoencoder, plain: Autoencoder | None) -> gradio.Blocks:
             with gr.Column(scale=2):
                 gr.Markdown(STEPS)
                 upload = gr.UploadButton("Load a picture", file_types=["image"])
-                mask_upload = gr.UploadButton("Load a mask", file_types=["image"])
                 # Not gr.Examples, under which the editor sends its contents dozens of times.
                 gallery = gr.Dataset(
                     label="Examples", components=["image"], samples=[[path] for path in examples], type="index"
@@ -215,7 +205,6 @@ def page(model: Autoencoder, plain: Autoencoder | None) -> gradio.Blocks:
         editor.clear(lambda: False, outputs=loaded, show_progress="hidden")
         gallery.click(lambda index: (load(examples[index]), True), gallery, [editor, loaded], show_progress="hidden")
         upload.upload(put, upload, [editor, loaded], show_progress="hidden")
-        mask_upload.upload(put_mask, [mask_upload, editor, loaded], editor, show_progress="hidden")
         button.click(press, [editor, loaded], outputs)
         add_finish(model, editor, loaded, read_painting)
     return blocks

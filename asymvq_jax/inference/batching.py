@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,6 +34,7 @@ class Job:
         mask: (h, w, 1) float32, 1 = generate.
         latent: an edited latent of any layout; None: the picture's own.
         layout, scaled: the latent's; see `latents.understand`.
+        margin: see `Autoencoder.decode`.
         result: (h, w, 3) float32, when it is done.
     """
 
@@ -41,7 +43,12 @@ class Job:
     latent: Array | None = None
     layout: Layout | None = None
     scaled: bool | None = None
+    margin: int = 0
     result: Future[Array] = field(default_factory=Future)
+
+    def program(self) -> tuple[Any, ...]:
+        """Equal for jobs that one program decodes."""
+        return self.pixels.shape, self.margin
 
 
 class Batcher:
@@ -114,14 +121,13 @@ class Batcher:
             self._changed.wait_for(lambda: self._queue or self._closed)
             if not self._queue:
                 return []
-            size = self._queue[0].pixels.shape
-            jobs = [job for job in self._queue if job.pixels.shape == size][: self._most]
+            jobs = [job for job in self._queue if job.program() == self._queue[0].program()][: self._most]
             for job in jobs:
                 self._queue.remove(job)
             return jobs
 
     def _decode(self, jobs: Sequence[Job]) -> None:
-        """Sets the results of jobs of one size."""
+        """Sets the results of jobs of one size and margin."""
         config = self._model.config
         count = min(1 << (len(jobs) - 1).bit_length(), self._most)
         size = (count, *jobs[0].pixels.shape)
@@ -142,7 +148,7 @@ class Batcher:
                     job.result.set_exception(error)
         seen = (pixels, masks) if config.condition else (None, None)
         height, width = pixels.shape[1:3]
-        decoded = np.asarray(decode(self._model, latents, *seen))[:, :height, :width]
+        decoded = np.asarray(decode(self._model, latents, *seen, margin=jobs[0].margin))[:, :height, :width]
         for job, result in zip(jobs, decoded, strict=False):
             if not job.result.done():
                 job.result.set_result(result)

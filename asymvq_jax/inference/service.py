@@ -24,7 +24,7 @@ from asymvq_jax.files.tensors import LatentFile, decode_latent_file, is_plain
 from asymvq_jax.inference.batching import Batcher, BusyError, Job
 from asymvq_jax.inference.blend import BAND, Blend
 from asymvq_jax.inference.crop import Crop, Region
-from asymvq_jax.inference.inpainting import Keep, compose, ways_of_keeping
+from asymvq_jax.inference.inpainting import Keep, compose, margin_of, ways_of_keeping
 from asymvq_jax.inference.latents import Layout, check_latent
 from asymvq_jax.inference.whole import check_condition
 from asymvq_jax.models.autoencoder import Autoencoder
@@ -180,7 +180,7 @@ class Work:
 def _prepare(
     model: Autoencoder, limits: Limits, settings: Settings, image: bytes, mask: bytes, latent: bytes | None
 ) -> Work:
-    keep, _ = settings.ways()
+    keep, blend = settings.ways()
     if keep == "model":
         check_condition(model.config)
     elif settings.format == "JPEG":
@@ -192,7 +192,7 @@ def _prepare(
     region = None if settings.crop is None else settings.crop.region(read.values, model.config.downsampling)
     seen = picture if region is None else region.enter(picture)
     small = read.values if region is None else region.enter_mask(read.values)
-    job = Job(seen.to_float(), small.astype(np.float32))
+    job = Job(seen.to_float(), small.astype(np.float32), margin=margin_of(model.config, keep, blend))
     if edited is not None:
         job.layout = settings.latent_layout or edited.layout
         job.scaled = edited.scaled if settings.latent_scaled is None else settings.latent_scaled

@@ -166,6 +166,7 @@ class RunCheckpoints:
             **{name: ocp.args.StandardSave(arrays) for name, arrays in _arrays(state).items()},
             "progress": ocp.args.JsonSave({**progress, "digest": _digest(progress)}),
         }
+        self._settle()
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
         self._unchecked = True
@@ -275,11 +276,16 @@ class RunCheckpoints:
         Raises:
             CheckpointError: the last step cannot be written.
         """
-        while together and jax.process_count() > 1 and self._unchecked:
-            self.check()
-            time.sleep(0.05)
+        if together:
+            self._settle()
         with self._writing():
             self._manager.close()
+
+    def _settle(self) -> None:
+        """Until the step in the background is written in all processes: Orbax waits for ever for one that failed."""
+        while jax.process_count() > 1 and self._unchecked:
+            self.check()
+            time.sleep(0.05)
 
     @contextmanager
     def _opening(self) -> Iterator[None]:

@@ -392,7 +392,7 @@ class Run:
             bad = [name for name, value in metrics.items() if not np.isfinite(value)]
             if bad:
                 self._stop_diverged(at, bad)
-        means = {name: float(np.mean([m[name] for m in values])) for name in values[-1]}
+        means = {name: float(np.mean([m[name] for m in values if name in m])) for name in values[-1]}
         lap = self.clock.lap(len(values))
         remaining = (self.config.run.steps - step) / lap.steps_per_second
         per_second = lap.steps_per_second * self.config.data.batch_size

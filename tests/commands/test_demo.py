@@ -25,7 +25,7 @@ from asymvq_jax.commands.page import main
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.errors import InputError
 from asymvq_jax.evaluation import page
-from asymvq_jax.evaluation.finish import WAYS, finish, png, read_loaded_mask
+from asymvq_jax.evaluation.finish import WAYS, finish, png
 from asymvq_jax.evaluation.page import Decoded, compare, describe, load, read_painting
 from asymvq_jax.files import images
 from asymvq_jax.models.autoencoder import Autoencoder
@@ -268,8 +268,8 @@ class Visitor:
             before = len(self.requests)
             self.page.wait_for_timeout(1500)
 
-    def load(self, path: str, *, mask: bool = False) -> None:
-        self.page.locator("input[type=file]").nth(-1 if mask else -2).set_input_files(path)
+    def load(self, path: str) -> None:
+        self.page.locator("input[type=file]").last.set_input_files(path)
 
     def wait_for_colour(self, low: tuple[int, int, int], high: tuple[int, int, int]) -> None:
         """Until the middle of the editor has a mean colour in a range."""
@@ -338,31 +338,7 @@ def test_the_page_in_a_browser(browser, address, models, tmp_path):
     assert not [line for line in reached if "'127.0.0.1'" not in line]
 
 
-def test_a_mask_is_loaded_and_the_picture_finished_and_saved(browser, address, models, tmp_path):
-    image, mask = _picture(96, 150)
-    mask[:] = 0
-    mask[30:60, 50:100] = 1
-    visitor = Visitor(browser, address[0])
-    visitor.load(_png(tmp_path / "picture.png", image))
-    visitor.wait_for_colour((0, 0, 190), (120, 120, 255))
-    visitor.load(_png(tmp_path / "mask.png", (mask[..., 0] * 255).astype(np.uint8)), mask=True)
-    visitor.wait_for_colour((250, 250, 250), (255, 255, 255))
-    # The brush can be undone.
-    assert visitor.page.get_by_label("Undo").count() == 1
-    visitor.page.get_by_role("button", name="Finish").click()
-    save = visitor.page.get_by_text("Save with its settings")
-    visitor.page.locator("[data-testid=imageslider-image]").first.wait_for()
-    with visitor.page.expect_download() as download:
-        save.click()
-    with Image.open(download.value.path()) as saved:
-        made, settings = np.asarray(saved.convert("RGB")), json.loads(saved.info["asymvq inpaint"])
-    assert (settings["keep"], settings["blend"]) == ("exact", "none")
-    expected = inference.inpaint(models[0], image, mask, keep="exact", blend="none").image
-    np.testing.assert_allclose(made.astype(int), expected.astype(int), atol=1)
-    np.testing.assert_array_equal(made[mask[..., 0] == 0], image[mask[..., 0] == 0])
-
-
-def test_finishing_and_its_settings(models, tmp_path):
+def test_finishing_and_its_settings(models):
     image, mask = _picture(64, 80)
     kept = mask[..., 0] == 0
     for way in WAYS:
@@ -378,21 +354,3 @@ def test_finishing_and_its_settings(models, tmp_path):
         np.testing.assert_array_equal(np.asarray(saved), made)
     with pytest.raises(InputError, match="keeps pixels exactly"):
         finish(models[0], image, mask, "by the decoder", True, 2.0)
-    layer = read_loaded_mask(_png(tmp_path / "mask.png", (mask[..., 0] * 255).astype(np.uint8)), (32, 40))
-    np.testing.assert_array_equal(layer[..., 3] > 0, mask.reshape(32, 2, 40, 2).max((1, 3)) > 0)
-    assert (layer[..., :3] == 255).all()
-    with pytest.raises(InputError, match="not the shape of the picture"):
-        read_loaded_mask(str(tmp_path / "mask.png"), (40, 40))
-
-
-def test_the_page_s_messages_in_a_browser(browser, address, tmp_path):
-    visitor = Visitor(browser, address[0])
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    visitor.load(str(tmp_path / "broken.png"))
-    visitor.page.get_by_text("broken.png is not a readable picture").wait_for()
-    visitor.page.get_by_label("Clear canvas").click()
-    visitor.settle()
-    visitor.press("There is no picture yet")
-    visitor.page.locator("button.gallery-item").nth(1).click()
-    visitor.settle()
-    visitor.press("Nothing is painted yet")

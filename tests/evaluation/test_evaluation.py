@@ -269,7 +269,7 @@ def test_edited_latents_beside_the_pairs_are_decoded(models, tmp_path):
     with pytest.raises(EvaluationError, match=r"the latent beside p1\.png: the latent has shape \(4, 10, 13\)"):
         evaluate(*models, read_pairs(list_pairs(str(tmp_path))), 2, load_lpips("alexnet"))
     (tmp_path / "p0.npy").write_bytes(b"none")
-    with pytest.raises(EvaluationError, match=r"p0\.npy is of no known kind"):
+    with pytest.raises(EvaluationError, match=r"p0\.npy is not a PyTorch checkpoint, but a text"):
         list(read_pairs(list_pairs(str(tmp_path))))
 
 

@@ -55,7 +55,9 @@ def test_what_does_not_depend_on_the_latent_is_computed_once(model, picture, lat
     calls = []
     for name in ("encode", "_condition"):
         function = getattr(fills, name)
-        monkeypatch.setattr(fills, name, lambda *a, name=name, function=function: (calls.append(name), function(*a))[1])
+        monkeypatch.setattr(
+            fills, name, lambda *a, name=name, function=function, **o: (calls.append(name), function(*a, **o))[1]
+        )
     held = Fills(model, *picture)
     for latent in (None, latents[0], None, latents[1]):
         held.inpaint(latent, layout="channels-last", scaled=False) if latent is not None else held.inpaint()
