@@ -126,7 +126,7 @@ MUTATIONS = (
     Mutation(
         "the last metrics stand for the interval",
         LOOP,
-        "float(np.mean([m[name] for m in values]))",
+        "float(np.mean([m[name] for m in values if name in m]))",
         "float(values[-1][name])",
         MEANS,
     ),
