@@ -27,7 +27,7 @@ from asymvq_jax.devices.flops import matmul_flops, needed
 from asymvq_jax.diffusion.denoising import Batch, denoise
 from asymvq_jax.diffusion.schedulers import SchedulerConfig
 from asymvq_jax.diffusion.solvers import make_solver
-from asymvq_jax.diffusion.unet import UNet, UNetConfig
+from asymvq_jax.diffusion.unet import SIZES, Added, UNet, UNetConfig
 from asymvq_jax.errors import InputError
 from asymvq_jax.files.outputs import write_bytes
 from asymvq_jax.losses.lpips import LPIPS
@@ -226,6 +226,7 @@ def plan_denoising(unet: UNetConfig, target: Target, shape: tuple[int, int, int]
         maps(*shape, unet.out_channels),
         maps(shape[0], 2, tokens, unet.context),
         maps(*shape, fixed) if fixed else None,
+        added=Added(maps(shape[0], 2, unet.pooled), maps(shape[0], 2, SIZES)) if unet.added else None,
     )
     batch = Batch(*parts)
 
