@@ -1,4 +1,4 @@
-"""CLIP's encoders: of texts (Stable Diffusion 1 and 2), and of an example picture with Paint-by-Example's mapper."""
+"""CLIP's encoders: of texts, and of an example picture with Paint-by-Example's mapper."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ class TextConfig:
     transformer: TransformerConfig
     vocabulary: int
     length: int
+    # Channels of the whole text's features, of XL's second encoder; 0: none.
+    projection: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class ExampleConfig:
 TEXT_DEFAULTS = {
     "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8,
     "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "vocab_size": 49408, "max_position_embeddings": 77,
+    "projection_dim": 512,
 }  # fmt: skip
 IMAGE_DEFAULTS = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -91,7 +94,13 @@ def read_text_config(stored: Mapping[str, Any], name: str) -> TextConfig:
         CLIPError: a model of another kind.
     """
     values = _check(stored, name, "clip_text_model", TEXT_DEFAULTS)
-    return TextConfig(_transformer(values), values["vocab_size"], values["max_position_embeddings"])
+    projection = 0
+    if "CLIPTextModelWithProjection" in (values.get("architectures") or ()):
+        projection = values["projection_dim"]
+        # The text's end is found as its greatest token, as transformers does for 2, which old files have.
+        if (end := values.get("eos_token_id", 2)) not in (2, values["vocab_size"] - 1):
+            raise CLIPError(f"{name}: eos_token_id={end} (expected 2, or the last of the vocabulary)")
+    return TextConfig(_transformer(values), values["vocab_size"], values["max_position_embeddings"], projection)
 
 
 def read_image_config(stored: Mapping[str, Any], name: str) -> ImageConfig:
@@ -182,14 +191,29 @@ class TextEncoder(nnx.Module):
         self.positions = nnx.Embed(config.length, inner.channels, param_dtype=jnp.float32, rngs=rngs)
         self.blocks = nnx.List([Block(inner, dtype=dtype, rngs=rngs) for _ in range(inner.layers)])
         self.norm_out = LayerNorm(inner.channels, epsilon=inner.epsilon, dtype=dtype)
+        self.projection = (
+            linear(inner.channels, config.projection, bias=False, dtype=dtype, rngs=rngs) if config.projection else None
+        )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """(b, n) int32, n at most `config.length` -> (b, n, channels)."""
+        return self.norm_out(self._hidden(tokens)[1])
+
+    def both(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """As XL takes them: (b, n) -> the last block's input, (b, n, channels), and the text's, (b, projection)."""
+        before, last = self._hidden(tokens)
+        if self.projection is None:
+            return before, None
+        end = self.norm_out(last)[jnp.arange(len(tokens)), jnp.argmax(tokens, -1)]
+        return before, self.projection(end)
+
+    def _hidden(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the last block takes and gives."""
         x = self.tokens.embedding[...][tokens] + self.positions.embedding[...][None, : tokens.shape[1]]
-        x = x.astype(self.dtype)
+        x = before = x.astype(self.dtype)
         for block in self.blocks:
-            x = block(x, causal=True)
-        return self.norm_out(x)
+            before, x = x, block(x, causal=True)
+        return before, x
 
 
 class ImageEncoder(nnx.Module):

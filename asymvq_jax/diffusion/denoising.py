@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from asymvq_jax.devices import sharding
 from asymvq_jax.diffusion.solvers import History, Row, Solver, advance, begin, replace_newest
-from asymvq_jax.diffusion.unet import UNet
+from asymvq_jax.diffusion.unet import Added, UNet
 from asymvq_jax.models.parameters import Params, merge, split
 
 
@@ -38,6 +38,8 @@ class Batch(NamedTuple):
     known: Known | None = None
     # (b,) keys of the fresh noise, for a stochastic sampler.
     keys: jax.Array | None = None
+    # XL's pooled text and sizes, with the axis of the ways of guidance second.
+    added: Added | None = None
 
 
 @partial(nnx.jit, static_argnames="mesh")
@@ -60,13 +62,14 @@ def denoise(unet: UNet, solver: Solver, guidance: jax.Array, batch: Batch, *, me
         predict = merge(graphdef, params)
         count, ways = batch.context.shape[:2]
         context = batch.context.reshape(count * ways, *batch.context.shape[2:])
+        added = jax.tree.map(lambda x: x.reshape(count * ways, -1), batch.added)
         steps = len(solver.rows.timesteps)
 
         def step(history: History, at: tuple[Row, jax.Array]) -> tuple[History, None]:
             row, i = at
             x = history.samples[0]
             x = x if batch.fixed is None else jnp.concatenate([x, batch.fixed], -1)
-            output = predict(jnp.repeat(x, ways, 0), jnp.full(count * ways, row.timesteps), context)
+            output = predict(jnp.repeat(x, ways, 0), jnp.full(count * ways, row.timesteps), context, added)
             output = output.reshape(count, ways, *output.shape[1:])
             if ways == 2:
                 output = output[:, :1] + guidance * (output[:, 1:] - output[:, :1])

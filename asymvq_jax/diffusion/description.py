@@ -19,7 +19,7 @@ from asymvq_jax.diffusion.clip import ImageConfig, TextConfig
 from asymvq_jax.diffusion.original import Original, find_parts
 from asymvq_jax.diffusion.schedulers import Kind, SchedulerConfig
 from asymvq_jax.diffusion.tokens import Tokenizer, read_tokenizer
-from asymvq_jax.diffusion.unet import UNetConfig
+from asymvq_jax.diffusion.unet import SIZES, UNetConfig
 from asymvq_jax.errors import PipelineError
 from asymvq_jax.files.fields import COUNT, COUNTS, NUMBER, ONE_OR_MORE, TEXTS, wrong_fields
 from asymvq_jax.files.weights import SUFFIXES, open_weights, read_json, weight_files
@@ -35,6 +35,8 @@ PARTS: dict[Task, tuple[str, ...]] = {
     "inpaint": ("text_encoder/config.json", "tokenizer"),
     "edit": ("image_encoder/config.json",),
 }
+# What XL has beside that for text and inpaint.
+XL_PARTS = ("text_encoder_2/config.json", "tokenizer_2")
 COMMON_PARTS = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 
 
@@ -51,6 +53,10 @@ class Description:
     # text and inpaint have the first, edit the second.
     tokenizer: Tokenizer | None = None
     example: clip.ExampleConfig | None = None
+    # XL's second encoder of texts, and whether nothing's features are zeros.
+    encoder_2: TextConfig | None = None
+    tokenizer_2: Tokenizer | None = None
+    zeros: bool = False
     # The parts of an original checkpoint; None: a diffusers folder.
     original: Original | None = field(default=None, repr=False)
 
@@ -77,7 +83,7 @@ def describe(
     path = locate(path)
     if not path.is_dir():
         raise PipelineError(f"no pipeline at {path}: expected a diffusers pipeline folder (or an original checkpoint)")
-    _check_family(path)
+    index = _check_family(path)
     missing = [part for part in (*COMMON_PARTS, *PARTS[task]) if not (path / part).exists()]
     if missing:
         whole = len(missing) == len(COMMON_PARTS) + len(PARTS[task])
@@ -97,27 +103,42 @@ def describe(
         parts = {"encoder": clip.read_text_config(*stored(encoder_file))}
         parts["tokenizer"] = read_tokenizer(path / "tokenizer", parts["encoder"])
     unet_config = _unet_config(*stored("unet/config.json"), task)
+    if unet_config.added:
+        if task == "edit" or (absent := [part for part in XL_PARTS if not (path / part).exists()]):
+            what = "'edit' takes Paint-by-Example" if task == "edit" else f"missing {', '.join(absent)}"
+            raise PipelineError(f"{path} is a pipeline of Stable Diffusion XL: {what}")
+        parts["encoder_2"] = clip.read_text_config(*stored(XL_PARTS[0]))
+        parts["tokenizer_2"] = read_tokenizer(path / XL_PARTS[1], parts["encoder_2"])
+        parts["zeros"] = index.get("force_zeros_for_empty_prompt", True)
+        weight_files((path / XL_PARTS[0]).parent, *CLIP_WEIGHTS)
     vae = describe_autoencoder(path / "vae", told)
     if vae is None:
         raise PipelineError(f"{path / 'vae'} is not a diffusers autoencoder")
-    scheduler_config = _scheduler_config(*stored("scheduler/scheduler_config.json"), task, scheduler)
+    # XL's pipelines take the file as it is.
+    scheduler_config = _scheduler_config(
+        *stored("scheduler/scheduler_config.json"), "edit" if unet_config.added else task, scheduler
+    )
     _check_channels(task, unet_config, vae.config, str(path / "unet/config.json"))
-    _check_context(unet_config, parts["encoder"], str(path))
+    _check_context(unet_config, parts["encoder"], str(path), parts.get("encoder_2"))
     weight_files(path / "unet", UNET_WEIGHTS)
     weight_files((path / encoder_file).parent, *CLIP_WEIGHTS)
     return Description(path=path, task=task, unet=unet_config, vae=vae, scheduler=scheduler_config, **parts)
 
 
-def _check_family(path: Path) -> None:
-    """Raises PipelineError for a folder whose own files say that it is of another family."""
+def _check_family(path: Path) -> dict[str, Any]:
+    """Its model_index.json, if it has one; raises PipelineError where that says that it is of another family."""
     file = path / "model_index.json"
     if not file.is_file():
-        return
-    kind = str(read_json(file).get("_class_name"))
-    if kind.startswith(tuple(beginning for beginning, _ in FAMILIES)):
+        return {}
+    index = read_json(file)
+    kind = str(index.get("_class_name"))
+    if kind.startswith(tuple(beginning for beginning, _ in FAMILIES)) and not kind.startswith("StableDiffusionXL"):
         raise PipelineError(
-            f"{path} is a pipeline of {family_of(kind)} ({kind}); only Stable Diffusion 1 and 2 are supported"
+            f"{path} is a pipeline of {family_of(kind)} ({kind}); only Stable Diffusion 1, 2 and XL are supported"
         )
+    if index.get("requires_aesthetics_score"):
+        raise PipelineError(f"{path} is Stable Diffusion XL's refiner, which is not supported; name the base pipeline")
+    return index
 
 
 # What the fields of a UNet's config.json hold, and those that cannot be null.
@@ -175,8 +196,17 @@ def _check_channels(task: Task, config: UNetConfig, autoencoder: ModelConfig, na
         )
 
 
-def _check_context(config: UNetConfig, encoder: TextConfig | ImageConfig, name: str) -> None:
+def _check_context(
+    config: UNetConfig, encoder: TextConfig | ImageConfig, name: str, second: TextConfig | None = None
+) -> None:
     width = encoder.outputs if isinstance(encoder, ImageConfig) else encoder.transformer.channels
+    if second is not None:
+        width += second.transformer.channels
+        if config.pooled != second.projection:
+            raise PipelineError(
+                f"{name}: the UNet expects a pooled text of {config.pooled} channels beside {SIZES} numbers of "
+                f"{config.added_time}; text_encoder_2's has {second.projection}"
+            )
     if config.context != width:
         raise PipelineError(
             f"{name}: the UNet expects features of {config.context} channels; the encoder's have {width}"

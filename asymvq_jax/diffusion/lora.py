@@ -26,6 +26,8 @@ DOWN, UP = (
 OLD = re.compile(r"(.+?)\.(processor|self_attn)\.to_(q|k|v|out)_lora\.(down|up)\.weight")
 # What the metadata of peft may say of a change that is not up * down * alpha / rank, with the values of one that is.
 PLAIN = {"use_rslora": False, "use_dora": False, "alpha_pattern": {}, "lora_bias": False}
+# kohya's beginnings of the layers' names in each part.
+KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
 # Signs of other families in the names of layers.
 OTHERS = (
     (r"lora_te[12]_|text_encoder_2\.|label_emb|add_embedding", "Stable Diffusion XL"),
@@ -139,8 +141,8 @@ def match(loras: Sequence[Lora], parts: Mapping[str, Sequence[tuple[Weight, ...]
 
     Args:
         loras: from `read`.
-        parts: "unet" and "text_encoder", each with its weights; of each weight first the one with its name in the
-            file that is read, then those with the names that a LoRA may have for it.
+        parts: "unet", "text_encoder" and XL's "text_encoder_2", each with its weights; of each weight first the one
+            with its name in the file that is read, then those with the names that a LoRA may have for it.
 
     Returns:
         For each part the changes by the names of its tensors.
@@ -160,7 +162,7 @@ def match(loras: Sequence[Lora], parts: Mapping[str, Sequence[tuple[Weight, ...]
         ]
         if unknown or misshapen:
             raise LoraError(
-                f"{lora.path} does not fit the pipeline{_family(lora)}: "
+                f"{lora.path} does not fit the pipeline{_family(lora, xl='text_encoder_2' in parts)}: "
                 + "; ".join(
                     f"{len(wrong)} of {len(lora.changes)} layers {what}: {_some(wrong)}"
                     for wrong, what in ((unknown, "are not in it"), (misshapen, "have another shape"))
@@ -194,11 +196,12 @@ def _aliases(part: str, named: Sequence[Weight]) -> Iterator[str]:
         layer, _, kind = weight.name.rpartition(".")
         if kind != "weight" or len(weight.torch_shape) < 2:
             continue
+        # transformers has the projection beside the model.
+        inside = "" if part == "unet" or layer == "text_projection" else "text_model."
+        yield from (f"{part}.{layer}", f"{part}.{inside}{layer}")
+        yield from (beginning + (inside + layer).replace(".", "_") for beginning in KOHYA[part])
         if part == "unet":
-            yield from (f"unet.{layer}", layer, "lora_unet_" + layer.replace(".", "_"))
-        else:
-            yield from (f"text_encoder.{layer}", f"text_encoder.text_model.{layer}")
-            yield "lora_te_text_model_" + layer.replace(".", "_")
+            yield layer
 
 
 def _bare(shape: tuple[int, ...]) -> list[int]:
@@ -206,9 +209,9 @@ def _bare(shape: tuple[int, ...]) -> list[int]:
     return [n for n in shape if n != 1]
 
 
-def _family(lora: Lora) -> str:
+def _family(lora: Lora, *, xl: bool) -> str:
     """Of which model a LoRA is, as far as its layers tell."""
-    for sign, family in OTHERS:
+    for sign, family in OTHERS[1 if xl else 0 :]:
         if any(re.search(sign, layer) for layer in lora.changes):
             return f", as it is a LoRA of {family}"
     for layer, change in lora.changes.items():

@@ -35,9 +35,9 @@ def _transformer(*prefixes: str) -> list[Row]:
     def same(ours: str, theirs: str) -> tuple[str, str, str]:
         return ours, theirs, theirs
 
-    inside = "transformer_blocks.0"
+    block, inside = "blocks.{k}", "transformer_blocks.{k}"
     attentions = [
-        same(f"{ours}_attention.{name}", f"{inside}.{theirs}.{their}")
+        same(f"{block}.{ours}_attention.{name}", f"{inside}.{theirs}.{their}")
         for ours, theirs in (("self", "attn1"), ("cross", "attn2"))
         for name, their in ATTENTION
     ]
@@ -45,10 +45,10 @@ def _transformer(*prefixes: str) -> list[Row]:
         prefixes,
         same("norm", "norm"),
         same("proj_in", "proj_in"),
-        *(same(f"norm{i}", f"{inside}.norm{i}") for i in (1, 2, 3)),
+        *(same(f"{block}.norm{i}", f"{inside}.norm{i}") for i in (1, 2, 3)),
         *attentions,
-        same("feed_forward.expand", f"{inside}.ff.net.0.proj"),
-        same("feed_forward.contract", f"{inside}.ff.net.2"),
+        same(f"{block}.feed_forward.expand", f"{inside}.ff.net.0.proj"),
+        same(f"{block}.feed_forward.contract", f"{inside}.ff.net.2"),
         same("proj_out", "proj_out"),
     )
 
@@ -58,6 +58,8 @@ def _transformer(*prefixes: str) -> list[Row]:
 UNET: list[Row] = [
     Row("time1", "time_embedding.linear_1", "time_embed.0"),
     Row("time2", "time_embedding.linear_2", "time_embed.2"),
+    Row("added1", "add_embedding.linear_1", "label_emb.0.0"),
+    Row("added2", "add_embedding.linear_2", "label_emb.0.2"),
     Row("conv_in", "conv_in", "input_blocks.0.0"),
     *_timed("down.{i}.blocks.{j}", "down_blocks.{i}.resnets.{j}", "input_blocks.{in}.0"),
     *_transformer("down.{i}.attentions.{j}", "down_blocks.{i}.attentions.{j}", "input_blocks.{in}.1"),
@@ -94,6 +96,7 @@ TEXT: list[Row] = [
     Row("positions.embedding", "embeddings.position_embedding.weight", "positional_embedding"),
     *_clip_block("blocks.{i}", "encoder.layers.{i}", "transformer.resblocks.{i}"),
     Row("norm_out", "final_layer_norm", "ln_final"),
+    Row("projection", "text_projection", "text_projection"),
 ]
 
 

@@ -68,6 +68,10 @@ class Pipeline:
     tokenizer: Tokenizer | None = None
     image_encoder: ImageEncoder | None = None
     example: clip.ExampleConfig | None = None
+    # XL's second encoder of texts; and whether nothing's features are zeros, and not those of an empty text.
+    text_encoder_2: TextEncoder | None = None
+    tokenizer_2: Tokenizer | None = None
+    zeros: bool = False
 
 
 def load(description: Description, dtype: str = "float32", loras: Sequence[Lora] = ()) -> Pipeline:
@@ -85,7 +89,7 @@ def load(description: Description, dtype: str = "float32", loras: Sequence[Lora]
     described, path, original = description, description.path, description.original
     changes = lora.match(loras, _names(described)) if loras else {}
     changed = {part: partial(lora.apply, changes=of_part) for part, of_part in changes.items()}
-    text_encoder = image_encoder = None
+    text_encoder = image_encoder = second = None
     if original is not None:
         text_encoder = _original_text_encoder(original, dtype, changed.get("text_encoder", _same))
         tensors = changed.get("unet", _same)(original.unet_tensors)
@@ -96,6 +100,8 @@ def load(description: Description, dtype: str = "float32", loras: Sequence[Lora]
             image_encoder = read_image_encoder(path / "image_encoder", dtype)
         else:
             text_encoder = read_text_encoder(path / "text_encoder", dtype, changed.get("text_encoder", _same))
+        if described.encoder_2 is not None:
+            second = read_text_encoder(path / "text_encoder_2", dtype, changed.get("text_encoder_2", _same))
     return Pipeline(
         task=described.task,
         unet=network,
@@ -105,6 +111,9 @@ def load(description: Description, dtype: str = "float32", loras: Sequence[Lora]
         tokenizer=described.tokenizer,
         image_encoder=image_encoder,
         example=described.example,
+        text_encoder_2=second,
+        tokenizer_2=described.tokenizer_2,
+        zeros=described.zeros,
     )
 
 
@@ -118,11 +127,16 @@ def _names(described: Description) -> dict[str, list[tuple[Weight, ...]]]:
     network = nnx.eval_shape(lambda: UNet(described.unet, rngs=nnx.Rngs(0)))
     ways = ("diffusers" if original is None else "ldm", "diffusers", "ldm")
     names = {"unet": list(zip(*(mapping.unet_weights(network, form) for form in ways), strict=True))}
-    if isinstance(encoder, TextConfig):
-        text = nnx.eval_shape(lambda: TextEncoder(encoder, rngs=nnx.Rngs(0)))
-        forms = ("ldm" if original is not None and original.open_clip else "diffusers", "diffusers")
-        names["text_encoder"] = list(zip(*(mapping.text_weights(text, form) for form in forms), strict=True))
+    forms = ("ldm" if original is not None and original.open_clip else "diffusers", "diffusers")
+    for part, config in (("text_encoder", encoder), ("text_encoder_2", described.encoder_2)):
+        if isinstance(config, TextConfig):
+            text = nnx.eval_shape(partial(_text_model, config))
+            names[part] = list(zip(*(mapping.text_weights(text, form) for form in forms), strict=True))
     return names
+
+
+def _text_model(config: TextConfig) -> TextEncoder:
+    return TextEncoder(config, rngs=nnx.Rngs(0))
 
 
 def _original_text_encoder(original: Original, dtype: str, changed: Callable[[Table], Table]) -> TextEncoder:

@@ -18,7 +18,7 @@ from asymvq_jax.diffusion.clip import ImageEncoder, TextEncoder, prepare_example
 from asymvq_jax.diffusion.denoising import Batch, Known, denoise
 from asymvq_jax.diffusion.pipeline import Pipeline, Task
 from asymvq_jax.diffusion.solvers import make_solver
-from asymvq_jax.diffusion.unet import UNetConfig
+from asymvq_jax.diffusion.unet import Added, UNetConfig
 from asymvq_jax.errors import SamplingError
 from asymvq_jax.files import images
 from asymvq_jax.files.masks import HAZE, reduce_mask
@@ -59,8 +59,9 @@ def text_to_image(
     _check(pipeline, "text", len(prompts), seeds, mesh)
     check_size(pipeline.unet.config, pipeline.autoencoder.config, size)
     shape = [side // pipeline.autoencoder.config.downsampling for side in size]
-    context = _texts(pipeline, prompts, negative, guided=guidance > 1)
-    return _run(pipeline, Batch(_noise(pipeline, seeds, shape), context), seeds, guidance, steps, mesh=mesh)
+    context, added = _texts(pipeline, prompts, negative, shape, guided=guidance > 1)
+    batch = Batch(_noise(pipeline, seeds, shape), context, added=added)
+    return _run(pipeline, batch, seeds, guidance, steps, mesh=mesh)
 
 
 def inpaint(
@@ -94,7 +95,6 @@ def inpaint(
         UserError: as `text_to_image`; or pictures and masks that do not fit; or a strength that leaves no step.
     """
     _check(pipeline, "inpaint", len(prompts), seeds, mesh)
-    context = _texts(pipeline, prompts, negative, guided=guidance > 1)
     mask = _check_pictures(image, mask, len(seeds))
     made_for_it = pipeline.unet.config.in_channels > pipeline.unet.config.out_channels
     known = fixed = None
@@ -105,7 +105,8 @@ def inpaint(
         pixels, small = _padded(pipeline, image, mask)
         known = Known(_encoded(pipeline, pixels, mesh), None if made_for_it else small)
     shape = small.shape[1:3]
-    batch = Batch(_noise(pipeline, seeds, shape), context, fixed, known)
+    context, added = _texts(pipeline, prompts, negative, shape, guided=guidance > 1)
+    batch = Batch(_noise(pipeline, seeds, shape), context, fixed, known, added=added)
     return _crop(pipeline, _run(pipeline, batch, seeds, guidance, steps, strength, mesh), image)
 
 
@@ -237,14 +238,36 @@ def _encode(encoder: TextEncoder | ImageEncoder, inputs: jax.Array) -> jax.Array
     return encoder(inputs)
 
 
-def _texts(pipeline: Pipeline, prompts: Sequence[str], negative: str, *, guided: bool) -> jax.Array:
-    """(b, 2 or 1, n, d); nothing's features come first."""
+@nnx.jit
+def _encode_both(encoder: TextEncoder, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    return encoder.both(tokens)
+
+
+def _texts(
+    pipeline: Pipeline, prompts: Sequence[str], negative: str, shape: Sequence[int], *, guided: bool
+) -> tuple[jax.Array, Added | None]:
+    """(b, 2 or 1, n, d), nothing's features first; and for XL the pooled texts and the sizes, of latents of `shape`."""
     rows = [[negative, prompt] if guided else [prompt] for prompt in prompts]
-    assert pipeline.tokenizer is not None, "a pipeline that is loaded for this task has it"
-    assert pipeline.text_encoder is not None, "a pipeline that is loaded for this task has it"
-    tokens = pipeline.tokenizer([text for row in rows for text in row])
-    features = _encode(pipeline.text_encoder, jnp.asarray(tokens))
-    return features.reshape(len(rows), -1, *features.shape[1:])
+    texts = [text for row in rows for text in row]
+    tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
+    assert tokenizer is not None, "a pipeline that is loaded for this task has it"
+    assert encoder is not None, "a pipeline that is loaded for this task has it"
+    if pipeline.text_encoder_2 is None or pipeline.tokenizer_2 is None:
+        features = _encode(encoder, jnp.asarray(tokenizer(texts)))
+        return features.reshape(len(rows), -1, *features.shape[1:]), None
+    first, _ = _encode_both(encoder, jnp.asarray(tokenizer(texts)))
+    second, pooled = _encode_both(pipeline.text_encoder_2, jnp.asarray(pipeline.tokenizer_2(texts)))
+    assert pooled is not None, "its projection was checked"
+    features = jnp.concatenate([first, second], -1).reshape(
+        len(rows), -1, first.shape[1], first.shape[2] + second.shape[2]
+    )
+    pooled = pooled.reshape(len(rows), -1, pooled.shape[-1])
+    if guided and pipeline.zeros and not negative:
+        features, pooled = features.at[:, 0].set(0), pooled.at[:, 0].set(0)
+    height, width = (side * pipeline.autoencoder.config.downsampling for side in shape)
+    # The original's size, where the crop begins, and the target's size.
+    sizes = jnp.asarray([height, width, 0, 0, height, width], jnp.float32)
+    return features, Added(pooled, jnp.broadcast_to(sizes, (*pooled.shape[:2], len(sizes))))
 
 
 def _padded(pipeline: Pipeline, image: np.ndarray, mask: np.ndarray) -> tuple[jax.Array, jax.Array]:

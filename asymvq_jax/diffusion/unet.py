@@ -1,10 +1,10 @@
-"""The denoising UNet of Stable Diffusion 1 and 2: 4 channels in, or 9 for inpainting."""
+"""The denoising UNet of Stable Diffusion 1, 2 and XL: 4 channels in, or 9 for inpainting."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,23 +28,49 @@ class UNetConfig:
     # Which levels attend, and the heads of each level's attention.
     attention: tuple[bool, ...] = (True, True, True, False)
     heads: tuple[int, ...] = (8, 8, 8, 8)
+    # Blocks of each level's transformers; empty: one.
+    depths: tuple[int, ...] = ()
     # Channels of the text's (or example's) features.
     context: int = 768
     norm_groups: int = 32
     norm_epsilon: float = 1e-5
     # Height and width of the latents that it was trained on.
     sample_size: int = 64
+    # XL's: channels of the pooled text and the sizes' features together, and of one number's; 0: none.
+    added: int = 0
+    added_time: int = 256
 
     @property
     def downsampling(self) -> int:
         """By how much the innermost level is smaller than the latent."""
         return int(2 ** (len(self.channels) - 1))
 
+    @property
+    def pooled(self) -> int:
+        """Channels of XL's pooled text."""
+        return self.added - SIZES * self.added_time
 
-# Of diffusers' options, those that change what is computed, with the values that Stable Diffusion 1 and 2 have.
+    def depth(self, level: int) -> int:
+        """Blocks of a transformer of that level."""
+        return self.depths[level] if self.depths else 1
+
+
+# Numbers that XL is told of each picture: height and width of the original, top and left of the crop, of the target.
+SIZES = 6
+
+
+class Added(NamedTuple):
+    """What XL's UNet is told beside the time."""
+
+    # (b, config.pooled).
+    pooled: jax.Array
+    # (b, 6), px.
+    sizes: jax.Array
+
+
+# Of diffusers' options, those that change what is computed, with the values that Stable Diffusion has.
 EXPECTED: dict[str, Any] = {
     "act_fn": "silu",
-    "addition_embed_type": None,
     "attention_type": "default",
     "center_input_sample": False,
     "class_embed_type": None,
@@ -65,12 +91,12 @@ EXPECTED: dict[str, Any] = {
     "resnet_out_scale_factor": 1.0,
     "resnet_skip_time_act": False,
     "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None,
     "time_cond_proj_dim": None,
     "time_embedding_act_fn": None,
     "time_embedding_dim": None,
     "time_embedding_type": "positional",
     "timestep_post_act": None,
-    "transformer_layers_per_block": 1,
 }
 
 
@@ -104,6 +130,12 @@ def read_config(stored: Mapping[str, Any], name: str) -> UNetConfig:
         for n in ("layers_per_block", "cross_attention_dim", "sample_size")
         if not isinstance(stored.get(n) or 2, int)
     ]
+    depths, added = stored.get("transformer_layers_per_block", 1), stored.get("addition_embed_type")
+    depths = (depths,) * levels if isinstance(depths, int) else depths
+    if not isinstance(depths, list | tuple) or len(depths) != levels or not all(isinstance(n, int) for n in depths):
+        wrong.append(f"transformer_layers_per_block={depths!r} (expected a number, or one for each level)")
+    if added not in (None, "text_time"):
+        wrong.append(f"addition_embed_type={added!r} (expected None or 'text_time')")
     if wrong:
         raise UNetError(f"{name}: this kind of UNet is not supported: {', '.join(wrong)}")
     # diffusers' name is wrong, as its source says: it is the number of heads.
@@ -119,6 +151,9 @@ def read_config(stored: Mapping[str, Any], name: str) -> UNetConfig:
         norm_groups=stored.get("norm_num_groups", 32),
         norm_epsilon=stored.get("norm_eps", 1e-5),
         sample_size=stored.get("sample_size") or 64,
+        depths=() if set(depths) == {1} else tuple(depths),
+        added=stored.get("projection_class_embeddings_input_dim", 0) if added else 0,
+        added_time=stored.get("addition_time_embed_dim", 256) if added else 256,
     )
 
 
@@ -140,27 +175,45 @@ class TimedBlock(nnx.Module):
         return h + (x if self.shortcut is None else self.shortcut(x))
 
 
-class Transformer(nnx.Module):
-    """Over all pixels: attention to each other, attention to the context, gated feed-forward; with a residual."""
+class TransformerBlock(nnx.Module):
+    """Attention of all pixels to each other, to the context, and a gated feed-forward; each with a residual."""
 
-    def __init__(self, channels: int, heads: int, config: UNetConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.norm = GroupNorm(channels, config.norm_groups, silu=False, dtype=dtype)
-        self.proj_in = linear(channels, channels, dtype=dtype, rngs=rngs)
+    def __init__(self, channels: int, heads: int, context: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.norm1 = LayerNorm(channels, dtype=dtype)
         self.self_attention = MultiHeadAttention(channels, channels, heads, bias=False, dtype=dtype, rngs=rngs)
         self.norm2 = LayerNorm(channels, dtype=dtype)
-        self.cross_attention = MultiHeadAttention(channels, config.context, heads, bias=False, dtype=dtype, rngs=rngs)
+        self.cross_attention = MultiHeadAttention(channels, context, heads, bias=False, dtype=dtype, rngs=rngs)
         self.norm3 = LayerNorm(channels, dtype=dtype)
         self.feed_forward = FeedForward(channels, 4 * channels, gated=True, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        """(b, n, channels), (b, m, context) -> (b, n, channels)."""
+        x = x + self.self_attention(self.norm1(x))
+        x = x + self.cross_attention(self.norm2(x), context)
+        return x + self.feed_forward(self.norm3(x))
+
+
+class Transformer(nnx.Module):
+    """Blocks over all pixels of a level, between two linear layers; with a residual."""
+
+    def __init__(self, level: int, config: UNetConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        channels, heads = config.channels[level], config.heads[level]
+        self.norm = GroupNorm(channels, config.norm_groups, silu=False, dtype=dtype)
+        self.proj_in = linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List(
+            [
+                TransformerBlock(channels, heads, config.context, dtype=dtype, rngs=rngs)
+                for _ in range(config.depth(level))
+            ]
+        )
         self.proj_out = linear(channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
         """(b, h, w, channels), (b, m, config.context) -> (b, h, w, channels)."""
         b, height, width, c = x.shape
         h = self.proj_in(self.norm(x).reshape(b, height * width, c))
-        h = h + self.self_attention(self.norm1(h))
-        h = h + self.cross_attention(self.norm2(h), context)
-        h = h + self.feed_forward(self.norm3(h))
+        for block in self.blocks:
+            h = block(h, context)
         return x + self.proj_out(h).reshape(x.shape)
 
 
@@ -172,9 +225,7 @@ class UNetLevel(nnx.Module):
         channels = config.channels[level]
         self.blocks = nnx.List([TimedBlock(n, channels, config, dtype=dtype, rngs=rngs) for n in inputs])
         attentions = len(inputs) if config.attention[level] else 0
-        self.attentions = nnx.List(
-            [Transformer(channels, config.heads[level], config, dtype=dtype, rngs=rngs) for _ in range(attentions)]
-        )
+        self.attentions = nnx.List([Transformer(level, config, dtype=dtype, rngs=rngs) for _ in range(attentions)])
 
     def run(self, i: int, x: jax.Array, time: jax.Array, context: jax.Array) -> jax.Array:
         """The i-th block and its transformer."""
@@ -231,18 +282,20 @@ class UNet(nnx.Module):
         first, last = config.channels[0], config.channels[-1]
         self.time1 = linear(first, 4 * first, dtype=dtype, rngs=rngs)
         self.time2 = linear(4 * first, 4 * first, dtype=dtype, rngs=rngs)
+        self.added1 = linear(config.added, 4 * first, dtype=dtype, rngs=rngs) if config.added else None
+        self.added2 = linear(4 * first, 4 * first, dtype=dtype, rngs=rngs) if config.added else None
         self.conv_in = Conv(config.in_channels, first, 3, dtype=dtype, rngs=rngs)
         levels = range(len(config.channels))
         self.down = nnx.List([DownLevel(i, config, dtype=dtype, rngs=rngs) for i in levels])
         self.mid_block1 = TimedBlock(last, last, config, dtype=dtype, rngs=rngs)
-        self.mid_attention = Transformer(last, config.heads[-1], config, dtype=dtype, rngs=rngs)
+        self.mid_attention = Transformer(len(config.channels) - 1, config, dtype=dtype, rngs=rngs)
         self.mid_block2 = TimedBlock(last, last, config, dtype=dtype, rngs=rngs)
         # From the innermost on.
         self.up = nnx.List([UpLevel(i, config, dtype=dtype, rngs=rngs) for i in reversed(levels)])
         self.norm_out = GroupNorm(first, config.norm_groups, epsilon=config.norm_epsilon, dtype=dtype)
         self.conv_out = Conv(first, config.out_channels, 3, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array, added: Added | None = None) -> jax.Array:
         """The prediction, float32.
 
         Args:
@@ -250,17 +303,24 @@ class UNet(nnx.Module):
                 latent. Height and width are multiples of `config.downsampling`.
             time: (b,) timesteps of training.
             context: (b, m, config.context).
+            added: XL's pooled text and sizes.
 
         Returns:
             (b, h, w, out_channels).
 
         Raises:
-            ValueError: `x` has a wrong shape.
+            ValueError: `x` has a wrong shape, or `added` is missing.
         """
         multiple, channels = self.config.downsampling, self.config.in_channels
         if x.ndim != 4 or x.shape[-1] != channels or x.shape[1] % multiple or x.shape[2] % multiple:
             raise ValueError(f"x has shape {x.shape}: expected (b, h, w, {channels}), h and w multiples of {multiple}")
         time = self.time2(jax.nn.silu(self.time1(embed_time(time, self.config.channels[0]).astype(self.dtype))))
+        if self.added1 is not None and self.added2 is not None:
+            if added is None:
+                raise ValueError("this UNet needs the pooled text and the sizes")
+            sizes = embed_time(added.sizes.reshape(-1), self.config.added_time).reshape(len(x), -1)
+            features = jnp.concatenate([added.pooled.astype(jnp.float32), sizes], -1).astype(self.dtype)
+            time = time + self.added2(jax.nn.silu(self.added1(features)))
         time, context = jax.nn.silu(time), context.astype(self.dtype)
         x = self.conv_in(x)
         skips = [x]

@@ -27,7 +27,7 @@ from asymvq_jax.devices.flops import matmul_flops, needed
 from asymvq_jax.diffusion.denoising import Batch, denoise
 from asymvq_jax.diffusion.schedulers import SchedulerConfig
 from asymvq_jax.diffusion.solvers import make_solver
-from asymvq_jax.diffusion.unet import UNet, UNetConfig
+from asymvq_jax.diffusion.unet import SIZES, Added, UNet, UNetConfig
 from asymvq_jax.errors import InputError
 from asymvq_jax.files.outputs import write_bytes
 from asymvq_jax.losses.lpips import LPIPS
@@ -222,12 +222,15 @@ def plan_denoising(unet: UNetConfig, target: Target, shape: tuple[int, int, int]
     }
     solver = make_solver(SchedulerConfig(kind="dpm++"), steps)
     fixed = unet.in_channels - unet.out_channels
-    parts: Any = (
-        maps(*shape, unet.out_channels),
-        maps(shape[0], 2, tokens, unet.context),
-        maps(*shape, fixed) if fixed else None,
-    )
-    batch = Batch(*parts)
+    parts: Any = {
+        "noise": maps(*shape, unet.out_channels),
+        "context": maps(shape[0], 2, tokens, unet.context),
+        "fixed": maps(*shape, fixed) if fixed else None,
+    }
+    if unet.added:
+        told: Any = (maps(shape[0], 2, unet.pooled), maps(shape[0], 2, SIZES))
+        parts["added"] = Added(*told)
+    batch = Batch(**parts)
 
     def loop(params: Params, batch: Batch) -> jax.Array:
         sample: Any = denoise

@@ -173,8 +173,8 @@ def test_every_tensor_is_accounted_for(tmp_path):
     ("changes", "message"),
     [
         ({"_class_name": "UNet2DModel"}, "_class_name is 'UNet2DModel'; expected 'UNet2DConditionModel'"),
-        ({"addition_embed_type": "text_time"}, "addition_embed_type='text_time' (expected None)"),
-        ({"transformer_layers_per_block": [1, 2, 10]}, "transformer_layers_per_block=[1, 2, 10] (expected 1)"),
+        ({"addition_embed_type": "text"}, "addition_embed_type='text' (expected None or 'text_time')"),
+        ({"transformer_layers_per_block": [1, 2, 10]}, "transformer_layers_per_block=[1, 2, 10] (expected a number"),
         ({"up_block_types": ["UpBlock2D", "SimpleCrossAttnUpBlock2D"]}, "up_block_types="),
         ({"layers_per_block": [1, 2]}, "layers_per_block=[1, 2] (expected a number)"),
     ],

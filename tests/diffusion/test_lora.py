@@ -28,8 +28,8 @@ TEXT = "encoder.layers.1.self_attn.q_proj"
 
 # Our names of what they change.
 PATHS = {
-    "down.0.attentions.0.cross_attention.key.kernel": LINEAR,
-    "down.0.attentions.0.self_attention.out.kernel": OUT,
+    "down.0.attentions.0.blocks.0.cross_attention.key.kernel": LINEAR,
+    "down.0.attentions.0.blocks.0.self_attention.out.kernel": OUT,
     "up.1.blocks.0.conv1.kernel": CONV,
     "down.0.attentions.0.proj_in.kernel": ONE_BY_ONE,
     "blocks.1.attention.query.kernel": TEXT,
