@@ -22,7 +22,7 @@ class BuildData:
     name: str
     # The data_dir in which the data set lies or is to lie.
     out: str
-    # Pictures to pack: a directory tree, a .tar, or a .tar.gz, .tar.bz2 or .tar.xz.
+    # Pictures to pack: a directory tree, a .tar, .tar.gz or .tar.bz2.
     images: str | None = None
     # Verify the data set in --out instead; takes no --images.
     check: bool = False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bz2
 import gzip
 import hashlib
-import lzma
 import os
 import posixpath
 import shutil
@@ -156,7 +155,7 @@ def _signed(key: int) -> int:
 
 
 def list_source(database: sqlite3.Connection, source: str, scratch: Path) -> Pictures:
-    """Lists the pictures of a directory or a .tar (also .gz, .bz2, .xz), and prints what is left out, by reason.
+    """Lists the pictures of a directory or a .tar (also .gz, .bz2), and prints what is left out, by reason.
 
     Args:
         database: to put the list in.
@@ -210,8 +209,11 @@ def _in_folder(folder: epath.Path, left_out: Tally) -> Iterator[Picture | Link]:
 def _in_archive(archive: epath.Path, scratch: Path, left_out: Tally) -> Iterator[Picture | Link]:
     with archive.open("rb") as file:
         head = file.read(8)
-    if head.startswith((b"PK\x03\x04", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd")):
-        raise DataError(f"{archive} is an archive of a kind that is not read (zip, 7z, rar, zstd): unpack it first")
+    if head.startswith((b"PK\x03\x04", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ")):
+        raise DataError(
+            f"{archive} is an archive of a kind that is not read (zip, 7z, rar, zstd, xz): unpack it first, and name "
+            "the folder"
+        )
     reader = next((reader for beginning, reader in COMPRESSED.items() if head.startswith(beginning)), None)
     if reader is not None:
         _unpack(archive, scratch, reader)
@@ -236,7 +238,7 @@ def _unpack(archive: epath.Path, target: Path, reader: Callable[[IO[bytes]], IO[
         try:
             with counted as compressed, reader(compressed) as unpacked:
                 shutil.copyfileobj(unpacked, plain, 2**24)
-        except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, OSError) as error:
+        except (EOFError, zlib.error, gzip.BadGzipFile, OSError) as error:
             if isinstance(error, OSError) and error.errno:
                 # Of the disk, and not of the archive.
                 raise

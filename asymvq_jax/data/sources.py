@@ -204,7 +204,7 @@ def _halves(config: DataConfig, kept: epath.Path | None, once: Once) -> Iterator
 
 # What pictures are packed in, by a part of the name, and what to do about it.
 _PACKED = (
-    (r"\.(tar|tar\.(gz|bz2|xz)|tgz)$", "an archive: asymvq build-data packs it into a data set for data.source=tfds"),
+    (r"\.(tar|tar\.(gz|bz2)|tgz)$", "an archive: asymvq build-data packs it into a data set for data.source=tfds"),
     (r"\.(zip|7z|rar|tar\.\w+)$", "an archive: unpack it first"),
     (r"tfrecord|\.array_record", "a shard of a data set: name it by data.source=tfds and data.data_dir"),
     (r"\.(parquet|arrow|mdb|h5|hdf5)$", "a table or database: write its pictures as files first"),
