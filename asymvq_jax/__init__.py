@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from asymvq_jax.models.checkpoints import save_model as save_model
     from asymvq_jax.training.loop import train as train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Each public name's module, and the name there.
 _HOMES = {
