@@ -1,8 +1,8 @@
-"""The paper's comparison at small scale: asymvq benchmark reproduction --photos DIR [--out runs/reproduction].
+"""The paper's comparison at small scale: asymvq benchmark reproduction [--out runs/reproduction] [--data.path=PHOTOS].
 
-Trains a small symmetric autoencoder (configs/reproduction.py), then, on its frozen encoder and for one number of steps,
-its plain decoder further, the asymmetric base, x1.5, x2, and x2 grown from the plain decoder instead of from random
-weights; evaluates all of them on held-out photographs. Started again, it continues where it was.
+On the frozen encoder inside the package, for one number of steps, it trains that encoder's plain decoder further, and
+the asymmetric base, x1.5 and x2; two of them also with the condition branch fitted; evaluates all of them on held-out
+photographs. Started again, it continues where it was.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import dataclasses
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import cv2
 import jax
 import numpy as np
 
@@ -22,7 +22,6 @@ from asymvq_jax import inference
 from asymvq_jax.commands.entry import command
 from asymvq_jax.config import Config, Settings
 from asymvq_jax.data.pipeline import Example, held_out
-from asymvq_jax.data.sources import list_pictures
 from asymvq_jax.devices.compilation import keep_compiled_programs
 from asymvq_jax.evaluation.metrics.image import all_metrics
 from asymvq_jax.evaluation.rows import COLUMNS, GRID_ROWS, markdown
@@ -34,23 +33,34 @@ from asymvq_jax.models.parameters import split
 from asymvq_jax.training.loop import train
 
 VANILLA = "vanilla"
-# The paper's sizes at an eighth of the width; the depth is the published one.
-BASE = {"decoder_channels": (16, 32, 64, 64), "decoder_blocks": 2}
-X1_5 = {"decoder_channels": (24, 48, 96, 96), "decoder_blocks": 3}
-X2 = {"decoder_channels": (32, 64, 128, 128), "decoder_blocks": 5}
-# What each decoder changes of the model, whether it starts from the plain decoder, and its peak rate as a share of the
-# base's: the paper's rates follow its batches, which are 80, 32 and 16.
-DECODERS: dict[str, tuple[dict, bool, float]] = {
-    "plain, trained on": ({**BASE, "condition": False}, True, 1.0),
-    "base": ({**BASE, "condition": True}, True, 1.0),
-    "x1.5": ({**X1_5, "condition": True}, False, 0.4),
-    "x2": ({**X2, "condition": True}, False, 0.2),
-    "x2, grown": ({**X2, "condition": True}, True, 0.2),
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What one decoder changes of configs/reproduction.py, which is the base's."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
+    # Its peak rate as a share of the base's: the paper's rates follow its batches, which are 80, 32 and 16.
+    rate: float = 1.0
+    # Of that, the share for what starts pretrained.
+    pretrained_scale: float = 1.0
+
+
+# The paper's widths, x1, x1.5 and x2, on the plain decoder's; its blocks a level are 2, 3 and 5.
+X1_5 = {"decoder_channels": (24, 48, 96, 96), "decoder_blocks": 2}
+X2 = {"decoder_channels": (32, 64, 128, 128), "decoder_blocks": 3}
+GROWN = {"grow_decoder": True}
+DECODERS = {
+    "plain, trained on": Decoder({"condition": False}, GROWN, 1.0, 0.15),
+    "base": Decoder({}, GROWN, 1.0, 0.15),
+    "base, fitted": Decoder({}, GROWN | {"fit_condition": 20}, 0.15),
+    "x1.5": Decoder(X1_5, {}, 0.4),
+    "x2": Decoder(X2, {}, 0.2),
+    "x2, grown and fitted": Decoder(X2, GROWN | {"fit_condition": 20}, 0.15),
 }
-# Base and plain start from the plain decoder's own sizes and take this share of the rate but in the condition branch.
-PRETRAINED_SCALE = 0.4
-HELD_OUT_EVERY = 5
-SHORTER_SIDE = 256
+# The evaluation's pictures.
+SIDE, CROP = 256, (0.5, 1.0)
 SHOWN = {n: COLUMNS[n] for n in ("preservation_error", "boundary_error", "psnr_preserved", "psnr_masked")}
 
 
@@ -58,16 +68,10 @@ SHOWN = {n: COLUMNS[n] for n in ("preservation_error", "boundary_error", "psnr_p
 class Reproduction:
     """Reproduce the paper's comparison at small scale. Started again, it continues where it was."""
 
-    # A folder of photographs.
-    photos: str
     # The directory for the runs, table.json and pictures.png.
     out: str = "runs/reproduction"
-    # The first stage: a published configuration by its name, or a Python file that defines get_config().
+    # The base: a published configuration by its name, or a Python file that defines get_config().
     config: str = "reproduction"
-    # Training steps of each decoder.
-    steps: int = 800
-    # Pictures in a training step of each decoder.
-    batch: int = 4
     settings: Settings
 
 
@@ -75,56 +79,43 @@ def work(options: Reproduction) -> int:
     """Returns the exit code of the first training that did not end well, or 0."""
     keep_compiled_programs()
     out = Path(options.out)
-    given = options.settings
-    data = dataclasses.replace(given.data, path=str(out / "train"), eval_path=str(out / "held_out"))
-    run = dataclasses.replace(given.run, directory=str(out / "first_stage"))
-    first = dataclasses.replace(given, data=data, run=run)
-    shrink_photos(options.photos, out)
-    configs = decoders(first, out, options.steps, options.batch)
-    for config in (first, *configs.values()):
+    configs = {name: configure(options.settings, decoder, out / _folder(name)) for name, decoder in DECODERS.items()}
+    for config in configs.values():
         if code := train(config):
             return code
-    report(first, configs, out)
+    report(options.settings, configs, out)
     return 0
 
 
-def shrink_photos(folder: str, out: Path) -> None:
-    """Copies of the photographs in `out`, 256 px on the shorter side: every fifth in held_out/, the rest in train/."""
-    for i, path in enumerate(list_pictures(folder, "--photos")):
-        copy = out / ("held_out" if i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else "train") / f"{path.stem}.png"
-        if not copy.exists():
-            image = images.read(path)
-            scale = SHORTER_SIDE / min(image.shape[:2])
-            images.write(copy, cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
+def configure(base: Config, decoder: Decoder, directory: Path) -> Config:
+    """The configuration of one decoder."""
+    optimizer = dataclasses.replace(
+        base.optimizer,
+        base_learning_rate=decoder.rate * base.optimizer.base_learning_rate,
+        min_learning_rate=decoder.rate * base.optimizer.min_learning_rate,
+        pretrained_scale=decoder.pretrained_scale,
+    )
+    return dataclasses.replace(
+        base,
+        run=dataclasses.replace(base.run, directory=str(directory), **decoder.run),
+        model=dataclasses.replace(base.model, **decoder.model),
+        optimizer=optimizer,
+    )
 
 
-def decoders(first: Config, out: Path, steps: int, batch: int) -> dict[str, Config]:
-    """The configuration of every decoder on the first stage's encoder; the base's peak rate is the first stage's."""
-    peak = first.optimizer.base_learning_rate * first.data.batch_size
-    result = {}
-    for name, (changes, pretrained, share) in DECODERS.items():
-        run = {"directory": str(out / name.replace(", ", "_").replace(" ", "_")), "steps": steps, "eval_every": steps}
-        run |= {"train_encoder": False, "init_from": first.run.directory, "grow_decoder": pretrained}
-        scale = PRETRAINED_SCALE if pretrained and share == 1 else 1.0
-        result[name] = Config(
-            run=dataclasses.replace(first.run, **run),
-            model=dataclasses.replace(first.model, **changes),
-            loss=first.loss,
-            data=dataclasses.replace(first.data, batch_size=batch),
-            optimizer=dataclasses.replace(
-                first.optimizer, base_learning_rate=share * peak / batch, pretrained_scale=scale
-            ),
-        )
-    return result
+def _folder(name: str) -> str:
+    return name.replace(", ", "_").replace(" ", "_")
 
 
-def report(first: Config, configs: dict[str, Config], out: Path) -> None:
+def report(base: Config, configs: dict[str, Config], out: Path) -> None:
     """Evaluates every decoder on the same held-out crops and masks; prints and writes the table, draws the pictures."""
-    examples = held_out(first.data, first.run.eval_pictures, first.run.seed)
+    data = dataclasses.replace(base.data, image_size=SIDE, crop=CROP)
+    examples = held_out(data, base.run.eval_pictures, base.run.seed)
+    models = {VANILLA: base.run.init_from, **{name: config.run.directory for name, config in configs.items()}}
     rows, columns = {}, {"original": list(examples["image"][:GRID_ROWS])}
     columns["masked"] = [np.where(m > 0, np.uint8(127), x) for x, m in zip(*examples.values(), strict=True)][:GRID_ROWS]
-    for name, config in {VANILLA: first, **configs}.items():
-        rows[name], decoded = _measure(load_model(config.run.directory), examples)
+    for name, path in models.items():
+        rows[name], decoded = _measure(load_model(path), examples)
         columns[name] = list(decoded[:GRID_ROWS])
     header = ["", *(title for title, _ in SHOWN.values()), "parameters of the decoder, M", "decode, images/s"]
     cells = [
@@ -132,8 +123,8 @@ def report(first: Config, configs: dict[str, Config], out: Path) -> None:
          f"{row['parameters'] / 1e6:.2f}", f"{row['images_per_second']:.3g}"]
         for name, row in rows.items()
     ]  # fmt: skip
-    size, count = first.data.image_size, len(examples["image"])
-    print(f"\n{count} crops of {size} x {size} px from the held-out photographs")
+    count = len(examples["image"])
+    print(f"\n{count} crops of {SIDE} x {SIDE} px from {base.data.eval_path or 'the held-out photographs'}")
     print(markdown(header, cells))
     write_bytes(out / "table.json", json.dumps({"pictures": count, "rows": rows}, indent=2).encode() + b"\n")
     images.write(out / "pictures.png", images.grid(list(columns.items())))
@@ -152,7 +143,7 @@ def _measure(model: Autoencoder, examples: Example) -> tuple[dict[str, float], n
     return values | {"images_per_second": _speed(model, latent, condition)}, decoded
 
 
-def _speed(model: Autoencoder, latent: jax.Array, condition: tuple) -> float:
+def _speed(model: Autoencoder, latent: jax.Array, condition: tuple[Any, Any]) -> float:
     seconds = []
     for _ in range(5):
         begin = time.perf_counter()

@@ -30,7 +30,6 @@ from asymvq_jax.files.outputs import writing
 COMPRESSED: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
     b"\x1f\x8b": gzip.open,  # type: ignore[dict-item]
     b"BZh": bz2.open,
-    b"\xfd7zXZ": lzma.open,
 }
 NOT_A_PICTURE = "not pictures"
 LOST_LINK = "links to what is not a picture of the archive"

@@ -8,8 +8,9 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from flax import nnx
 from oracles import TINY, relative_error
+from processes import ROOT
 
-from asymvq_jax.config import Config
+from asymvq_jax.config import Config, load_config
 from asymvq_jax.files import images
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.checkpoints import save_model
@@ -95,40 +96,42 @@ def test_the_peers_training_step(weights):
     assert any(not torch.equal(discriminators[0][name], discriminators[1][name]) for name in discriminators[0])
 
 
+def test_reproduction_changes_of_the_base_what_its_table_says(tmp_path):
+    base = load_config(ROOT / "configs" / "reproduction.py")
+    configs = {name: reproduction.configure(base, d, tmp_path / name) for name, d in reproduction.DECODERS.items()}
+    for config in configs.values():
+        assert (config.run.init_from, config.run.train_encoder, config.run.steps) == ("tiny-plain", False, 1_000)
+    assert [name for name, config in configs.items() if not config.model.condition] == ["plain, trained on"]
+    assert [name for name, config in configs.items() if not config.run.grow_decoder] == ["x1.5", "x2"]
+    assert [name for name, config in configs.items() if config.run.fit_condition] == [
+        "base, fitted", "x2, grown and fitted",
+    ]  # fmt: skip
+    rate = {name: config.optimizer.base_learning_rate for name, config in configs.items()}
+    assert rate["x1.5"] == pytest.approx(0.4 * rate["base"])
+    assert rate["x2"] == pytest.approx(0.2 * rate["base"])
+
+
 def test_reproduction_prints_a_row_for_every_decoder(tmp_path, monkeypatch, capsys):
-    rng = np.random.default_rng(0)
-    for i in range(6):
-        images.write(tmp_path / "photos" / f"{i}.png", rng.integers(0, 256, (300, 280 + i, 3), dtype=np.uint8))
-    small = {"decoder_channels": (4, 4, 4, 4), "decoder_blocks": 1}
-    monkeypatch.setattr(reproduction, "DECODERS", {"base": ({**small, "condition": True}, True, 0.5)})
+    monkeypatch.setattr(reproduction, "DECODERS", {"base": reproduction.DECODERS["base"]})
     trained = []
 
     def train(config: Config) -> int:
-        trained.append(config)
+        trained.append(config.run.steps)
         save_model(config.run.directory, Autoencoder(config.model, rngs=nnx.Rngs(0)))
         return 0
 
     monkeypatch.setattr(reproduction, "train", train)
-    sizes = [f"--model.{half}_channels=4,4,4,4" for half in ("encoder", "decoder")]
-    arguments = [f"--photos={tmp_path / 'photos'}", f"--out={tmp_path / 'out'}", *sizes, "--model.encoder_blocks=1"]
-    assert (
-        reproduction.main([*arguments, "--model.decoder_blocks=1", "--run.eval_pictures=2", "--data.image_size=16"])
-        == 0
-    )
-    first, base = trained
-    assert first.run.train_encoder
-    assert not base.run.train_encoder
-    assert base.run.init_from == first.run.directory
-    assert base.optimizer.base_learning_rate * base.data.batch_size == first.optimizer.base_learning_rate * 4
-    assert sorted(p.name for p in (tmp_path / "out" / "held_out").iterdir()) == ["4.png"]
-    assert min(images.read(tmp_path / "out" / "train" / "5.png").shape[:2]) == 256
+    monkeypatch.setattr(reproduction, "SIDE", 16)
+    assert reproduction.main([f"--out={tmp_path}", "--run.eval_pictures=2", "--run.steps=30"]) == 0
+    assert trained == [30]
     printed = capsys.readouterr().out
     assert "| vanilla |" in printed
     assert "| base    |" in printed
-    assert set(json.loads((tmp_path / "out" / "table.json").read_text())["rows"]) == {"vanilla", "base"}
-    assert images.read(tmp_path / "out" / "pictures.png").std() > 10
-    assert reproduction.main(["--photos", str(tmp_path / "none"), f"--out={tmp_path / 'other'}"]) == 2
-    assert "--photos=" in capsys.readouterr().err
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert list(rows) == ["vanilla", "base"]
+    # The encoder's own decoder is good; random weights are not.
+    assert rows["vanilla"]["psnr_masked"] > 6 + rows["base"]["psnr_masked"]
+    assert images.read(tmp_path / "pictures.png").std() > 10
 
 
 # diffusers hands torch tensors to NumPy 2 in the old way (as of 0.42).
