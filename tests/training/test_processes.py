@@ -211,7 +211,7 @@ def test_a_run_continues_in_one_process_on_another_mesh(folder):
 
 
 def test_a_process_that_does_not_go_on_is_named_and_the_others_end(folder):
-    run = Started(folder, "stuck", "--run.wait_limit=12", "--run.steps=100000", "--run.eval_every=100000")
+    run = Started(folder, "stuck", "--run.wait_limit=20", "--run.steps=100000", "--run.eval_every=100000")
     run.wait_for("step 2/", processes=1)
     run.processes[1].send_signal(signal.SIGSTOP)
     try:
@@ -221,7 +221,7 @@ def test_a_process_that_does_not_go_on_is_named_and_the_others_end(folder):
         run.codes()
     text = run.texts()[0]
     assert "process 1 has not arrived (last at " in text
-    assert "longer than run.wait_limit=12; start all processes again to resume" in text
+    assert "longer than run.wait_limit=20; start all processes again to resume" in text
 
 
 @pytest.mark.parametrize(
