@@ -52,15 +52,15 @@ class Inpaint:
     # Greys of the mask blend; without this the threshold is 0.5.
     soft_mask: bool = False
     # model: what the decoder makes. exact: also paste the preserved pixels back. By default model, or exact with
-    # --crop-and-stitch and --edits.
+    # --blend, --band, --crop-and-stitch and --edits.
     keep: Literal["model", "exact"] | None = None
     # How exact sets the fill into the picture. none: up to the mask's edge. feather: with a linear transition around
     # the mask. multiband: octave by octave, and a transition. tone: a smooth tone, fitted along the edge, is added to
-    # the fill. poisson: the fill's gradients with the colours around it. By default feather, or none with
-    # --crop-and-stitch and --edits, so that every kept pixel stays as it was, and for a model with a field of tone.
+    # the fill. poisson: the fill's gradients with the colours around it. By default none, with which every kept pixel
+    # stays as it was, or feather with --band.
     blend: Literal["none", "feather", "multiband", "tone", "poisson"] | None = None
-    # Width of the transition of feather and multiband, px.
-    band: int = 8
+    # Width of the transition of feather and multiband, px; 8 by default.
+    band: int | None = None
     # Fill only the surroundings of the mask, scaled to --work-size, and leave the rest of the picture alone.
     crop_and_stitch: bool = False
     # How much of the surroundings: the side of a square, as a multiple of the longer side of the mask's box.

@@ -35,9 +35,7 @@ from asymvq_jax.files import images
 from asymvq_jax.files.decoding import Array
 from asymvq_jax.files.outputs import write_bytes
 from asymvq_jax.files.pictures import Picture, write_picture
-from asymvq_jax.inference.blend import Blend, check_blend
 from asymvq_jax.inference.crop import Crop
-from asymvq_jax.inference.inpainting import Keep
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.parameters import split
 
@@ -81,8 +79,7 @@ def _check_options(options: Generate) -> None:
             f"--negative has no effect with --guidance {options.guidance:g}: expected --guidance above 1"
         )
     if isinstance(options, Painting):
-        keep, blend = _keeping(options)
-        check_blend(blend, options.band)
+        keep = _keeping(options).keep
         if keep == "exact" and epath.Path(options.out).suffix.lower() in (".jpg", ".jpeg"):
             raise GenerateError(
                 f"--out {options.out}: JPEG changes every pixel; --keep exact and --crop-and-stitch need .png or .webp"
@@ -98,9 +95,9 @@ def _check_options(options: Generate) -> None:
         raise GenerateError(f"--count {options.count} does not go with --folder, which makes one picture for each name")
 
 
-def _keeping(options: Painting) -> tuple[Keep, Blend]:
+def _keeping(options: Painting) -> inference.Keeping:
     return inference.ways_of_keeping(
-        options.keep, options.blend, exact="--crop-and-stitch" if options.crop_and_stitch else ""
+        options.keep, options.blend, options.band, exact="--crop-and-stitch" if options.crop_and_stitch else ""
     )
 
 
@@ -270,7 +267,7 @@ def _make_batch(
         seen = () if blind else (np.stack([each.picture.to_float() for each in shown]), _masks(shown))
         margin = 0
         if isinstance(options, Painting) and not blind:
-            margin = inference.margin_of(model.config, *_keeping(options))
+            margin = inference.margin_of(model.config, _keeping(options))
         decoded[title] = sampling.decode_float(model, latent, *seen, size=inputs[0].job.size, margin=margin, mesh=mesh)
     failed = []
     for i, each in enumerate(inputs):
@@ -350,5 +347,4 @@ def _finished(inputs: Inputs, decoded: Array, options: Generate) -> Picture:
     picture, mask = inputs.original.whole or inputs.original[:2]
     if mask.empty:
         return picture
-    keep, blend = _keeping(options)
-    return inference.compose(picture, decoded, mask.values, keep, blend, options.band, inputs.job.region)[0]
+    return inference.compose(picture, decoded, mask.values, _keeping(options), inputs.job.region)[0]

@@ -96,12 +96,12 @@ class Painting(Generate):
     # Black = generate, white = preserve.
     invert_mask: bool = False
     # model: what the decoder makes. exact: also paste the preserved pixels back, with any decoder. By default model, or
-    # exact with --crop-and-stitch.
+    # exact with --blend, --band and --crop-and-stitch.
     keep: Literal["model", "exact"] | None = None
     # How exact sets the fill into the picture; see `asymvq inpaint`.
     blend: Literal["none", "feather", "multiband", "tone", "poisson"] | None = None
-    # Width of the transition of feather and multiband, px.
-    band: int = 8
+    # Width of the transition of feather and multiband, px; 8 by default.
+    band: int | None = None
     # Fill only the surroundings of the mask, scaled to --work-size, and leave the rest of the picture alone.
     crop_and_stitch: bool = False
     # How much of the surroundings: the side of a square, as a multiple of the longer side of the mask's box; by default

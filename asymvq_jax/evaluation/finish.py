@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 import asymvq_jax
 from asymvq_jax.errors import InputError, UserError
 from asymvq_jax.inference import inpaint
-from asymvq_jax.inference.blend import BAND, BLENDS, Blend
+from asymvq_jax.inference.blend import BAND, BLENDS, MIXING, Blend
 from asymvq_jax.inference.crop import WORK_SIZE, Crop
 from asymvq_jax.models.autoencoder import Autoencoder
 
@@ -61,7 +61,7 @@ def finish(
             raise InputError("Crop and stitch keeps pixels exactly: choose how the fill is set in.")
         settings["keep"] = "model"
         return inpaint(model, image, mask, keep="model").image, settings
-    settings |= {"keep": "exact", "blend": way, "band": BAND}
+    settings |= {"keep": "exact", "blend": way} | ({"band": BAND} if way in MIXING else {})
     if crop:
         settings |= {"crop-and-stitch": True, "context": context, "work-size": WORK_SIZE}
     chosen = Crop(context) if crop else None

@@ -191,7 +191,7 @@ def decode_ours(
 
     With `exact` only its masked pixels are meant to be used, as by `asymvq inpaint --keep exact`.
     """
-    margin = inference.margin_of(model.config, "exact", "none") if exact else 0
+    margin = inference.margin_of(model.config, inference.Keeping("exact")) if exact else 0
     decoded = inference.decode(model, latent, images.to_float(image)[None], mask[None], margin=margin)
     return images.to_uint8(decoded[0])
 

@@ -6,6 +6,7 @@ from asymvq_jax.inference.crop import Crop
 from asymvq_jax.inference.fills import Fills
 from asymvq_jax.inference.inpainting import (
     InpaintResult,
+    Keeping,
     check_mask,
     compose,
     inpaint,
@@ -26,6 +27,7 @@ __all__ = [
     "InpaintResult",
     "Inpainting",
     "InputError",
+    "Keeping",
     "check_condition",
     "check_mask",
     "compose",

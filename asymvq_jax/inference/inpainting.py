@@ -58,7 +58,7 @@ def inpaint(
     *,
     keep: Keep | None = None,
     blend: Blend | None = None,
-    band: int = BAND,
+    band: int | None = None,
     crop: Crop | None = None,
     edited: Array | None = None,
     scaled: bool | None = None,
@@ -74,11 +74,11 @@ def inpaint(
         mask: (h, w) or (h, w, 1); bool, or numbers in [0, 1]: 1 = generate, 0 = preserve.
         latent: an edited latent; None: the picture's own. With `crop`, it is the region's at its working size.
         keep: "model" returns what the decoder made; "exact" also pastes the original's pixels, bit for bit, wherever
-            they are preserved. None: "model", or with `crop`, which can do no other, "exact".
+            they are preserved. None: "model", or with `blend`, `band` or `crop`, which can do no other, "exact".
         blend: how "exact" sets the decoder's fill into the original; see `inference.blend.composite`. "feather" and
-            "multiband" mix the two in a band around the mask, where kept pixels change. None: "feather"; with `crop`,
-            so that every kept pixel stays, or with a field of tone, whose edge needs no transition, "none".
-        band: its width, px; 0 pastes up to the mask's edge.
+            "multiband" mix the two in a band around the mask, where kept pixels change. None: "none", with which every
+            kept pixel stays, or with a band "feather".
+        band: its width, px; None: 8 where there is one.
         crop: fills only the mask's surroundings, scaled to the model's size, and leaves the rest of the picture alone;
             None: the whole picture at its own size.
         edited: (h, w, 3) of the picture's type, an edited picture whose latent is decoded instead of the picture's own;
@@ -111,7 +111,7 @@ def inpaint_picture(
     *,
     keep: Keep | None = None,
     blend: Blend | None = None,
-    band: int = BAND,
+    band: int | None = None,
     crop: Crop | None = None,
     edited: Array | None = None,
     scaled: bool | None = None,
@@ -120,9 +120,8 @@ def inpaint_picture(
     decode: Callable[..., jax.Array | Array] = decode,
 ) -> Inpainted:
     """As `inpaint`, of a picture with its depth, alpha and metadata; `mask` is (h, w, 1), of numbers in [0, 1]."""
-    keep, blend = ways_of_keeping(keep, blend, model.config, exact="crop" if crop is not None else "")
-    check_blend(blend, band)
-    if keep == "model":
+    keeping = ways_of_keeping(keep, blend, band, exact="crop" if crop is not None else "")
+    if keeping.keep == "model":
         check_condition(model.config)
     if edited is not None and edited.shape[:2] != picture.size:
         raise InputError(f"the edited picture has shape {edited.shape}: expected that of the picture, {picture.size}")
@@ -137,9 +136,9 @@ def inpaint_picture(
     )
     decoded, reading = _decoded(
         model, seen, small.astype(np.float32), source if latent is None else latent,
-        margin=margin_of(model.config, keep, blend), scaled=scaled, layout=layout, encode=encode, decode=decode,
+        margin=margin_of(model.config, keeping), scaled=scaled, layout=layout, encode=encode, decode=decode,
     )  # fmt: skip
-    return Inpainted(*compose(picture, decoded, mask, keep, blend, band, region), reading, region)
+    return Inpainted(*compose(picture, decoded, mask, keeping, region), reading, region)
 
 
 def _decoded(
@@ -174,40 +173,54 @@ def _decoded(
     return decoded[: picture.size[0], : picture.size[1]], reading
 
 
+class Keeping(NamedTuple):
+    """How pixels are kept; see `inpaint`."""
+
+    keep: Keep
+    blend: Blend = "none"
+    # px; what does not mix has none.
+    band: int = BAND
+
+
 def ways_of_keeping(
-    keep: str | None, blend: Blend | None, config: ModelConfig | None = None, *, exact: str = ""
-) -> tuple[Keep, Blend]:
-    """How pixels are kept, where the user has not said it.
+    keep: str | None = None, blend: Blend | None = None, band: int | None = None, *, exact: str = ""
+) -> Keeping:
+    """How pixels are kept, where the user has not said it; see `inpaint`.
 
     Args:
-        keep, blend: as given; None: not.
-        config: the model's; with a field of tone the fill is set in by "none", without one (or None) by "feather".
+        keep, blend, band: as given; None: not.
         exact: what else was asked for that keeps them exactly, or "".
 
     Raises:
-        InputError: `keep` is unknown, or contradicts `exact`.
+        InputError: one of them is unknown, or they contradict each other or `exact`.
     """
     if keep not in (None, "model", "exact"):
         raise InputError(f"keep={keep!r}: expected 'model' or 'exact'")
-    if exact and keep == "model":
-        raise InputError(f"keep='model' does not go with {exact}, which keeps the original's pixels exactly")
-    toned = config is not None and config.tone_field
-    blend = blend or ("none" if exact or toned else "feather")
-    return "exact" if exact or keep == "exact" else "model", blend
+    result = Keeping(
+        "model" if keep == "model" or not (keep or exact or blend is not None or band is not None) else "exact",
+        blend or ("none" if band is None else "feather"),
+        BAND if band is None else band,
+    )
+    check_blend(result.blend, result.band)
+    if keep == "model" and (exact or result.blend != "none"):
+        what = exact or (f"blend={blend}" if blend else f"band={band}")
+        raise InputError(f"keep='model' does not go with {what}: expected keep='exact', or the decoder's result alone")
+    if band and result.blend not in MIXING:
+        raise InputError(f"band={band} has no effect with blend={blend}: expected blend {' or '.join(MIXING)}")
+    return result
 
 
-def margin_of(config: ModelConfig, keep: Keep, blend: Blend) -> int:
+def margin_of(config: ModelConfig, keeping: Keeping) -> int:
     """The margin to decode with, px: one pixel of the latent where nothing but the masked pixels will be used."""
-    return config.downsampling if config.condition and keep == "exact" and blend not in MIXING else 0
+    only_masked = keeping.keep == "exact" and keeping.blend not in MIXING
+    return config.downsampling if config.condition and only_masked else 0
 
 
 def compose(
     picture: Picture,
     decoded: Array,
     mask: Array,
-    keep: Keep,
-    blend: Blend = "feather",
-    band: int = BAND,
+    keeping: Keeping,
     region: Region | None = None,
 ) -> tuple[Picture, float | None]:
     """A picture from its original and what a decoder made of it.
@@ -216,17 +229,17 @@ def compose(
         picture: the original.
         decoded: (h, w, 3) float32 in [-1, 1], clipped; with a region, of its working size.
         mask: (h, w, 1), of the original's size; 1 = generate.
-        keep, blend, band: see `inpaint`.
+        keeping: how pixels are kept.
         region: what of the picture was decoded; None: all of it.
 
     Returns:
         The picture, and the tone step where pixels were pasted.
     """
     if region is not None:
-        part, tone = compose(region.cut(picture), region.leave(decoded), region.of(mask), keep, blend, band)
+        part, tone = compose(region.cut(picture), region.leave(decoded), region.of(mask), keeping)
         return region.stitch(part, picture), tone
     mask = mask.astype(np.float32)
-    if keep == "model":
+    if keeping.keep == "model":
         return picture.painted(decoded, mask, np.zeros(picture.size, bool)), None
     scale = np.float32(picture.levels / 2)
     original = picture.shown()
@@ -235,17 +248,18 @@ def compose(
     # What nobody sees of a mask does not undo an exact copy.
     masked = mask > HAZE
     far = distance(~masked[..., 0])
-    width = band if blend in MIXING else 0
+    width = keeping.band if keeping.blend in MIXING else 0
     near = (far > 0) & (far <= max(width, 1))
     step = np.abs(made.astype(np.float32) - original.astype(np.float32))[near]
-    mixed = composite(made, original, masked, blend, band).astype(np.float32) / scale - 1
+    mixed = composite(made, original, masked, keeping.blend, keeping.band).astype(np.float32) / scale - 1
     done = picture.painted(mixed, mask, far > width)
     return done, float(step.mean()) * 255 / picture.levels if step.size else 0.0
 
 
 def paste(result: Array, original: Array, mask: Array, band: int = BAND, blend: Blend = "feather") -> InpaintResult:
     """Sets the original's preserved pixels over `result`, both (h, w, 3) uint8; see `inpaint` (keep="exact")."""
-    done, step = compose(Picture(original), np.asarray(images.to_float(result)), mask, "exact", blend, band)
+    keeping = Keeping("exact", blend, band)
+    done, step = compose(Picture(original), np.asarray(images.to_float(result)), mask, keeping)
     return InpaintResult(done.colour, step)
 
 

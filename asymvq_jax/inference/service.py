@@ -22,9 +22,9 @@ from asymvq_jax.files.masks import Channel, Mask, decode_mask
 from asymvq_jax.files.pictures import Picture, decode_picture, encode_picture
 from asymvq_jax.files.tensors import LatentFile, decode_latent_file, is_plain
 from asymvq_jax.inference.batching import Batcher, BusyError, Job
-from asymvq_jax.inference.blend import BAND, Blend
+from asymvq_jax.inference.blend import Blend
 from asymvq_jax.inference.crop import Crop, Region
-from asymvq_jax.inference.inpainting import Keep, compose, margin_of, ways_of_keeping
+from asymvq_jax.inference.inpainting import Keep, Keeping, compose, margin_of, ways_of_keeping
 from asymvq_jax.inference.latents import Layout, check_latent
 from asymvq_jax.inference.whole import check_condition
 from asymvq_jax.models.autoencoder import Autoencoder
@@ -71,7 +71,7 @@ class Settings:
 
     keep: Keep | None
     blend: Blend | None
-    band: int
+    band: int | None
     crop: Crop | None
     soft_mask: bool
     mask_channel: Channel | None
@@ -80,9 +80,9 @@ class Settings:
     latent_scaled: bool | None
     format: str
 
-    def ways(self) -> tuple[Keep, Blend]:
+    def keeping(self) -> Keeping:
         """How pixels are kept."""
-        return ways_of_keeping(self.keep, self.blend, exact="crop_and_stitch" if self.crop else "")
+        return ways_of_keeping(self.keep, self.blend, self.band, exact="crop_and_stitch" if self.crop else "")
 
 
 def make_app(model: Autoencoder, limits: Limits) -> FastAPI:
@@ -109,7 +109,7 @@ def make_app(model: Autoencoder, limits: Limits) -> FastAPI:
         latent: UploadFile | None = None,
         keep: Annotated[Keep | None, Form()] = None,
         blend: Annotated[Blend | None, Form()] = None,
-        band: Annotated[int, Form(ge=0, le=BANDS)] = BAND,
+        band: Annotated[int | None, Form(ge=0, le=BANDS)] = None,
         crop_and_stitch: Annotated[bool, Form()] = False,
         context: Annotated[float, Form(ge=1, le=100)] = 1.5,
         soft_mask: Annotated[bool, Form()] = False,
@@ -180,8 +180,8 @@ class Work:
 def _prepare(
     model: Autoencoder, limits: Limits, settings: Settings, image: bytes, mask: bytes, latent: bytes | None
 ) -> Work:
-    keep, blend = settings.ways()
-    if keep == "model":
+    keeping = settings.keeping()
+    if keeping.keep == "model":
         check_condition(model.config)
     elif settings.format == "JPEG":
         raise InputError("format=jpeg changes every pixel; expected png or webp where pixels are kept exactly")
@@ -192,7 +192,7 @@ def _prepare(
     region = None if settings.crop is None else settings.crop.region(read.values, model.config.downsampling)
     seen = picture if region is None else region.enter(picture)
     small = read.values if region is None else region.enter_mask(read.values)
-    job = Job(seen.to_float(), small.astype(np.float32), margin=margin_of(model.config, keep, blend))
+    job = Job(seen.to_float(), small.astype(np.float32), margin=margin_of(model.config, keeping))
     if edited is not None:
         job.layout = settings.latent_layout or edited.layout
         job.scaled = edited.scaled if settings.latent_scaled is None else settings.latent_scaled
@@ -205,8 +205,7 @@ def _finish(work: Work, decoded: Array | None, settings: Settings) -> bytes:
     """The finished picture's file."""
     picture = work.picture
     if decoded is not None:
-        keep, blend = settings.ways()
-        picture, _ = compose(picture, decoded, work.mask.values, keep, blend, settings.band, work.region)
+        picture, _ = compose(picture, decoded, work.mask.values, settings.keeping(), work.region)
     return encode_picture(picture, settings.format)[0]
 
 

@@ -22,10 +22,18 @@ from asymvq_jax.files.masks import Mask
 from asymvq_jax.files.outputs import check_not_input, check_writable, write_bytes
 from asymvq_jax.files.pictures import FORMATS, Picture, check_fits, read_file, read_picture, read_size, write_picture
 from asymvq_jax.inference.ahead import compile_ahead
-from asymvq_jax.inference.blend import BAND, MIXING, Blend, check_blend
+from asymvq_jax.inference.blend import MIXING, Blend
 from asymvq_jax.inference.crop import Crop
 from asymvq_jax.inference.edits import Change, Edit, MaskReading, list_edits, read_edit
-from asymvq_jax.inference.inpainting import Inpainted, Keep, inpaint_picture, margin_of, thin_parts, ways_of_keeping
+from asymvq_jax.inference.inpainting import (
+    Inpainted,
+    Keep,
+    Keeping,
+    inpaint_picture,
+    margin_of,
+    thin_parts,
+    ways_of_keeping,
+)
 from asymvq_jax.inference.latents import Layout, check_latent
 from asymvq_jax.inference.strips import decode_in_strips, encode_in_strips
 from asymvq_jax.inference.whole import check_condition, decode, encode
@@ -71,7 +79,7 @@ class Task:
     masks: MaskReading = field(default_factory=MaskReading)
     keep: Keep | None = None
     blend: Blend | None = None
-    band: int = BAND
+    band: int | None = None
     crop: Crop | None = None
     large: Large | None = None
     scaling_factor: float | None = None
@@ -96,7 +104,7 @@ def run(task: Task) -> str:
     def known(config: ModelConfig) -> None:
         if task.large is None and task.crop is None:
             encodes = any(change.latent is None for change in changes)
-            margin = margin_of(config, *_keep(task, config))
+            margin = margin_of(config, _keeping(task))
             programs.update(compile_ahead(config, original.size, encodes=encodes, margin=margin))
 
     # Once, and only if there is something to generate.
@@ -125,7 +133,7 @@ def run(task: Task) -> str:
 
 def _read_model(task: Task, known: Callable[[ModelConfig], None]) -> Autoencoder:
     model = read_model(task.checkpoint, as_told(task.scaling_factor, task.shift_factor), dtype=task.dtype, known=known)
-    if _keep(task)[0] == "model":
+    if _keeping(task).keep == "model":
         check_condition(model.config, f"--checkpoint {task.checkpoint}")
     return model
 
@@ -140,7 +148,6 @@ def _apply(
     programs: dict[str, Callable[..., Any]],
 ) -> Inpainted:
     """The picture after one edit, by `programs` where some were compiled ahead."""
-    keep, blend = _keep(task, model.config)
     latent = change.latent
     layout = task.latent_layout or (None if latent is None else latent.layout)
     region = None if task.crop is None else task.crop.region(mask.values, model.config.downsampling)
@@ -154,8 +161,8 @@ def _apply(
         picture,
         mask.values,
         None if latent is None else latent.values,
-        keep=keep,
-        blend=blend,
+        keep=_keeping(task).keep,
+        blend=task.blend,
         band=task.band,
         crop=task.crop,
         edited=edited,
@@ -183,12 +190,11 @@ def _check_options(task: Task) -> list[Edit]:
             check_writable(path, endings)
     if task.save_mask is not None:
         check_not_input("--save-mask", task.save_mask, {"--out": task.out})
-    keep, blend = _keep(task)
-    check_blend(blend, task.band)
+    keep, blend, _ = _keeping(task)
     if task.edits is not None and blend in MIXING:
         raise InputError(f"--blend {blend} changes kept pixels, which --edits keeps: expected none, tone or poisson")
     if keep == "exact" and FORMATS[PurePath(task.out).suffix.lower()] == "JPEG":
-        why = _exact(task) or "--keep exact"
+        why = _exact(task) or ("--keep exact" if task.keep else "--blend")
         raise InputError(f"--out {task.out}: JPEG changes every pixel; {why} needs .png or .webp")
     if not any(edit.latent for edit in edits) and (task.latent_layout is not None or task.latent_scaled is not None):
         raise InputError("--latent-layout and --latent-scaled describe --latent, which is missing; name it too")
@@ -216,8 +222,8 @@ def _exact(task: Task) -> str:
     return "--edits" if task.edits is not None else "--crop-and-stitch" if task.crop is not None else ""
 
 
-def _keep(task: Task, config: ModelConfig | None = None) -> tuple[Keep, Blend]:
-    return ways_of_keeping(task.keep, task.blend, config, exact=_exact(task))
+def _keeping(task: Task) -> Keeping:
+    return ways_of_keeping(task.keep, task.blend, task.band, exact=_exact(task))
 
 
 def _read_picture(task: Task) -> Picture:

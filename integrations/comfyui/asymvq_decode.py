@@ -104,7 +104,9 @@ class AsymvqDecode:
         """(b, h, w, 3) and (b, h, w) tensors to the same of finished pictures; a single mask is for all."""
         import torch
 
-        fields = {"keep": keep, "blend": blend, "latent_scaled": "no", "latent_layout": "channels-first"}
+        fields = {"keep": keep, "latent_scaled": "no", "latent_layout": "channels-first"}
+        if keep == "exact":
+            fields["blend"] = blend
         latents = None if samples is None else samples["samples"].cpu().numpy()
         pictures = [
             decode(

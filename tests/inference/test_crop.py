@@ -107,7 +107,7 @@ def test_at_its_own_size_the_region_is_a_picture_like_any_other(model):
 @pytest.mark.parametrize("blend", BLENDS)
 def test_a_blend_reaches_no_farther_than_its_band(model, blend):
     image, mask = picture()
-    done = inpaint(model, image, mask, crop=Crop(2, 36), blend=blend, band=3).image
+    done = inpaint(model, image, mask, crop=Crop(2, 36), blend=blend, band=3 if blend in MIXING else None).image
     changed = (done != image).any(-1)
     reach = 3 if blend in MIXING else 0
     allowed = np.zeros_like(changed)

@@ -18,7 +18,7 @@ from asymvq_jax.errors import InputError, OutputError
 from asymvq_jax.files import images
 from asymvq_jax.files.metadata import Metadata
 from asymvq_jax.files.pictures import Picture, read_picture, write_picture
-from asymvq_jax.inference import decode, encode, inpaint, paste, read_latent
+from asymvq_jax.inference import decode, encode, inpaint, paste, read_latent, ways_of_keeping
 from asymvq_jax.inference.blend import composite
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.checkpoints import load_model, save_model
@@ -145,6 +145,26 @@ def test_keep_exact_is_bit_equal_outside_the_band(model, band):
     np.testing.assert_allclose(kept.tone_step, expected, rtol=1e-5)
 
 
+def test_how_pixels_are_kept_by_default():
+    """Exactly, and all of them, unless something that changes kept pixels is asked for."""
+    assert ways_of_keeping() == ("model", "none", 8)
+    assert ways_of_keeping("exact") == ways_of_keeping(blend="none") == ("exact", "none", 8)
+    assert ways_of_keeping(exact="--crop-and-stitch") == ("exact", "none", 8)
+    assert ways_of_keeping(band=3) == ("exact", "feather", 3)
+    assert ways_of_keeping(blend="multiband", band=0) == ("exact", "multiband", 0)
+    assert ways_of_keeping("model", "none") == ("model", "none", 8)
+    for keep, blend, band, message in (
+        ("model", "tone", None, "does not go with blend=tone"),
+        ("model", None, 3, "does not go with band=3"),
+        (None, "tone", 3, "band=3 has no effect with blend=tone: expected blend feather or multiband"),
+        (None, None, -1, "expected zero or more"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ways_of_keeping(keep, blend, band)
+    with pytest.raises(InputError, match="does not go with --edits"):
+        ways_of_keeping("model", exact="--edits")
+
+
 @pytest.mark.parametrize("blend", ["none", "tone", "poisson", "multiband"])
 def test_keep_exact_sets_the_fill_in_by_the_blend_named(model, blend):
     image, mask = _picture()
@@ -154,7 +174,7 @@ def test_keep_exact_sets_the_fill_in_by_the_blend_named(model, blend):
     made = images.to_uint8(decode(model, encode(model, pixels), pixels, mask[None], margin=margin)[0])
     kept = inpaint(model, image, mask, keep="exact", blend=blend)
     np.testing.assert_array_equal(kept.image, composite(made, image, mask, blend))
-    assert (kept.image != inpaint(model, image, mask, keep="exact").image).any()
+    assert (kept.image != inpaint(model, image, mask, keep="exact", blend="feather").image).any()
     if blend != "multiband":
         np.testing.assert_array_equal(kept.image[mask[..., 0] == 0], image[mask[..., 0] == 0])
 
