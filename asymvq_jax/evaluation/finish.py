@@ -6,7 +6,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -78,23 +78,22 @@ def png(image: np.ndarray, settings: dict[str, Any]) -> bytes:
 
 def add_finish(
     model: Autoencoder,
-    editor: gradio.ImageEditor,
-    loaded: gradio.State,
-    read: Callable[[dict[str, Any] | None], tuple[np.ndarray, np.ndarray]],
+    inputs: Sequence[gradio.Component],
+    read: Callable[..., tuple[np.ndarray, np.ndarray]],
 ) -> None:
     """Adds the part to the page that is being made.
 
     Args:
         model: see `finish`.
-        editor: where the mask is painted.
-        loaded: whether there is a picture.
-        read: gives picture and mask of what the editor holds.
+        inputs: what holds picture and mask.
+        read: gives both, of the inputs' values.
     """
     import gradio as gr
 
-    def press(painting: dict[str, Any] | None, loaded: bool, way: str, crop: bool, context: float) -> Any:
+    def press(*values: Any) -> Any:
+        *held, way, crop, context = values
         try:
-            image, mask = read(painting if loaded else None)
+            image, mask = read(*held)
             done, settings = finish(model, image, mask, way, crop, context)
         except UserError as error:
             gr.Warning(str(error), title="Not yet")
@@ -107,11 +106,19 @@ def add_finish(
 
     gr.Markdown(TEXT)
     with gr.Row():
-        way = gr.Dropdown(list(WAYS), value="none", label="Kept pixels (none to poisson: exactly, with that blend)")
-        crop = gr.Checkbox(label="Crop and stitch: fill only the mask's surroundings, at 512 px")
-        context = gr.Slider(1, 4, value=1.5, step=0.1, label="Surroundings, as a multiple of the mask's box")
+        # Below each other on a phone.
+        wide = 240
+        way = gr.Dropdown(
+            list(WAYS), value="none", label="Kept pixels (none to poisson: exactly, with that blend)", min_width=wide
+        )
+        crop = gr.Checkbox(
+            label="Crop and stitch", info=f"Fill only the mask's surroundings, at {WORK_SIZE} px", min_width=wide
+        )
+        context = gr.Slider(
+            1, 4, value=1.5, step=0.1, label="Surroundings, as a multiple of the mask's box", min_width=wide
+        )
     with gr.Row():
         button = gr.Button("Finish", variant="primary")
         save = gr.DownloadButton("Save with its settings", interactive=False)
     slider = gr.ImageSlider(label="Before and after", format="png", type="numpy", interactive=False)
-    button.click(press, [editor, loaded, way, crop, context], [slider, save])
+    button.click(press, [*inputs, way, crop, context], [slider, save])

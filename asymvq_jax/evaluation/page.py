@@ -15,10 +15,11 @@ from asymvq_jax.config import DataConfig
 from asymvq_jax.data.sources import open_source
 from asymvq_jax.errors import InputError, UserError
 from asymvq_jax.evaluation.finish import add_finish
+from asymvq_jax.evaluation.mask_file import add_mask_file, read_mask_file
 from asymvq_jax.evaluation.metrics.image import mean_squared_error, psnr
 from asymvq_jax.evaluation.rows import decode_ours, decode_plain, hard_paste
 from asymvq_jax.files import images
-from asymvq_jax.files.masks import generated
+from asymvq_jax.files.masks import Mask, generated, percent, resized
 from asymvq_jax.models.autoencoder import Autoencoder
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ this page, so the painted part shows what a decoder makes of the latent alone.
 """
 STEPS = f"""
 1. Load a picture (one larger than {LONGEST} px is scaled down to that), or choose an example.
-2. Paint over the part that is to be generated; the eraser and undo are beside the brush. All the rest
-   is to be kept.
+2. Paint over the part that is to be generated; the eraser and undo are beside the brush. A mask file is added to what
+   is painted. All the rest is to be kept.
 3. Decode. The first time takes longest for every size of picture, which is compiled for.
 """
 PLAIN = """
@@ -106,34 +107,50 @@ def load(path: str) -> np.ndarray:
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
-def read_background(painting: dict[str, Any] | None) -> np.ndarray:
-    """The picture of `read_painting`."""
-    if not painting or not painting["background"]:
-        raise InputError("There is no picture yet: load one, or choose an example.")
-    return images.read(painting["background"])
-
-
-def read_painting(painting: dict[str, Any] | None) -> tuple[np.ndarray, np.ndarray]:
+def read_painting(painting: dict[str, Any] | None, file: Mask | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Reads what was painted on the page.
 
     Args:
         painting: the paths of the files "background", the picture, and "layers", of its size, painted in white; as
             Gradio's ImageEditor gives them.
+        file: a mask that is added to the painted one; of a picture that was scaled down, its own size's.
 
     Returns:
         The picture, (h, w, 3) uint8, and its mask, (h, w, 1) float32.
 
     Raises:
-        InputError: no picture, or nothing painted.
+        InputError: no picture, or nothing to generate.
     """
-    image = read_background(painting)
-    assert painting is not None
+    if not painting or not painting["background"]:
+        raise InputError("There is no picture yet: load one, or choose an example.")
+    image = images.read(painting["background"])
     mask = np.zeros((*image.shape[:2], 1), np.float32)
+    if file is not None:
+        mask = np.maximum(mask, resized(file, (image.shape[0], image.shape[1])).values)
     for layer in painting["layers"]:
         mask = np.maximum(mask, images.read_mask(layer))
     if not mask.any():
-        raise InputError("Nothing is painted yet: paint over what is to be generated.")
+        raise InputError("Nothing is painted yet: paint over what is to be generated, or choose a mask file.")
     return image, mask
+
+
+def read_inputs(
+    painting: dict[str, Any] | None, size: tuple[int, int] | None, path: str | None, channel: str, invert: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Picture and mask of what the page's inputs hold.
+
+    Args:
+        painting: see `read_painting`.
+        size: height and width of the picture's own file, px; None: the editor was cleared, which gives a white picture,
+            as one that was loaded may be.
+        path: the mask file; None: there is none.
+        channel, invert: see `read_mask_file`.
+
+    Raises:
+        UserError: no picture, nothing to generate, or a mask file that is refused.
+    """
+    file = read_mask_file(path, channel, invert, size) if path and size else None
+    return read_painting(painting if size else None, file)
 
 
 def describe(decoded: Decoded) -> str:
@@ -155,31 +172,33 @@ def page(model: Autoencoder, plain: Autoencoder | None) -> gradio.Blocks:
 
     def put(path: str) -> Any:
         try:
-            return load(path), True
+            return load(path), images.read_size(path)
         except UserError as error:
             gr.Warning(str(error), title="Not loaded")
             return gr.skip(), gr.skip()
 
-    def press(painting: dict[str, Any] | None, loaded: bool) -> Any:
+    def press(*values: Any) -> Any:
         try:
-            image, mask = read_painting(painting if loaded else None)
+            image, mask = read_inputs(*values)
         except UserError as error:
             gr.Warning(str(error), title="Not yet")
             return gr.skip()
         height, width, _ = image.shape
         ways = compare(model, plain, image, mask)
         parts = [part for way in ways for part in (way.image, describe(way), way.error_map)]
-        return [f"{width} x {height} px, {mask.mean():.0%} painted.", *parts]
+        return [f"{width} x {height} px, {percent(mask)} to be generated.", *parts]
 
     examples = _examples()
     blocks: gradio.Blocks
     with gr.Blocks(title="asymvq-jax", analytics_enabled=False) as blocks:
         gr.Markdown(INTRODUCTION)
+        # Of the picture's own file; None where there is none.
+        size = gr.State(images.read_size(examples[0]))
         with gr.Row():
             with gr.Column(scale=3):
                 editor = gr.ImageEditor(
                     examples[0],
-                    label="Picture, with what is to be generated in white",
+                    label="Picture and mask",
                     placeholder="Load a picture, or choose an example",
                     type="filepath",
                     format="png",
@@ -197,16 +216,16 @@ def page(model: Autoencoder, plain: Autoencoder | None) -> gradio.Blocks:
                 gallery = gr.Dataset(
                     label="Examples", components=["image"], samples=[[path] for path in examples], type="index"
                 )
+                mask_file = add_mask_file(size)
                 button = gr.Button("Decode", variant="primary")
                 status = gr.Markdown()
         outputs = [status, *_results(plain is not None)]
-        # The editor that was cleared gives a white picture, which one that was loaded may be too.
-        loaded = gr.State(True)
-        editor.clear(lambda: False, outputs=loaded, show_progress="hidden")
-        gallery.click(lambda index: (load(examples[index]), True), gallery, [editor, loaded], show_progress="hidden")
-        upload.upload(put, upload, [editor, loaded], show_progress="hidden")
-        button.click(press, [editor, loaded], outputs)
-        add_finish(model, editor, loaded, read_painting)
+        inputs = [editor, size, *mask_file]
+        editor.clear(lambda: None, outputs=size, show_progress="hidden")
+        gallery.click(lambda index: put(examples[index]), gallery, [editor, size], show_progress="hidden")
+        upload.upload(put, upload, [editor, size], show_progress="hidden")
+        button.click(press, inputs, outputs)
+        add_finish(model, inputs, read_inputs)
     return blocks
 
 

@@ -251,8 +251,8 @@ def browser():
 class Visitor:
     """Somebody who uses the page."""
 
-    def __init__(self, browser, url: str) -> None:
-        self.page = browser.new_page(viewport={"width": 1300, "height": 1000})
+    def __init__(self, browser, url: str, width: int = 1300) -> None:
+        self.page = browser.new_page(viewport={"width": width, "height": 1000})
         self.page.set_default_timeout(DEADLINE * 1000)
         self.requests: list[str] = []
         self.page.on("request", lambda request: self.requests.append(request.url))
@@ -268,8 +268,22 @@ class Visitor:
             before = len(self.requests)
             self.page.wait_for_timeout(1500)
 
+    def choose(self, button: str, path: str) -> None:
+        """Gives a button the file that it asks for."""
+        with self.page.expect_file_chooser() as chooser:
+            self.page.get_by_role("button", name=button).click()
+        chooser.value.set_files(path)
+
     def load(self, path: str) -> None:
-        self.page.locator("input[type=file]").last.set_input_files(path)
+        """A blue picture."""
+        self.choose("Load a picture", path)
+        self.wait_for_colour((0, 0, 190), (120, 120, 255))
+
+    def load_mask(self, path: str, message: str) -> None:
+        """Opens the part for mask files, chooses one, and waits for what is said of it."""
+        self.page.get_by_text("Mask file: added to what is painted").click()
+        self.choose("Click to upload", path)
+        self.page.get_by_text(message).wait_for()
 
     def wait_for_colour(self, low: tuple[int, int, int], high: tuple[int, int, int]) -> None:
         """Until the middle of the editor has a mean colour in a range."""
@@ -298,11 +312,17 @@ class Visitor:
         self.page.get_by_role("button", name="Decode").click()
         self.page.get_by_text(message).wait_for()
 
-    def results(self) -> list[np.ndarray]:
+    def results(self, selector: str = ".image-frame img", number: int = 6) -> list[np.ndarray]:
         """The pictures that are shown, (h, w, 3) uint8."""
-        shown = self.page.locator(".image-frame img")
-        shown.nth(5).wait_for()
+        shown = self.page.locator(selector)
+        shown.nth(number - 1).wait_for()
         return [images.decode(self.page.request.get(image.get_attribute("src")).body()) for image in shown.all()]
+
+    def finish(self) -> list[np.ndarray]:
+        """Presses the other button, and waits for the pictures before and after."""
+        self.page.get_by_role("button", name="Finish").click()
+        self.page.locator("button:enabled", has_text="Save with its settings").wait_for()
+        return self.results("[data-testid=imageslider-image]", 2)
 
 
 def test_the_page_in_a_browser(browser, address, models, tmp_path):
@@ -310,7 +330,6 @@ def test_the_page_in_a_browser(browser, address, models, tmp_path):
     image, _ = _picture(96, 150)
     visitor = Visitor(browser, url)
     visitor.load(_png(tmp_path / "picture.png", image))
-    visitor.wait_for_colour((0, 0, 190), (120, 120, 255))
     visitor.press("Nothing is painted yet")
     visitor.paint()
     visitor.press("150 x 96 px")
@@ -336,6 +355,55 @@ def test_the_page_in_a_browser(browser, address, models, tmp_path):
     reached = re.findall(r"^socket\..*", log.read_text(), re.MULTILINE)
     assert reached
     assert not [line for line in reached if "'127.0.0.1'" not in line]
+
+
+def _strokes(mask: np.ndarray) -> np.ndarray:
+    """A mask as an editor saves it: white strokes on transparency."""
+    return np.repeat(mask.astype(np.uint8) * 255, 4, axis=-1)
+
+
+def _check_width(page) -> None:
+    """Nothing is wider than the screen, not even where that cannot be scrolled to."""
+    wider = page.evaluate(
+        """() => [...document.body.querySelectorAll("*")]
+            .filter(part => part.getBoundingClientRect().right > innerWidth + 1)
+            .map(part => `${part.tagName} ${part.className}: ${part.textContent.slice(0, 50)}`)"""
+    )
+    assert not wider
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_mask_file_and_the_finish_on_a_phone(browser, address, models, tmp_path):
+    image, mask = _picture(96, 150)
+    visitor = Visitor(browser, address[0], width=390)
+    page = visitor.page
+    _check_width(page)
+    for button in ("Load a picture", "Decode", "Finish", "Save with its settings", "Undo"):
+        assert page.get_by_role("button", name=button).is_visible(), button
+    for tool in ("Brush", "Erase"):
+        assert page.get_by_label(tool).first.is_visible(), tool
+    # A mask for another picture than the example is refused.
+    name = f"{'long_name_' * 15}.png"
+    message = f"mask {name} has 150 x 96 px and the picture"
+    visitor.load_mask(_png(tmp_path / name, _strokes(mask)), f"Refused: {message}")
+    page.get_by_role("button", name="Finish").click()
+    page.get_by_test_id("toast-text").get_by_text(message).wait_for()
+    page.get_by_test_id("toast-close").click()
+    visitor.load(_png(tmp_path / "picture.png", image))
+    page.get_by_text(f"{name}: mask from alpha (white strokes on transparency)").wait_for()
+    visitor.press("150 x 96 px, 1% to be generated")
+    np.testing.assert_array_equal((visitor.results()[2] != image).any(-1), mask[..., 0] == 1)
+    before, after = visitor.finish()
+    np.testing.assert_array_equal(before, image)
+    expected, settings = finish(models[0], image, mask, "none", False, 1.5)
+    np.testing.assert_allclose(after.astype(int), expected.astype(int), atol=1)
+    assert (after != image).any()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save with its settings").click()
+    with Image.open(download.value.path()) as saved:
+        assert json.loads(saved.info["asymvq inpaint"]) == settings
+        np.testing.assert_array_equal(np.asarray(saved), after)
+    _check_width(page)
 
 
 def test_finishing_and_its_settings(models):
