@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import asymvq_jax.files.masks as masks
 from asymvq_jax.errors import InputError, UserError
@@ -71,6 +71,6 @@ def add_mask_file(size: gradio.State) -> list[gradio.Component]:
         invert = gr.Checkbox(label="Black is to be generated (--invert-mask)")
     # Outside, so that a file that counts is seen also where the part is closed.
     said = gr.Markdown()
-    inputs: list[gradio.Component] = [file, channel, invert]
-    gr.on([part.change for part in (*inputs, size)], note, [*inputs, size], said, show_progress="hidden")
-    return inputs
+    told: list[Any] = [file, channel, invert, size]
+    gr.on([part.change for part in told], note, told, said, show_progress="hidden")
+    return [file, channel, invert]
