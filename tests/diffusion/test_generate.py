@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AsymmetricAutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     PNDMScheduler,
@@ -205,6 +206,30 @@ def test_inpainting(pipelines):
     ).images
     result = sampling.decode(ours.autoencoder, latent, image, mask)
     assert_same_picture(result, np.round(nhwc(expected) * 255).astype(np.int32))
+
+
+def test_a_converted_decoder_ends_diffusers_pipeline(pipelines, decoder, tmp_path):
+    """As docs/guides/convert.md has it."""
+    convert(decoder, tmp_path / "for_diffusers", "diffusers")
+    vae = AsymmetricAutoencoderKL.from_pretrained(tmp_path / "for_diffusers")
+    parts = pipelines.inpaint.components | {"vae": vae}
+    pipe = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    image, mask = picture_and_mask(count=1)
+    results = [
+        each(
+            PROMPTS[:1],
+            image=nchw(image / np.float32(255)),
+            mask_image=nchw(mask.astype(np.float32)),
+            height=SIZE[0],
+            width=SIZE[1],
+            latents=noise_of([3]),
+            num_inference_steps=2,
+            output_type="pt",
+        ).images
+        for each in (pipe, pipelines.inpaint)
+    ]
+    np.testing.assert_allclose(*map(nhwc, results), rtol=0, atol=1e-5)
 
 
 def test_editing_by_example(pipelines):
