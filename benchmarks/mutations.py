@@ -258,13 +258,6 @@ MUTATIONS = (
         "angle = 1 * angle",
         _tests("data/test_masks.py", "test_presets_have_lamas_numbers"),
     ),
-    Mutation(
-        "the rows read the original under the mask",
-        SEAM,
-        "np.where(generated(mask), np.uint8(0), original)",
-        "original.copy()",
-        _tests("evaluation/test_seam.py", "test_no_row_reads_the_original_under_the_mask"),
-    ),
     Mutation("preserved pixels are taken under the mask", SEAM, "truth, ~inside)", "truth, inside)", ROW_NAMES),
     Mutation(
         "colours are matched to themselves",

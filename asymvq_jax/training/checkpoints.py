@@ -13,9 +13,10 @@ import itertools
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ from orbax.checkpoint import checkpoint_managers as cm
 from asymvq_jax import config as configs
 from asymvq_jax.config import Config
 from asymvq_jax.errors import CheckpointError, ConfigError, OutputError, first_line
-from asymvq_jax.files.addresses import move_folder
+from asymvq_jax.files.addresses import in_bucket, move_folder
 from asymvq_jax.files.locks import only_owner
 from asymvq_jax.files.outputs import explained, try_out
 from asymvq_jax.models.checkpoints import (
@@ -82,18 +83,26 @@ def owned(config: Config) -> Iterator[None]:
         CheckpointError, ConfigError: as `make_run_directory`.
         OutputError: another run is writing it.
     """
+    new = not in_bucket(config.run.directory) and not os.path.exists(config.run.directory)
     root = make_run_directory(config)
     refused = np.array(False)
-    with ExitStack() as held:
-        reason = f"another run is writing {root}, as process 0 found"
-        if jax.process_index() == 0:
-            try:
-                held.enter_context(only_owner(root, "run"))
-            except OutputError as error:
-                refused, reason = np.array(True), str(error)
-        if multihost_utils.process_allgather(refused).any():
-            raise OutputError(reason)
-        yield
+    try:
+        with ExitStack() as held:
+            reason = f"another run is writing {root}, as process 0 found"
+            if jax.process_index() == 0:
+                try:
+                    held.enter_context(only_owner(root, "run"))
+                except OutputError as error:
+                    refused, reason = np.array(True), str(error)
+            if multihost_utils.process_allgather(refused).any():
+                raise OutputError(reason)
+            yield
+    finally:
+        if new:
+            # A run that was refused leaves nothing behind; a directory with anything in it stays.
+            with suppress(OSError):
+                os.rmdir(root)
+                os.rmdir(root.parent)
 
 
 class Resumed(NamedTuple):

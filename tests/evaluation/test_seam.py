@@ -153,7 +153,8 @@ def test_matched_colours_have_the_ring_s_statistics():
     matched = match_colours(fill, picture, mask)
     assert fill_tone(fill, picture, mask) > 10
     assert fill_tone(matched, picture, mask) < 1
-    assert abs(grain(matched, picture, mask)) < 0.2 < 1 < abs(grain(hard_paste(fill, picture, mask), picture, mask))
+    left, right = (grain(hard_paste(each, picture, mask), picture, mask) for each in (matched, fill))
+    assert abs(left) < 0.2 < 1 < abs(right)
     np.testing.assert_array_equal(match_colours(fill, picture, np.ones_like(mask)), fill)
 
 
@@ -225,6 +226,8 @@ def test_rows_and_metrics_have_their_names(models):
     assert "Poisson" in exact
     assert not {"plain", "ours", "multiband"} & set(exact)
     assert by_row["paste"]["psnr_masked"] == by_row["plain"]["psnr_masked"]
+    assert all(values["grain"] == abs(values["grain_signed"]) for values in by_row.values())
+    assert any(values["grain_signed"] < 0 for values in by_row.values())
     # The truth itself is without fault.
     ((_, values),) = judge({"truth": picture.image}, picture.image, case.mask, None)
     assert {values[name] for name in ("step", "tone", "gradient", "grain")} == {0}

@@ -441,3 +441,4 @@ def test_bad_input_ends_before_training_with_one_line(first, tmp_path, overrides
     assert command.main() == 2
     error = capsys.readouterr().err
     assert re.search(re.escape(message), error), error
+    assert not (first / "bad").exists()
