@@ -19,8 +19,9 @@ class Train:
     JAX notices that first, and aborts with a message of its own), 130 interrupted and saved.
     """
 
-    # A published configuration by its name, such as x2 (or demo, which needs neither pictures nor weights), or a Python
-    # file that defines get_config().
+    # A published configuration by its name: base, x1_5, x2, sdxl_x2, sd3_x2, flux_x2, flux2_x2, qwen_image_x2, wan_x2,
+    # vq_f8_x2, ... (configs/ has all; demo needs neither pictures nor weights), or a Python file that defines
+    # get_config().
     config: str
     settings: Settings
 

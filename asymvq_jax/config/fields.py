@@ -27,17 +27,19 @@ class LossConfig:
     perceptual_weights: PathText = ""
     # Weight of the posterior's KL divergence beside the sum; without effect while the encoder is frozen.
     kl_weight: float = 1e-6
-    # Weights of the mean squared distances that draw a codebook's codes to the encoder's output, and that output to the
-    # codes, beside the mean; without effect while the encoder is frozen. VQ-VAE's formula has 1 and 0.25; the code of
-    # VQGAN, Latent Diffusion and diffusers has them the other way round, and so were their models trained.
+    # Weight of the mean squared distance that draws a codebook's codes to the encoder's output, beside the mean;
+    # without effect while the encoder is frozen. VQ-VAE's formula has 1 here and 0.25 for commitment_weight; the code
+    # of VQGAN, Latent Diffusion and diffusers has them the other way round, and so were their models trained.
     codebook_weight: float = 0.25
+    # Weight of the mean squared distance that draws the encoder's output to a codebook's codes, likewise.
     commitment_weight: float = 1.0
     # The discriminator starts after this many steps (the reference's disc_start - 1); negative: never.
     gan_start: int = 50_000
     # Multiplies the adaptive weight of the generator's term.
     gan_weight: float = 0.8
-    # Layers of the PatchGAN discriminator, and the channels of its first one.
+    # Layers of the PatchGAN discriminator.
     discriminator_layers: int = 3
+    # Channels of the discriminator's first layer.
     discriminator_features: int = 64
 
     def __post_init__(self) -> None:
@@ -68,13 +70,16 @@ class DataConfig:
     source: str = "photos"
     # folder: the training directory; tfds: the name of the data set (imagenet2012, or name:version).
     path: PathText = ""
-    # tfds only: its data_dir (empty: TFDS's default), and the key of the picture in a record.
+    # tfds only: the directory that holds the data set; empty: TFDS's default.
     data_dir: PathText = ""
+    # tfds only: the key of the picture in a record.
     image_key: str = "image"
-    # Training and held-out split: a TFDS split for tfds, a directory for folder (empty: a twentieth of the files is
-    # held out, by a hash of their names); photos has a fixed split.
+    # tfds only: the split that is trained on.
     train_split: str = "train"
+    # folder only: the directory of the held-out pictures; empty: a twentieth of the files in data.path is held out, by
+    # a hash of their names.
     eval_path: PathText = ""
+    # tfds only: the held-out split.
     eval_split: str = "validation"
     # Side of the square training pictures, px.
     image_size: int = 256
@@ -82,16 +87,19 @@ class DataConfig:
     min_side: int = 0
     # The square crop's side, as a share of the picture's shorter side, is uniform in this range.
     crop: tuple[float, float] = (0.5, 1.0)
-    # Probabilities that a training picture is mirrored, and that its channels change places and brightness.
+    # Probability that a training picture is mirrored.
     mirror: float = 0.0
+    # Probability that a training picture's channels change places and brightness.
     recolour: float = 0.0
     # folder only: keep every picture in memory, decoded, once it was read; for a few hundred of them.
     keep_decoded: bool = False
+    # How training masks are drawn.
     mask: MaskConfig = field(default_factory=MaskConfig)
     # Global batch: all processes and devices together, and one optimizer step.
     batch_size: int = 32
-    # Worker processes that decode pictures (0: threads of the main process) and batches each holds ready.
+    # Worker processes that decode pictures; 0: threads of the main process.
     workers: int = 0
+    # Batches that each worker holds ready.
     prefetch: int = 2
     # The run stops when more than this share of the files read so far is corrupt.
     max_corrupt_share: float = 0.01
@@ -129,10 +137,13 @@ class OptimizerConfig:
 
     # The peak rate is this times the global batch.
     base_learning_rate: float = 4.5e-6
-    # After the warm-up: cosine, down to min_learning_rate (absolute) at run.steps; or constant.
+    # After the warm-up: cosine, down to min_learning_rate at run.steps; or constant.
     schedule: str = "cosine"
+    # cosine only: the rate at run.steps; not multiplied by the batch.
     min_learning_rate: float = 1e-6
+    # Steps in which the rate rises to its peak, linearly.
     warmup_steps: int = 5_000
+    # Adam's decays of the gradients' first and second moments.
     betas: tuple[float, float] = (0.5, 0.9)
     # Multiplies the rate of all decoder parameters but the condition branch's (0.1 where they start pretrained).
     pretrained_scale: float = 1.0
@@ -171,26 +182,30 @@ class HarmoniseConfig:
     What the encoder sees is corrupted under the mask (asymvq_jax/training/corruption.py); condition and target are not.
     """
 
-    # Probabilities that another sample's content is put under the mask, some pixels inside its edge or up to it.
-    # Encoder, condition and target then have it: colours which are meant stay, whatever is around them.
+    # Probability that another sample's content is put under the mask, some pixels inside its edge. Encoder, condition
+    # and target then have it: colours which are meant stay, whatever is around them.
     insert: float = 0.0
+    # Probability of the same with content up to the mask's edge.
     insert_flush: float = 0.0
     # Probability that a sample is corrupted; the others teach that colours which are meant stay.
     probability: float = 0.0
-    # Most that a channel's tone moves by an offset, by a linear gradient from the middle to the border, both on the
-    # [-1, 1] scale, and by a gain about the mean.
+    # Most that an offset moves a channel's tone, on the [-1, 1] scale.
     offset: float = 0.15
+    # Most that a linear gradient moves it from the middle to the border, on the [-1, 1] scale.
     gradient: float = 0.1
+    # Most that a gain about the mean differs from 1.
     gain: float = 0.15
-    # Most that a fill is blurred (standard deviation, px), or that noise is added (standard deviation on [-1, 1]).
+    # Most that a fill is blurred: standard deviation, px.
     blur: float = 1.5
+    # Most noise that is added: standard deviation on the [-1, 1] scale.
     noise: float = 0.08
     # The corrupted region ends up to so many px outside or inside the mask.
     edge: int = 2
-    # LPIPS is taken of the original with the fill pasted in, as a user sees it; and L1 counts 1 + halo_weight times in
-    # a halo of so many px on both sides of the mask's edge.
+    # LPIPS is taken of the original with the fill pasted in, as a user sees it.
     composite: bool = False
+    # L1 counts 1 + halo_weight times in the halo, a band along the mask's edge.
     halo_weight: float = 0.0
+    # Pixels of the halo on each side of the mask's edge.
     halo_width: int = 4
 
     def __post_init__(self) -> None:
@@ -209,9 +224,11 @@ class HarmoniseConfig:
 class MeshConfig:
     """Devices along each mesh axis; one axis may be -1 and takes what the others leave."""
 
-    # The batch is split over data and fsdp; parameters and optimizer state over fsdp; wide channels over tensor.
+    # Devices that the batch is split over. -1: those that the other axes leave.
     data: int = -1
+    # Devices that the batch is split over too, and large kernels with their optimizer state.
     fsdp: int = 1
+    # Devices that the channels of wide layers are split over.
     tensor: int = 1
     # Slices that the devices are of: groups with fast links inside, such as TPU slices, and a slower network between.
     # The batch alone is split over them, as a part of mesh.data. -1: as many as the devices say.
@@ -263,9 +280,11 @@ class RunConfig:
     initialization: str = "random"
     # wavelet only: the logarithm of the variance that the latent's noise begins with. At 0 it drowns the latent.
     initial_log_variance: float = -6.0
-    # Intervals in steps. Evaluation covers eval_pictures held-out pictures; a checkpoint is written after each.
+    # Steps from one line of the log to the next.
     log_every: int = 50
+    # Steps from one evaluation on held-out pictures to the next; a checkpoint is written after each.
     eval_every: int = 1_000
+    # Held-out pictures that an evaluation covers.
     eval_pictures: int = 64
     # Checkpoints kept: the last so many, and the one with the lowest held-out loss.
     keep: int = 3

@@ -20,8 +20,9 @@ MASK_REDUCTIONS = ("nearest", "area-any")
 class ModelConfig:
     """Sizes of one autoencoder. The defaults are Stable Diffusion 1.x's encoder with the paper's base decoder."""
 
-    # Channels of the pictures, and of the latent.
+    # Channels of the pictures.
     image_channels: int = 3
+    # Channels of the latent.
     latent_channels: int = 4
     # A diffusion model sees (latent - shift_factor) * scaling_factor, or with a mean and a deviation for each channel
     # (latent - latent_mean) / latent_std * scaling_factor; empty: none.
@@ -38,17 +39,18 @@ class ModelConfig:
     encoder_channels: tuple[int, ...] = (128, 256, 512, 512)
     decoder_channels: tuple[int, ...] = (128, 256, 512, 512)
     # What each half is built of. sd: group norms and 2-D convolutions; wan and qwen-image, which are alike: RMS norms
-    # and convolutions that are causal over time, of which a picture meets the last slice. And the levels of these at
-    # whose end there is a convolution over time, which a picture never meets; it is kept for converting back.
+    # and convolutions that are causal over time, of which a picture meets the last slice.
     encoder_layers: str = "sd"
     decoder_layers: str = "sd"
+    # wan and qwen-image only: the levels at whose end there is a convolution over time, which a picture never meets; it
+    # is kept for converting back.
     temporal_levels: tuple[int, ...] = ()
     # Residual blocks a level. The decoder builds one more than this, as in the reference.
     encoder_blocks: int = 2
     decoder_blocks: int = 2
-    # Levels whose residual blocks are each followed by attention, in both halves; 0 is the full resolution. And
-    # whether there is attention between the two blocks at the latent's resolution.
+    # Levels whose residual blocks are each followed by attention, in both halves; 0 is the full resolution.
     attention_levels: tuple[int, ...] = ()
+    # Whether there is attention between the two blocks at the latent's resolution.
     mid_attention: bool = True
     # 1x1 convolutions on both sides of the latent (Stable Diffusion 1, 2 and XL and VQ models have them).
     quant_conv: bool = True
