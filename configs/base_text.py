@@ -3,7 +3,7 @@
 Source: the published training configuration without condition; all but the branch as in base.py: global batch 80 (8
 GPUs x 10), peak rate 3.6e-4, of which all parameters take a tenth.
 Command: asymvq train --config base_text --data.data_dir=gs://bucket/tfds, after
-    asymvq convert --checkpoint path/to/stable-diffusion --out weights/stable_diffusion
+    asymvq convert --checkpoint path/to/stable-diffusion-v1-5 --out weights/stable_diffusion
 Hardware, time and result: not yet measured.
 """
 

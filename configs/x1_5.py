@@ -2,7 +2,7 @@
 
 Source: arXiv 2306.04632 and its published training configuration.
 Command: asymvq train --config x1_5 --data.data_dir=gs://bucket/tfds, after
-    asymvq convert --checkpoint path/to/stable-diffusion --out weights/stable_diffusion
+    asymvq convert --checkpoint path/to/stable-diffusion-v1-5 --out weights/stable_diffusion
 Data: ImageNet by TFDS as ArrayRecord, pictures of 256 px and more. Global batch 32 (8 GPUs x 4 in the reference).
 Peak rate 4.5e-6 x 32 = 1.44e-4. An epoch of the 1,152,196 pictures is 36,006 steps, and the 150,000 steps are 4.2
     epochs.

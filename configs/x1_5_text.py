@@ -3,7 +3,7 @@
 Source: the published training configuration without condition; all but the branch as in x1_5.py: global batch 32 (8
 GPUs x 4), peak rate 1.44e-4.
 Command: asymvq train --config x1_5_text --data.data_dir=gs://bucket/tfds, after
-    asymvq convert --checkpoint path/to/stable-diffusion --out weights/stable_diffusion
+    asymvq convert --checkpoint path/to/stable-diffusion-v1-5 --out weights/stable_diffusion
 Hardware, time and result: not yet measured.
 """
 

@@ -3,7 +3,7 @@
 Source: the published training configuration without condition; all but the branch as in x2.py: global batch 16 (8
 GPUs x 2), peak rate 7.2e-5.
 Command: asymvq train --config x2_text --data.data_dir=gs://bucket/tfds, after
-    asymvq convert --checkpoint path/to/stable-diffusion --out weights/stable_diffusion
+    asymvq convert --checkpoint path/to/stable-diffusion-v1-5 --out weights/stable_diffusion
 Hardware, time and result: not yet measured.
 """
 

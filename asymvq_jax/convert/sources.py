@@ -6,6 +6,7 @@ import logging
 import re
 from pathlib import Path
 
+from asymvq_jax.config.loading import published
 from asymvq_jax.errors import ConvertError
 from asymvq_jax.files.weights import SUFFIXES
 
@@ -57,6 +58,8 @@ def locate(source: str | Path) -> Path:
             f"{_shortened(source)} cannot be read: {getattr(error, 'strerror', None) or error}"
         ) from None
     if not there:
+        if command := _published_command(str(source)):
+            raise ConvertError(f"no checkpoint at {source}: write it with: {command}, or name another")
         hub = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)((?:/[\w.-]+)*)", str(source))
         if hub and not Path(path.parts[0]).exists():
             raise ConvertError(
@@ -83,6 +86,13 @@ def locate(source: str | Path) -> Path:
         )
     log.info("%s is a model in the Hugging Face hub's cache: its snapshot is %s", path, chosen)
     return chosen
+
+
+def _published_command(source: str) -> str:
+    """The command that writes the weights which a published configuration begins with; empty for other paths."""
+    pattern = re.compile(rf"asymvq convert --checkpoint \S+ --out {re.escape(source)}$", re.MULTILINE)
+    found = (pattern.search(path.read_text()) for path in published().values())
+    return next((match[0] for match in found if match), "")
 
 
 def describe_folder(path: Path) -> str:

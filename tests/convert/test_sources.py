@@ -250,6 +250,13 @@ def test_sources_that_have_to_be_downloaded(original, tmp_path):
         ("org-of/some-model/vae", "first: hf download org-of/some-model --local-dir FOLDER, and name FOLDER/vae"),
         ("org-of/some-model", "model's id on the Hugging Face hub, download it first: hf download org-of/some-model"),
         (tmp_path / "none", "no checkpoint at"),
+        # What a published configuration begins with, by the command in its head; not the id of a model on the hub.
+        (
+            "weights/stable_diffusion",
+            "no checkpoint at weights/stable_diffusion: write it with: asymvq convert --checkpoint "
+            "path/to/stable-diffusion-v1-5 --out weights/stable_diffusion, or name another",
+        ),
+        ("weights/sdxl", "asymvq convert --checkpoint path/to/stable-diffusion-xl-base-1.0 --out weights/sdxl, or"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             describe(source)
