@@ -26,7 +26,8 @@ class Plan:
 
     # A published configuration by its name, such as x2, or a Python file that defines get_config().
     config: str
-    # A slice such as v5e:16x16 or v5p:4x4x4; local: the devices present.
+    # A slice by its sides, such as v5e:16x16 or v5p:4x4x4, or by its chips, such as v5e-256 or v5litepod-4; local: the
+    # devices present.
     topology: str = "local"
     # If the run does not fit, compile variants that may.
     suggest: bool = False

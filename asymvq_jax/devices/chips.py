@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -28,6 +29,8 @@ class Chip:
 
 _SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8")
+# Sides of a slice of so many chips, where a slice is named by that number (v5e-4).
+SQUARE_SIDES = {math.prod(map(int, sides.split("x"))): sides for sides in _SQUARES}
 CHIPS = (
     Chip("v5e", "TPU v5 lite", 16 * GIB, 197e12, 819e9, 200e9, 3.125e9, _SQUARES),
     Chip("v5p", "TPU v5", 95 * GIB, 459e12, 2765e9, 600e9, 6.25e9, _CUBES),

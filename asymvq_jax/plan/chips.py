@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from asymvq_jax.devices.chips import CHIPS, GIB, Chip
+from asymvq_jax.devices.chips import CHIPS, GIB, SQUARE_SIDES, Chip
 from asymvq_jax.errors import TopologyError
 
 __all__ = ["CHIPS", "GIB", "Chip", "Roofline", "Target", "largest_fit", "open_topology", "roofline"]
@@ -48,7 +48,7 @@ def open_topology(name: str, *, thorough: bool = False) -> Target:
     A TPU's are descriptions only: programs can be compiled for them, on a CPU, but not run.
 
     Args:
-        name: the topology.
+        name: the topology, by its sides or as in `by_sides`.
         thorough: whether to compile for it as for a run, instead of `QUICK`; for those present that is always so.
 
     Raises:
@@ -58,11 +58,23 @@ def open_topology(name: str, *, thorough: bool = False) -> Target:
         devices: Sequence[jax.Device] = jax.devices()
         compiler = " ".join(devices[0].client.platform_version.split())
     else:
+        name = by_sides(name)
         devices = _tpu_devices(name)
         compiler = f"libtpu {metadata.version('libtpu')}"
     chip = next((c for c in CHIPS if c.kind == devices[0].device_kind), None)
     options = {} if thorough or name == "local" else QUICK
     return Target(name, devices, chip, f"jax {jax.__version__}, {compiler}", options)
+
+
+def by_sides(name: str) -> str:
+    """A slice that is named by its number of chips, such as "v5e-4" or Google Cloud's "v5litepod-4", by its sides.
+
+    Returns:
+        Such as "v5e:2x2"; any other name as it is. A v5p's number counts cores and fits slices of several shapes.
+    """
+    found = re.fullmatch(r"((?:[1-9]\d*x)?)(v5e|v5litepod|v6e)-(\d+)", name)
+    sides = SQUARE_SIDES.get(int(found[3])) if found else None
+    return f"{found[1]}{found[2].replace('litepod', 'e')}:{sides}" if found and sides else name
 
 
 def _tpu_devices(name: str) -> Sequence[jax.Device]:
@@ -74,12 +86,12 @@ def _tpu_devices(name: str) -> Sequence[jax.Device]:
     if chip is None or not re.fullmatch(r"\d+(x\d+)+", sides) or sides.count("x") != chip.examples[0].count("x"):
         raise TopologyError(
             f"--topology {name}: expected local, or a chip and the sides of a slice, like v5e:16x16 (2xv5e:16x16: two "
-            f"of them); known are {known}"
+            f"of them), or for v5e and v6e its number of chips, like v5e-256; known are {known}"
         )
     if util.find_spec("libtpu") is None:
         raise TopologyError(
             f"--topology {name} needs libtpu, Google's compiler for TPUs, which runs on any x86-64 Linux; "
-            "install it with: pip install 'asymvq-jax[tpu]'"
+            "install it in a clone with: pip install -e '.[tpu]'"
         )
     # libtpu would ask the machine which TPU it has, but there may be none, and several processes may compile at once.
     for variable, value in {

@@ -26,7 +26,7 @@ from asymvq_jax.models.autoencoder import structure
 from asymvq_jax.models.parameters import merge, split
 from asymvq_jax.plan import advice, chips
 from asymvq_jax.plan import compile as compiling
-from asymvq_jax.plan.chips import CHIPS, GIB, Target, largest_fit, open_topology, roofline
+from asymvq_jax.plan.chips import CHIPS, GIB, Target, by_sides, largest_fit, open_topology, roofline
 from asymvq_jax.plan.compile import (
     Memory,
     Program,
@@ -416,11 +416,22 @@ def test_the_command_plans_one_large_picture(tmp_path, capsys):
     assert json.loads((tmp_path / "plan.json").read_text())["memory"]["peak"] > 0
 
 
+def test_slices_are_named_by_their_chips_too():
+    counts = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+    for count, sides in counts.items():
+        assert by_sides(f"v5e-{count}") == by_sides(f"v5litepod-{count}") == f"v5e:{sides}"
+        assert by_sides(f"2xv6e-{count}") == f"2xv6e:{sides}"
+    for name in ("v5p-8", "v5e-5", "v5e:2x2", "v6litepod-4"):
+        assert by_sides(name) == name
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--topology=v4:2x2x1"], "--topology v4:2x2x1: expected local, or a chip and the sides of a slice"),
         (["--topology=v5e"], "known are v5e: 1x1, 2x2"),
+        (["--topology=v5e-5"], "--topology v5e-5: expected local"),
+        (["--topology=v5p-8"], "like v5e-256; known are"),
         (["--topology=v5e:2x2x2"], "v5p: 2x2x1"),
         (["--search"], "--search: the memory of cpu is not known; name a chip's with --topology"),
         (["--picture=big"], "--picture big: expected HEIGHTxWIDTH"),
