@@ -28,7 +28,7 @@ Keep = Literal["model", "exact"]
 
 
 class InpaintResult(NamedTuple):
-    """A finished picture, (h, w, 3) uint8, and the tone step that pasting covered (None where nothing was pasted)."""
+    """A finished picture, (h, w, 3) uint8, and its tone step at the mask's edge (None where nothing was pasted)."""
 
     image: UInt8[np.ndarray, "h w 3"]
     tone_step: float | None
@@ -87,9 +87,9 @@ def inpaint(
         encode, decode: for large pictures, the functions of `inference.strips`, or `inference.whole`'s with a mesh.
 
     Returns:
-        The picture; and with keep="exact" the tone step that pasting covered: the mean absolute difference between the
-        decoder's and the original's colours over the preserved pixels next to the mask (in the band, where there is
-        one), in levels of 0 to 255.
+        The picture; and with keep="exact" the tone step at the mask's edge, before any blending: the mean absolute
+        difference between the decoder's and the original's colours over the preserved pixels next to the mask (in the
+        band, where there is one), in levels of 0 to 255.
 
     Raises:
         InputError: an array has a wrong shape or type, their sizes differ, or the model cannot preserve anything.

@@ -120,7 +120,7 @@ def run(task: Task) -> str:
             continue
         done = _apply(task, model(), picture, mask, change, edited, programs)
         picture, changed = done.picture, True
-        said += "" if done.tone_step is None else f"; covered a tone step of {done.tone_step:.2f} levels of 255"
+        said += "" if done.tone_step is None else f"; tone step at the edge: {done.tone_step:.2f} levels of 255"
     height, width = picture.size
     what = said if task.edits is None else f"{len(changes)} edits"
     if not changed:

@@ -135,7 +135,7 @@ def test_command_line(model, tmp_path, monkeypatch, capsys):
     assert main([*files, "--crop-and-stitch", "--context=2", "--work-size=32"]) == 0
     said = capsys.readouterr()
     assert "region of 48 x 48 px at 38, 14, filled at 32 x 32 px" in said.err
-    assert "covered a tone step" in said.out
+    assert "tone step at the edge: " in said.out
     out = read_picture("out.png").colour
     np.testing.assert_array_equal(out[mask[..., 0] == 0], image[mask[..., 0] == 0])
     assert (out != image).any()
