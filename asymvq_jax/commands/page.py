@@ -43,9 +43,7 @@ def work(options: Page) -> None:
     if not 1 <= options.port <= 65535:
         raise ConfigError(f"--port {options.port}: expected 1 to 65535")
     if importlib.util.find_spec("gradio") is None:
-        raise ConfigError(
-            "the page needs Gradio: pip install 'asymvq-jax[demo]' (in a clone: pip install -e '.[demo]')"
-        )
+        raise ConfigError("the page needs Gradio; install it in a clone with: pip install -e '.[demo]'")
     from asymvq_jax.devices.compilation import keep_compiled_programs
     from asymvq_jax.evaluation import page
 

@@ -45,8 +45,7 @@ def work(options: Serve) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected 1 or more")
     if missing := [name for name in ("fastapi", "uvicorn", "python_multipart") if not importlib.util.find_spec(name)]:
         raise ConfigError(
-            f"the service needs {' and '.join(missing)}: pip install 'asymvq-jax[serve]' "
-            "(in a clone: pip install -e '.[serve]')"
+            f"the service needs {' and '.join(missing)}; install them in a clone with: pip install -e '.[serve]'"
         )
     import uvicorn
 

@@ -37,8 +37,7 @@ def check_address(path: str, field: str = "") -> None:
         raise ConfigError(f"{named}: expected a path of this machine, or an address that begins with {known}")
     package = PACKAGES[scheme]
     if importlib.util.find_spec(package) is None:
-        extra = " (or: pip install 'asymvq-jax[gcs]')" if scheme == "gs" else ""
-        raise ConfigError(f"{named} needs the package {package}; install it with: pip install {package}{extra}")
+        raise ConfigError(f"{named} needs the package {package}; install it with: pip install {package}")
     # Else what TensorStore or another host writes is not seen, once its folder has been listed.
     fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
 

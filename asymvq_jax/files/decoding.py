@@ -82,7 +82,7 @@ def _open(stream: IO[bytes]) -> Image.Image:
             import pillow_heif
         except ImportError:
             raise ImageError(
-                "is a HEIC picture: install pillow-heif (pip install 'asymvq-jax[heic]'), or convert it to PNG or JPEG"
+                "is a HEIC picture: install pillow-heif (pip install pillow-heif), or convert it to PNG or JPEG"
             ) from None
         pillow_heif.register_heif_opener()
     return Image.open(stream)

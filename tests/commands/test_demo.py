@@ -204,7 +204,7 @@ def test_command_line_messages(checkpoints, served, tmp_path, monkeypatch, capsy
         assert message in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main([f"--checkpoint={ours}"]) == 2
-    assert "the page needs Gradio: pip install 'asymvq-jax[demo]'" in capsys.readouterr().err
+    assert "the page needs Gradio; install it in a clone with: pip install -e '.[demo]'" in capsys.readouterr().err
     assert not served
 
 

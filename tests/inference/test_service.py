@@ -218,4 +218,4 @@ def test_command_line_messages(capsys, monkeypatch):
         assert message in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main([]) == 2
-    assert "pip install 'asymvq-jax[serve]'" in capsys.readouterr().err
+    assert "pip install -e '.[serve]'" in capsys.readouterr().err
