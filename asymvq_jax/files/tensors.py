@@ -139,7 +139,7 @@ def _one(arrays: Mapping[str, Array | StoredTensor]) -> Array:
         raise InputError("holds no array; expected one of real numbers, as numpy.save writes .npy files")
     if len(arrays) > 1 and len(named) != 1:
         shown = ", ".join(f"{name} {value.shape}" for name, value in list(arrays.items())[:5])
-        raise InputError(f"holds {len(arrays)} arrays ({shown}): expected one; save it alone as .npy with numpy.save")
+        raise InputError(f"holds {len(arrays)} arrays ({shown}): expected one; save the latent alone")
     chosen = arrays[named[0]] if len(arrays) > 1 else next(iter(arrays.values()))
     value: Array = chosen.read() if isinstance(chosen, StoredTensor) else chosen
     if value.dtype.kind not in "fiu":

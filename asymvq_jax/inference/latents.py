@@ -118,6 +118,11 @@ def check_latent(
     known = [pair for p in sorted({1, config.latent_patch}) for pair in shapes(config, size, patch=p).items()]
     inner = array.shape[1:] if array.ndim == 4 and array.shape[0] == 1 else array.shape
     fitting = [name for name, shape in known if inner == shape and layout in (None, name)]
+    if not fitting and array.ndim == 4 and array.shape[0] > 1:
+        raise InputError(
+            f"the latent has shape {array.shape}, a batch of {array.shape[0]}: expected one; save each latent alone, "
+            "or decode all of them by asymvq decode"
+        )
     if not fitting:
         wanted = [str(shape) for name, shape in known if layout in (None, name)]
         raise InputError(
