@@ -9,7 +9,7 @@ from asymvq_jax.config.fields import (
     OptimizerConfig,
     RunConfig,
 )
-from asymvq_jax.config.loading import Settings, flatten, from_dict, load_config, override, to_json
+from asymvq_jax.config.loading import Settings, changed, flatten, from_dict, load_config, override, to_json
 from asymvq_jax.config.masks import MASK_PRESETS, MaskConfig
 from asymvq_jax.config.model import DTYPES, Dtype, ModelConfig
 from asymvq_jax.errors import ConfigError, UserError
@@ -30,6 +30,7 @@ __all__ = [
     "RunConfig",
     "Settings",
     "UserError",
+    "changed",
     "flatten",
     "from_dict",
     "load_config",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from asymvq_jax.config.forms import PathText, require, settle
+from asymvq_jax.config.forms import PathText, one_of, require, settle
 from asymvq_jax.config.masks import MaskConfig
 from asymvq_jax.config.model import ModelConfig
 
@@ -18,7 +19,7 @@ class LossConfig:
 
     # sum: over a picture's pixels and channels, as in Stable Diffusion's autoencoder and the paper; mean: as in VQGAN.
     # A factor of all terms but the generator's, whose adaptive weight follows, but is clipped at 1e4.
-    reduction: str = "sum"
+    reduction: Annotated[str, one_of(REDUCTIONS)] = "sum"
     # Weight of LPIPS, which is broadcast to every pixel and channel before that; 0 leaves it out.
     perceptual_weight: float = 1.0
     # Weight of the mean squared error beside the mean absolute one; the reference has none.
@@ -67,7 +68,7 @@ class DataConfig:
 
     # photos: the colour photographs inside scikit-image and scikit-learn; folder: a directory tree of images
     # (also gs://...); tfds: a TFDS data set prepared as ArrayRecord.
-    source: str = "photos"
+    source: Annotated[str, one_of(SOURCES)] = "photos"
     # folder: the training directory; tfds: the name of the data set (imagenet2012, or name:version).
     path: PathText = ""
     # tfds only: the directory that holds the data set; empty: TFDS's default.
@@ -138,7 +139,7 @@ class OptimizerConfig:
     # The peak rate is this times the global batch.
     base_learning_rate: float = 4.5e-6
     # After the warm-up: cosine, down to min_learning_rate at run.steps; or constant.
-    schedule: str = "cosine"
+    schedule: Annotated[str, one_of(SCHEDULES)] = "cosine"
     # cosine only: the rate at run.steps; not multiplied by the batch.
     min_learning_rate: float = 1e-6
     # Steps in which the rate rises to its peak, linearly.
@@ -277,7 +278,7 @@ class RunConfig:
     train_tone: bool = False
     # How a first stage without init_from begins. random: as the reference, uniform. wavelet: as a linear transform
     # that keeps colour (asymvq_jax/models/initialization.py), from which small models learn many times faster.
-    initialization: str = "random"
+    initialization: Annotated[str, one_of(INITIALIZATIONS)] = "random"
     # wavelet only: the logarithm of the variance that the latent's noise begins with. At 0 it drowns the latent.
     initial_log_variance: float = -6.0
     # Steps from one line of the log to the next.

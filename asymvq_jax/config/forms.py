@@ -9,13 +9,20 @@ import numbers
 import operator
 import os
 import typing
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Annotated, Any
+
+import tyro
 
 from asymvq_jax.errors import ConfigError
 
 # A path of this machine or of a bucket (gs://...); a leading ~ is the home directory.
 PathText = Annotated[str, "path"]
+
+
+def one_of(values: Sequence[str]) -> Any:
+    """What the annotation of a text field has, for the help to show its values; they are checked by `require`."""
+    return tyro.conf.arg(metavar=f"{{{','.join(values)}}}")
 
 
 def require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -67,7 +74,7 @@ def _settled(name: str, value: Any, hint: Any) -> Any:
         real = isinstance(value, numbers.Real) and not isinstance(value, bool)
         require(real and math.isfinite(value), name, value, "a finite number")
         return float(value)
-    return _settled_text(name, value, is_path=hint is not str)
+    return _settled_text(name, value, is_path=hint == PathText)
 
 
 def _settled_tuple(name: str, value: Any, hints: tuple[Any, ...]) -> tuple[Any, ...]:

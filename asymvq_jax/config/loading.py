@@ -152,6 +152,18 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return result
 
 
+def changed(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The fields that do not have their dataclass's default, by their dotted names."""
+    result: dict[str, Any] = {}
+    for field_ in dataclasses.fields(config):
+        value = getattr(config, field_.name)
+        if dataclasses.is_dataclass(value):
+            result |= changed(value, f"{prefix}{field_.name}.")
+        elif value != field_.default:
+            result[prefix + field_.name] = value
+    return result
+
+
 def to_json(config: Any) -> str:
     """Serialises a configuration dataclass."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"

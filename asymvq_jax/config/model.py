@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from asymvq_jax.config.forms import require, settle
+from asymvq_jax.config.forms import one_of, require, settle
 
 Dtype = Literal["float32", "bfloat16"]
 DTYPES = get_args(Dtype)
@@ -40,8 +40,8 @@ class ModelConfig:
     decoder_channels: tuple[int, ...] = (128, 256, 512, 512)
     # What each half is built of. sd: group norms and 2-D convolutions; wan and qwen-image, which are alike: RMS norms
     # and convolutions that are causal over time, of which a picture meets the last slice.
-    encoder_layers: str = "sd"
-    decoder_layers: str = "sd"
+    encoder_layers: Annotated[str, one_of(LAYERS)] = "sd"
+    decoder_layers: Annotated[str, one_of(LAYERS)] = "sd"
     # wan and qwen-image only: the levels at whose end there is a convolution over time, which a picture never meets; it
     # is kept for converting back.
     temporal_levels: tuple[int, ...] = ()
@@ -62,13 +62,13 @@ class ModelConfig:
     condition_mask: bool = False
     # How the mask is reduced to each resolution. nearest: one pixel of each cell, as in the paper's code; area-any: a
     # cell that holds anything of the mask is masked, as in ASUKA's, so that no thin line is lost.
-    mask_reduction: str = "nearest"
+    mask_reduction: Annotated[str, one_of(MASK_REDUCTIONS)] = "nearest"
     # A network beside the decoder that sets the fill's tone right by a smooth field (asymvq_jax/models/tone.py).
     tone_field: bool = False
     # Groups of every group normalisation; must divide every channel count of a half that has some.
     norm_groups: int = 32
     # Compute type: float32 or bfloat16. Parameters, norms and softmax are always float32.
-    dtype: str = "float32"
+    dtype: Annotated[str, one_of(DTYPES)] = "float32"
     # Recompute residual blocks and the condition branch in the backward pass instead of keeping their activations.
     remat: bool = False
 

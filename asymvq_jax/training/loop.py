@@ -16,7 +16,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from asymvq_jax.config import Config, ModelConfig, to_json
+from asymvq_jax.config import Config, ModelConfig, changed
 from asymvq_jax.convert.reading import read_model
 from asymvq_jax.data import pipeline
 from asymvq_jax.data.identity import digest_arrays
@@ -282,7 +282,8 @@ class Run:
             for name, tree in (("trained", self.state.params), ("frozen", self.state.frozen))
         }
         log.info(
-            "%s pictures (%s), %d devices (%s), batch %d; %.1f M parameters trained, %.1f M frozen; config:\n%s",
+            "%s pictures (%s), %d devices (%s), batch %d; %.1f M parameters trained, %.1f M frozen; "
+            "config:%s\n  (the rest are the defaults; each checkpoint has all)",
             pictures,
             c.data.source,
             jax.device_count(),
@@ -290,7 +291,7 @@ class Run:
             c.data.batch_size,
             count["trained"] / 1e6,
             count["frozen"] / 1e6,
-            to_json(c),
+            "".join(f"\n  {name} = {value!r}" for name, value in changed(c).items()),
         )
 
     def to_the_end(self, told: Callable[[], ExitCode | None]) -> ExitCode:

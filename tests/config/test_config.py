@@ -17,6 +17,7 @@ from asymvq_jax.config import (
     ModelConfig,
     OptimizerConfig,
     RunConfig,
+    changed,
     from_dict,
     load_config,
     override,
@@ -33,6 +34,22 @@ def test_every_config_file_builds_and_says_what_it_is(path):
     config = load_config(path)
     assert config == from_dict(Config, json.loads(to_json(config)))
     assert path.read_text().startswith('"""')
+
+
+def test_what_differs_from_the_defaults():
+    assert changed(BASE) == {"run.init_from": "somewhere"}
+    arguments = ["--data.mask.boxes=2", "--data.mask.strokes=1", "--model.decoder_channels=128,256,512,1024"]
+    expected = {"data.mask.boxes": 2.0, "model.decoder_channels": (128, 256, 512, 1024)}
+    assert changed(override(BASE, arguments)) == {"run.init_from": "somewhere"} | expected
+
+
+def test_the_help_shows_the_values_of_a_field_that_has_a_few(capsys):
+    with pytest.raises(SystemExit):
+        override(BASE, ["--help"])
+    shown = capsys.readouterr().out
+    for option in ("--data.source {photos,folder,tfds}", "--run.initialization {random,wavelet}"):
+        assert option in shown
+    assert "{cosine,constant}" in shown
 
 
 def test_overrides_replace_fields_at_any_depth():

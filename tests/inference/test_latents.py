@@ -121,6 +121,8 @@ def test_other_files_end_in_one_line(tmp_path, kind, capsys):
         np.save(path, {"objects": np.array([Z, None], object), "complex": Z * 1j, "text": Z.astype(str)}[kind])
     with pytest.raises(InputError, match=rf"^latent {re.escape(str(path))} (?!.*pickle)") as error:
         read_latent_file(path)
+    assert kind != "two" or "holds 2 arrays" in str(error.value)
+    assert kind != "two" or str(error.value).endswith("expected one; save the latent alone")
     assert "\n" not in str(error.value)
     assert capsys.readouterr().out == ""
 
@@ -238,6 +240,12 @@ def test_latents_without_a_picture_are_told_by_shape_and_spread(config, layout, 
 def test_what_is_ambiguous_without_a_picture_is_refused(array, config, options, message):
     with pytest.raises(InputError, match=message):
         understand_alone(array, config, **options)
+
+
+def test_a_batch_is_called_one_where_one_latent_is_expected():
+    message = r"shape \(3, 6, 9, 4\), a batch of 3: expected one; save each latent alone, or .* asymvq decode"
+    with pytest.raises(InputError, match=message):
+        understand(np.concatenate([OWN] * 3), CONFIG, SIZE)
 
 
 def test_command_line_decodes_what_other_programs_write(tmp_path, capsys, monkeypatch):
