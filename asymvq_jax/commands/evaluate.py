@@ -58,8 +58,9 @@ class Evaluate:
     # For --seam, and instead of the table of pairs: a folder of whole pictures, or one with the folders image and mask,
     # as MISATO has them; by default the configuration's held-out pictures.
     pictures: str | None = None
-    # For --seam: the most pictures, and the side of the centre square that they are scaled to, px; 0: as they are.
+    # For --seam: the most pictures.
     seam_pictures: int = 10
+    # For --seam: the side of the centre square that they are scaled to, px; 0: as they are.
     seam_size: int = 256
     # For --seam: a second model with a condition branch and the same encoder, trained to harmonise.
     harmonised: str | None = None

@@ -29,15 +29,19 @@ class MaskConfig:
     invert_probability: float = 0.0
     # Side of the picture whose pixels the lengths below are given in; for another picture they scale with its side.
     resolution: int = 256
-    # Strokes in a mask, and most segments in a stroke.
+    # Strokes in a mask.
     stroke_count: tuple[int, int] = (1, 6)
+    # Most segments in a stroke.
     stroke_segments: int = 5
-    # How many lengths a segment may have, from 10 px on; how many widths its brush, from 5 px on; how many directions.
+    # How many lengths a segment may have, from 10 px on.
     stroke_length: int = 200
+    # How many widths a stroke's brush may have, from 5 px on.
     stroke_width: int = 100
+    # How many directions a segment may have.
     stroke_angle: int = 4
-    # Rectangles in a mask, and their sides, px.
+    # Rectangles in a mask.
     box_count: tuple[int, int] = (1, 3)
+    # A rectangle's sides, px.
     box_side: tuple[int, int] = (30, 150)
     # Least distance from the picture's edge.
     box_margin: int = 10
@@ -45,12 +49,13 @@ class MaskConfig:
     square_count: tuple[int, int] = (1, 11)
     square_length: int = 60
     square_width: int = 20
-    # Period of the masked bands of rows, and of columns, and the bands' width, always less; px, which do not scale.
+    # Period of the masked bands of rows, and of columns; px, which do not scale.
     superres_step: tuple[int, int] = (2, 4)
+    # Width of these bands, always less than their period; px, which do not scale.
     superres_width: tuple[int, int] = (1, 3)
-    # Probabilities that the left, top, right and bottom margin is masked (one always is), and the margins' width as a
-    # share of the picture's side.
+    # Probabilities that the left, top, right and bottom margin is masked; one always is.
     outpainting_sides: tuple[float, float, float, float] = (0.5, 0.5, 0.5, 0.5)
+    # The masked margins' width, as a share of the picture's side.
     outpainting_padding: tuple[float, float] = (0.04, 0.25)
     # files: a directory tree of mask pictures (also gs://...), white = generate, resized to the crop; threshold 0.5.
     path: PathText = ""
