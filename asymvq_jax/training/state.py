@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -79,37 +80,51 @@ def make_blueprint(config: Config) -> Blueprint:
     )
 
 
-def init_state(blueprint: Blueprint) -> TrainState:
-    """The state before the first step, from the config's seed alone."""
-    config = blueprint.config
+class Drawn(NamedTuple):
+    """What is random in a state before the first step; all by dotted name."""
+
+    params: Params
+    discriminator: Params
+    batch_stats: Params
+
+
+def draw(config: Config) -> Drawn:
+    """The networks' first parameters, from the config's seed alone."""
     key = jax.random.key(config.run.seed)
     _, params = split(Autoencoder(config.model, rngs=nnx.Rngs(jax.random.fold_in(key, 0))))
     if config.run.initialization == "wavelet":
         params = wavelet(params, config.model, config.run.initial_log_variance)
     rngs = nnx.Rngs(jax.random.fold_in(key, 1))
     _, discriminator, stats = split(Discriminator(config.loss, config.model, rngs=rngs), nnx.Param, BatchStat)
-    trained = {name: value for name, value in params.items() if is_trained(config, name)}
+    return Drawn(params, discriminator, stats)
+
+
+def init_state(blueprint: Blueprint, drawn: Drawn) -> TrainState:
+    """The state before the first step."""
+    config = blueprint.config
+    trained = {name: value for name, value in drawn.params.items() if is_trained(config, name)}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        key=jax.random.key_data(jax.random.fold_in(key, 2)),
+        key=jax.random.key_data(jax.random.fold_in(jax.random.key(config.run.seed), 2)),
         params=trained,
-        frozen={name: value for name, value in params.items() if name not in trained},
+        frozen={name: value for name, value in drawn.params.items() if name not in trained},
         optimizer=blueprint.optimizer.init(trained),
         ema=jax.tree.map(jnp.copy, trained) if config.optimizer.ema_decay else {},
-        discriminator=discriminator,
-        batch_stats=stats,
-        discriminator_optimizer=blueprint.discriminator_optimizer.init(discriminator),
+        discriminator=drawn.discriminator,
+        batch_stats=drawn.batch_stats,
+        discriminator_optimizer=blueprint.discriminator_optimizer.init(drawn.discriminator),
     )
 
 
 def abstract_state(blueprint: Blueprint, mesh: Mesh) -> TrainState:
     """The state's shapes, types and shardings; allocates nothing."""
-    state: TrainState = sharding.placed_shapes(jax.eval_shape(lambda: init_state(blueprint)), mesh)
+    shapes = jax.eval_shape(lambda: init_state(blueprint, draw(blueprint.config)))
+    state: TrainState = sharding.placed_shapes(shapes, mesh)
     return state
 
 
 def create_state(blueprint: Blueprint, mesh: Mesh, initial: Params | None = None) -> TrainState:
-    """Initialises the state under its shardings, so that nothing is ever whole on one device.
+    """The state before the first step, under its shardings.
 
     Args:
         blueprint: from `make_blueprint`.
@@ -117,19 +132,15 @@ def create_state(blueprint: Blueprint, mesh: Mesh, initial: Params | None = None
         initial: parameters that replace the random ones (see `starting_parameters`).
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(blueprint, mesh))
+    # Drawn one by one: as one program, which would not outlast this call, they take as long to compile as a step.
+    drawn = draw(blueprint.config)
+    params = drawn.params | {name: x for name, x in (initial or {}).items() if name in drawn.params}
+    drawn = drawn._replace(params=params)
+    places = Drawn({**shardings.params, **shardings.frozen}, dict(shardings.discriminator), dict(shardings.batch_stats))
     with jax.set_mesh(mesh):
-        state: TrainState = jax.jit(lambda: init_state(blueprint), out_shardings=shardings)()
-    if initial:
-        places = {**shardings.params, **shardings.frozen}
         # Copies: the step donates the state's buffers, and the caller keeps its own (`place` may alias them).
-        given = {n: place(x, places[n]).copy() for n, x in initial.items() if n in places}
-        state = state._replace(
-            params={n: given.get(n, x) for n, x in state.params.items()},
-            frozen={n: given.get(n, x) for n, x in state.frozen.items()},
-        )
-    if blueprint.config.optimizer.ema_decay:
-        # A copy on the device, made after the replacement: the average begins at the very parameters of the run.
-        state = state._replace(ema=jax.tree.map(lambda x: x.copy(), state.params))
+        begin = jax.jit(partial(init_state, blueprint), out_shardings=shardings)
+        state: TrainState = begin(jax.tree.map(place, drawn, places))
     return state
 
 

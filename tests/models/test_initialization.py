@@ -10,7 +10,7 @@ from asymvq_jax.config import Config, ConfigError, LossConfig, ModelConfig, RunC
 from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.initialization import wavelet
 from asymvq_jax.models.parameters import merge, split
-from asymvq_jax.training.state import init_state, make_blueprint
+from asymvq_jax.training.state import draw, init_state, make_blueprint
 
 SMALL = ModelConfig(
     latent_channels=8,
@@ -74,7 +74,7 @@ def test_a_run_begins_with_it():
         model=SMALL,
         loss=LossConfig(gan_start=-1, perceptual_weight=0.0, discriminator_features=8, discriminator_layers=1),
     )
-    state = jax.jit(lambda: init_state(make_blueprint(config)))()
+    state = init_state(make_blueprint(config), draw(config))
     np.testing.assert_array_equal(state.params["quant_conv.bias"][8:], -3.0)
     assert not np.any(state.params["decoder.mid.block1.conv2.kernel"])
 

@@ -8,7 +8,7 @@ from oracles import TINY
 from asymvq_jax.config import Config, DataConfig, LossConfig, OptimizerConfig, RunConfig
 from asymvq_jax.models.parameters import merge
 from asymvq_jax.training.fitting import fit_condition, solve, sum_trees
-from asymvq_jax.training.state import init_state, make_blueprint
+from asymvq_jax.training.state import draw, init_state, make_blueprint
 
 SIZE = 32
 
@@ -54,7 +54,7 @@ def test_the_fitted_branch_is_nearer_to_the_decoder_than_its_mean_and_a_random_b
         run=RunConfig(init_from="somewhere", fit_condition=4),
     )
     blueprint = make_blueprint(config)
-    state = init_state(blueprint)
+    state = init_state(blueprint, draw(blueprint.config))
     batch = next(_batches())
     fitted = fit_condition(blueprint, state, lambda: batch, config.run.fit_condition)
     params = {**state.frozen, **state.params}

@@ -174,7 +174,7 @@ def test_step_equals_torch():
 
 def test_frozen_parameters_have_no_gradient_and_no_optimizer_state():
     blueprint = make_blueprint(_config())
-    state = jax.eval_shape(lambda: states.init_state(blueprint))
+    state = jax.eval_shape(lambda: states.init_state(blueprint, states.draw(blueprint.config)))
     assert all(not name.startswith("decoder.") for name in state.frozen)
     assert {"encoder.conv_in.kernel", "quant_conv.kernel", "post_quant_conv.kernel"} <= set(state.frozen)
     adam = state.optimizer[0]
