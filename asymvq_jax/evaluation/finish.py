@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin
 
 import asymvq_jax
 from asymvq_jax.errors import InputError, UserError
+from asymvq_jax.evaluation.rows import ENLARGED, edge_of
 from asymvq_jax.inference import inpaint
 from asymvq_jax.inference.blend import BAND, BLENDS, MIXING, Blend
 from asymvq_jax.inference.crop import WORK_SIZE, Crop
@@ -97,12 +98,13 @@ def add_finish(
             done, settings = finish(model, image, mask, way, crop, context)
         except UserError as error:
             gr.Warning(str(error), title="Not yet")
-            return gr.skip(), gr.skip()
+            return gr.skip(), gr.skip(), gr.skip()
         # Where the page's other files are, which go with it.
         folder = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR")))
         file = folder / "inpainted.png"
         file.write_bytes(png(done, settings))
-        return (image, done), gr.DownloadButton(value=str(file), interactive=True)
+        edge = tuple(edge_of(each, mask) for each in (image, done))
+        return (image, done), edge, gr.DownloadButton(value=str(file), interactive=True)
 
     gr.Markdown(TEXT)
     with gr.Row():
@@ -120,5 +122,8 @@ def add_finish(
     with gr.Row():
         button = gr.Button("Finish", variant="primary")
         save = gr.DownloadButton("Save with its settings", interactive=False)
-    slider = gr.ImageSlider(label="Before and after", format="png", type="numpy", interactive=False)
-    button.click(press, [*inputs, way, crop, context], [slider, save])
+    slider, edge = (
+        gr.ImageSlider(label=label, format="png", type="numpy", interactive=False)
+        for label in ("Before and after", f"The mask's edge, enlarged {ENLARGED} times")
+    )
+    button.click(press, [*inputs, way, crop, context], [slider, edge, save])

@@ -27,6 +27,7 @@ from asymvq_jax.errors import InputError
 from asymvq_jax.evaluation import page
 from asymvq_jax.evaluation.finish import WAYS, finish, png
 from asymvq_jax.evaluation.page import Decoded, compare, describe, load, read_painting
+from asymvq_jax.evaluation.rows import edge_of
 from asymvq_jax.files import images
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.checkpoints import load_model, save_model
@@ -319,10 +320,10 @@ class Visitor:
         return [images.decode(self.page.request.get(image.get_attribute("src")).body()) for image in shown.all()]
 
     def finish(self) -> list[np.ndarray]:
-        """Presses the other button, and waits for the pictures before and after."""
+        """Presses the other button, and waits for the pictures before and after, and of the edge enlarged."""
         self.page.get_by_role("button", name="Finish").click()
         self.page.locator("button:enabled", has_text="Save with its settings").wait_for()
-        return self.results("[data-testid=imageslider-image]", 2)
+        return self.results("[data-testid=imageslider-image]", 4)
 
 
 def test_the_page_in_a_browser(browser, address, models, tmp_path):
@@ -393,11 +394,13 @@ def test_a_mask_file_and_the_finish_on_a_phone(browser, address, models, tmp_pat
     page.get_by_text(f"{name}: mask from alpha (white strokes on transparency)").wait_for()
     visitor.press("150 x 96 px, 1% to be generated")
     np.testing.assert_array_equal((visitor.results()[2] != image).any(-1), mask[..., 0] == 1)
-    before, after = visitor.finish()
+    before, after, edge_before, edge_after = visitor.finish()
     np.testing.assert_array_equal(before, image)
     expected, settings = finish(models[0], image, mask, "none", False, 1.5)
     np.testing.assert_allclose(after.astype(int), expected.astype(int), atol=1)
     assert (after != image).any()
+    np.testing.assert_array_equal(edge_before, edge_of(image, mask))
+    np.testing.assert_array_equal(edge_after, edge_of(after, mask))
     with page.expect_download() as download:
         page.get_by_role("button", name="Save with its settings").click()
     with Image.open(download.value.path()) as saved:
