@@ -145,7 +145,7 @@ def _measure(model: Autoencoder, examples: Example) -> tuple[dict[str, float], n
 
 def _speed(model: Autoencoder, latent: jax.Array, condition: tuple[Any, Any]) -> float:
     seconds = []
-    for _ in range(5):
+    for _ in range(3):
         begin = time.perf_counter()
         jax.block_until_ready(inference.decode(model, latent, *condition))
         seconds.append(time.perf_counter() - begin)

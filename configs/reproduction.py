@@ -16,7 +16,7 @@ def get_config() -> Config:
             steps=1_000,
             log_every=100,
             eval_every=1_000,
-            eval_pictures=48,
+            eval_pictures=12,
             keep=1,
         ),
         model=ModelConfig(

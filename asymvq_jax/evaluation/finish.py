@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # How kept pixels are kept: by the decoder alone, or exactly with each of the ways to set the fill in.
 DECODER = "by the decoder"
 WAYS = (DECODER, *BLENDS)
+# What the page's buttons share, so that one call at a time uses the model.
+MODEL = "model"
 # The name of the settings among a PNG's texts.
 KEY = "asymvq inpaint"
 TEXT = """
@@ -126,4 +128,4 @@ def add_finish(
         gr.ImageSlider(label=label, format="png", type="numpy", interactive=False)
         for label in ("Before and after", f"The mask's edge, enlarged {ENLARGED} times")
     )
-    button.click(press, [*inputs, way, crop, context], [slider, edge, save])
+    button.click(press, [*inputs, way, crop, context], [slider, edge, save], concurrency_id=MODEL)

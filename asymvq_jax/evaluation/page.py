@@ -14,7 +14,7 @@ from asymvq_jax import inference
 from asymvq_jax.config import DataConfig
 from asymvq_jax.data.sources import open_source
 from asymvq_jax.errors import InputError, UserError
-from asymvq_jax.evaluation.finish import add_finish
+from asymvq_jax.evaluation.finish import MODEL, add_finish
 from asymvq_jax.evaluation.mask_file import add_mask_file, read_mask_file
 from asymvq_jax.evaluation.metrics.image import mean_squared_error, psnr
 from asymvq_jax.evaluation.rows import decode_ours, decode_plain, hard_paste
@@ -224,7 +224,7 @@ def page(model: Autoencoder, plain: Autoencoder | None) -> gradio.Blocks:
         editor.clear(lambda: None, outputs=size, show_progress="hidden")
         gallery.click(lambda index: put(examples[index]), gallery, [editor, size], show_progress="hidden")
         upload.upload(put, upload, [editor, size], show_progress="hidden")
-        button.click(press, inputs, outputs)
+        button.click(press, inputs, outputs, concurrency_id=MODEL)
         add_finish(model, inputs, read_inputs)
     return blocks
 

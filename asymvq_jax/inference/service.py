@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from asymvq_jax.config import ModelConfig
 from asymvq_jax.errors import ImageError, InputError, UserError
 from asymvq_jax.files.decoding import Array, opened
 from asymvq_jax.files.formats import HEAD, picture_format
@@ -88,6 +89,8 @@ class Settings:
 def make_app(model: Autoencoder, limits: Limits) -> FastAPI:
     """The service of an autoencoder: POST /inpaint, and GET /health."""
     batcher = Batcher(model, limits.batch, limits.waiting)
+    # Read here: while the batcher's thread calls the model, nnx takes its attributes away for a moment.
+    config = model.config
 
     @asynccontextmanager
     async def running(_: FastAPI) -> AsyncIterator[None]:
@@ -125,7 +128,7 @@ def make_app(model: Autoencoder, limits: Limits) -> FastAPI:
             None if latent_scaled is None else latent_scaled == "yes", format.upper(),
         )  # fmt: skip
         sent = None if latent is None else await latent.read()
-        work = await run_in_threadpool(_prepare, model, limits, settings, await image.read(), await mask.read(), sent)
+        work = await run_in_threadpool(_prepare, config, limits, settings, await image.read(), await mask.read(), sent)
         decoded = None
         if work.job is not None:
             waiting = asyncio.wrap_future(batcher.submit(work.job))
@@ -178,25 +181,25 @@ class Work:
 
 
 def _prepare(
-    model: Autoencoder, limits: Limits, settings: Settings, image: bytes, mask: bytes, latent: bytes | None
+    config: ModelConfig, limits: Limits, settings: Settings, image: bytes, mask: bytes, latent: bytes | None
 ) -> Work:
     keeping = settings.keeping()
     if keeping.keep == "model":
-        check_condition(model.config)
+        check_condition(config)
     elif settings.format == "JPEG":
         raise InputError("format=jpeg changes every pixel; expected png or webp where pixels are kept exactly")
     picture, read = _read(image, mask, settings, limits)
     edited = None if latent is None else _read_latent(latent)
     if read.empty:
         return Work(picture, read)
-    region = None if settings.crop is None else settings.crop.region(read.values, model.config.downsampling)
+    region = None if settings.crop is None else settings.crop.region(read.values, config.downsampling)
     seen = picture if region is None else region.enter(picture)
     small = read.values if region is None else region.enter_mask(read.values)
-    job = Job(seen.to_float(), small.astype(np.float32), margin=margin_of(model.config, keeping))
+    job = Job(seen.to_float(), small.astype(np.float32), margin=margin_of(config, keeping))
     if edited is not None:
         job.layout = settings.latent_layout or edited.layout
         job.scaled = edited.scaled if settings.latent_scaled is None else settings.latent_scaled
-        check_latent(edited.values, model.config, seen.size, job.layout)
+        check_latent(edited.values, config, seen.size, job.layout)
         job.latent = edited.values
     return Work(picture, read, region, job)
 

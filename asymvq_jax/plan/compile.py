@@ -295,7 +295,7 @@ def _compile(program: _Lowered, target: Target) -> Program:
     log.info("%s: compiling for %d devices of %s ...", program.name, program.mesh.size, target.name)
     begin = time.perf_counter()
     try:
-        with nullcontext() if target.name == "local" else _no_jax_cache():
+        with nullcontext() if target.name == "local" else no_jax_cache():
             compiled = program.lowered.compile(dict(target.options) or None)
     except jax.errors.JaxRuntimeError as error:
         shortage = out_of_memory(str(error))
@@ -309,7 +309,7 @@ def _compile(program: _Lowered, target: Target) -> Program:
 
 
 @contextmanager
-def _no_jax_cache() -> Iterator[None]:
+def no_jax_cache() -> Iterator[None]:
     """Turns JAX's own cache off: it would store programs for devices that are absent, and then fail to read them."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
