@@ -15,7 +15,7 @@ from asymvq_jax.config import DataConfig
 from asymvq_jax.data.sources import open_source
 from asymvq_jax.errors import InputError, UserError
 from asymvq_jax.evaluation.finish import MODEL, add_finish
-from asymvq_jax.evaluation.mask_file import add_mask_file, read_mask_file
+from asymvq_jax.evaluation.mask_file import FOUND, add_mask_file, read_mask_file
 from asymvq_jax.evaluation.metrics.image import mean_squared_error, psnr
 from asymvq_jax.evaluation.rows import decode_ours, decode_plain, hard_paste
 from asymvq_jax.files import images
@@ -177,9 +177,10 @@ def page(model: Autoencoder, plain: Autoencoder | None) -> gradio.Blocks:
             gr.Warning(str(error), title="Not loaded")
             return gr.skip(), gr.skip()
 
-    def press(*values: Any) -> Any:
+    # The page's clients need not name what has a default here.
+    def press(painting: Any, size: Any, path: str | None = None, channel: str = FOUND, invert: bool = False) -> Any:
         try:
-            image, mask = read_inputs(*values)
+            image, mask = read_inputs(painting, size, path, channel, invert)
         except UserError as error:
             gr.Warning(str(error), title="Not yet")
             return gr.skip()

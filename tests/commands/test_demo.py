@@ -409,6 +409,19 @@ def test_a_mask_file_and_the_finish_on_a_phone(browser, address, models, tmp_pat
     _check_width(page)
 
 
+def test_a_program_names_the_painting_alone(address, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    client = pytest.importorskip("gradio_client")
+    image, mask = _picture(48, 64)
+    painting = {
+        "background": client.handle_file(str(_png(tmp_path / "picture.png", image))),
+        "layers": [client.handle_file(str(_png(tmp_path / "layer.png", _strokes(mask))))],
+        "composite": None,
+    }
+    said, *_ = client.Client(address[0], verbose=False).predict(painting, api_name="/press")
+    assert said.startswith("64 x 48 px")
+
+
 def test_finishing_and_its_settings(models):
     image, mask = _picture(64, 80)
     kept = mask[..., 0] == 0
