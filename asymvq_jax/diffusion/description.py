@@ -20,7 +20,7 @@ from asymvq_jax.diffusion.original import Original, find_parts
 from asymvq_jax.diffusion.schedulers import Kind, SchedulerConfig
 from asymvq_jax.diffusion.tokens import Tokenizer, read_tokenizer
 from asymvq_jax.diffusion.unet import SIZES, UNetConfig
-from asymvq_jax.errors import PipelineError
+from asymvq_jax.errors import PipelineError, UserError
 from asymvq_jax.files.fields import COUNT, COUNTS, NUMBER, ONE_OR_MORE, TEXTS, wrong_fields
 from asymvq_jax.files.weights import SUFFIXES, open_weights, read_json, weight_files
 
@@ -37,6 +37,8 @@ PARTS: dict[Task, tuple[str, ...]] = {
 }
 # What XL has beside that for text and inpaint.
 XL_PARTS = ("text_encoder_2/config.json", "tokenizer_2")
+# How the names of its pipelines begin.
+XL = "StableDiffusionXL"
 COMMON_PARTS = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 
 
@@ -84,6 +86,21 @@ def describe(
     if not path.is_dir():
         raise PipelineError(f"no pipeline at {path}: expected a diffusers pipeline folder (or an original checkpoint)")
     index = _check_family(path)
+    try:
+        return _describe_folder(path, task, index, scheduler, told)
+    except UserError as error:
+        if not str(index.get("_class_name")).startswith(XL):
+            raise
+        raise PipelineError(f"{path}, a pipeline of Stable Diffusion XL: {error}") from None
+
+
+def _describe_folder(
+    path: Path,
+    task: Task,
+    index: Mapping[str, Any],
+    scheduler: Kind | None,
+    told: Mapping[str, float] | None,
+) -> Description:
     missing = [part for part in (*COMMON_PARTS, *PARTS[task]) if not (path / part).exists()]
     if missing:
         whole = len(missing) == len(COMMON_PARTS) + len(PARTS[task])
@@ -106,7 +123,7 @@ def describe(
     if unet_config.added:
         if task == "edit" or (absent := [part for part in XL_PARTS if not (path / part).exists()]):
             what = "'edit' takes Paint-by-Example" if task == "edit" else f"missing {', '.join(absent)}"
-            raise PipelineError(f"{path} is a pipeline of Stable Diffusion XL: {what}")
+            raise PipelineError(f"{path} has Stable Diffusion XL's UNet: {what}")
         parts["encoder_2"] = clip.read_text_config(*stored(XL_PARTS[0]))
         parts["tokenizer_2"] = read_tokenizer(path / XL_PARTS[1], parts["encoder_2"])
         parts["zeros"] = index.get("force_zeros_for_empty_prompt", True)
@@ -132,7 +149,7 @@ def _check_family(path: Path) -> dict[str, Any]:
         return {}
     index = read_json(file)
     kind = str(index.get("_class_name"))
-    if kind.startswith(tuple(beginning for beginning, _ in FAMILIES)) and not kind.startswith("StableDiffusionXL"):
+    if kind.startswith(tuple(beginning for beginning, _ in FAMILIES)) and not kind.startswith(XL):
         raise PipelineError(
             f"{path} is a pipeline of {family_of(kind)} ({kind}); only Stable Diffusion 1, 2 and XL are supported"
         )
