@@ -24,6 +24,9 @@ class Decode:
     # Whether the latents have been multiplied by the scaling factor, as diffusion models have them; by default what the
     # file says, or else found by the spread of the values, and refused where that does not show it.
     latent_scaled: Literal["yes", "no"] | None = None
+    # HEIGHTxWIDTH of the pictures, px: for latents packed into tokens (FLUX, Qwen-Image), which do not show it. Others
+    # are checked, and sides that are no multiples cut off.
+    size: str | None = None
     # In strips of rows, for pictures that the device's memory cannot hold.
     large: Literal["strips"] | None = None
     # How a diffusion model scales the model's latents, (latent - shift) * scaling, where its file does not say it.
@@ -38,6 +41,7 @@ def work(options: Decode) -> None:
     """Decodes and writes, one picture at a time."""
     from etils import epath
 
+    from asymvq_jax.config import ModelConfig
     from asymvq_jax.convert.convert import as_told, read_model
     from asymvq_jax.devices.compilation import keep_compiled_programs
     from asymvq_jax.errors import InputError
@@ -45,36 +49,44 @@ def work(options: Decode) -> None:
     from asymvq_jax.files.outputs import check_not_input, check_writable, try_out, writing
     from asymvq_jax.files.pictures import FORMATS
     from asymvq_jax.files.tensors import read_latent_file
-    from asymvq_jax.inference.latents import understand_alone
+    from asymvq_jax.inference.latents import count_latents, understand_alone
     from asymvq_jax.inference.strips import decode_in_strips
     from asymvq_jax.inference.whole import decode
 
     check_not_input("--out", options.out, {"--latent": options.latent})
+    size = None if options.size is None else images.parse_size("--size", options.size)
     file = read_latent_file(options.latent)
     out = epath.Path(options.out)
-    count = len(file.values) if file.values.ndim == 4 else 1
-    if count == 1:
-        check_writable(out, FORMATS)
-        outs = [out]
-    elif out.suffix.lower() in FORMATS or out.is_file():
-        raise InputError(f"--out {out}: {options.latent} holds {count} latents; expected a directory")
-    else:
-        with writing(out):
-            try_out(out)
-        outs = [out / f"{number:04d}.png" for number in range(count)]
+
+    def check_out(config: ModelConfig) -> None:
+        """How many latents there are depends on the model; known before its weights are read."""
+        count = count_latents(file.values, config, size)
+        if count == 1:
+            check_writable(out, FORMATS)
+        elif out.suffix.lower() in FORMATS or out.is_file():
+            raise InputError(f"--out {out}: {options.latent} holds {count} latents; expected a directory")
+        else:
+            with writing(out):
+                try_out(out)
+
     keep_compiled_programs()
     told = as_told(options.scaling_factor, options.shift_factor)
-    model = read_model(options.checkpoint, told, dtype=options.dtype)
+    model = read_model(options.checkpoint, told, dtype=options.dtype, known=check_out)
     said = None if options.latent_scaled is None else options.latent_scaled == "yes"
     reading = understand_alone(
         file.values,
         model.config,
+        size=size,
         layout=options.latent_layout or file.layout,
         scaled=file.scaled if said is None else said,
         norm=model.normalization(),
     )
+    count = len(reading.latent)
+    outs = [out] if count == 1 else [out / f"{number:04d}.png" for number in range(count)]
     for path, latent in zip(outs, reading.latent, strict=True):
         picture = (decode_in_strips if options.large else decode)(model, latent[None])[0]
+        if size is not None:
+            picture = picture[: size[0], : size[1]]
         images.write(path, images.to_uint8(picture))
     height, width = picture.shape[:2]
     print(f"{options.out}: {count} of {width} x {height} px; {reading.describe()}")

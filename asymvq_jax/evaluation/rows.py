@@ -27,6 +27,7 @@ from asymvq_jax.evaluation.pairs import Pair, list_latents, pair_latent, read_la
 from asymvq_jax.files import images
 from asymvq_jax.files.masks import generated
 from asymvq_jax.inference.blend import composite
+from asymvq_jax.inference.packed import without_frames
 from asymvq_jax.losses.lpips import LPIPS
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.parameters import Params, split
@@ -324,8 +325,8 @@ def evaluate_text(
         stored = read_latent(path)
         told = stored.scaled if scaled is None else scaled
         for row, decoder in models.items():
-            size = _latent_size(stored.values, decoder.config)
             try:
+                size = _latent_size(stored.values, decoder.config)
                 latent = inference.read_latent(
                     stored.values, decoder.config, size, scaled=told is not False, norm=decoder.normalization()
                 )
@@ -341,6 +342,7 @@ def evaluate_text(
 
 def _latent_size(array: np.ndarray, config: ModelConfig) -> tuple[int, int]:
     """Height and width of the picture that a latent of either layout stands for; any other shape is refused later."""
+    array = without_frames(array, config)
     shape = array.shape[-3:] if array.ndim > 2 else (1, 1, 1)
     patched = config.latent_channels * config.latent_patch**2
     sides = shape[1:] if shape[0] in (config.latent_channels, patched) else shape[:2]

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.errors import InputError
+from asymvq_jax.inference.packed import describe_tokens, looks_packed, unpack, without_frames
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.latent import Normalization, normalization
 
@@ -31,6 +32,8 @@ ALIKE, DISTINCT = 0.5, 0.2
 SPREAD = 2.0
 # Fewer of the latent's pixels outside the mask say nothing.
 ENOUGH = 12
+# Why a latent in tokens counts as scaled.
+PACKED = "packed, as diffusion models have them"
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,11 @@ def check_latent(
     Raises:
         InputError: it fits in no layout (the message gives both shapes), or does not hold finite real numbers.
     """
-    array = np.asarray(array)
     if layout is not None and layout not in LAYOUTS:
         raise InputError(f"the latent's layout {layout!r}: expected {' or '.join(LAYOUTS)}")
+    array = without_frames(np.asarray(array), config)
+    if (latent := unpack(array, config, size)) is not None:
+        array, layout = latent, "channels-last"
     # A diffusion model's, in patches, has a shape of its own.
     known = [pair for p in sorted({1, config.latent_patch}) for pair in shapes(config, size, patch=p).items()]
     inner = array.shape[1:] if array.ndim == 4 and array.shape[0] == 1 else array.shape
@@ -128,6 +133,7 @@ def check_latent(
         raise InputError(
             f"the latent has shape {array.shape}: expected {' or '.join(wanted)}, "
             f"with or without a leading 1, for a picture of {size[1]} x {size[0]} px"
+            f"{describe_tokens(array, config, size)}"
         )
     if array.dtype.kind not in "fiu":
         raise InputError(f"the latent holds values of type {array.dtype}: expected real numbers")
@@ -153,7 +159,8 @@ def understand(
     picture's own, but for the scaling factor.
 
     Args:
-        array: (c, h, w) or (h, w, c), or either with a leading 1, as PyTorch or JAX pipelines return latents.
+        array: (c, h, w) or (h, w, c), or either with a leading 1, as PyTorch or JAX pipelines return latents; or with
+            an axis of one frame; or in tokens (see `unpack`).
         config: the model's.
         size: height and width of the picture.
         own: gives the picture's own latent, (1, h, w, c), not scaled; only called where something is to be found.
@@ -167,7 +174,10 @@ def understand(
             compare it with, or alike in both; or `norm` is needed.
     """
     fitting = check_latent(array, config, size, layout)
-    inner = np.asarray(array)
+    inner = without_frames(np.asarray(array), config)
+    default = "by default"
+    if (tokens := unpack(inner, config, size)) is not None:
+        inner, layout, default = tokens, "channels-last", PACKED
     inner = (inner[0] if inner.ndim == 4 else inner).astype(np.float32)
     norm = norm or normalization(config)
     if config.latent_patch > 1:
@@ -183,7 +193,7 @@ def understand(
             fits = {name: _compare(way[kept], z[0][kept], seen) for name, way in ways.items()}
     best = max(fits, key=lambda name: fits[name][0]) if fits else fitting[0]
     correlation, as_seen = fits.get(best, (0.0, True))
-    reason, warning = "as given" if told else "by default", ""
+    reason, warning = "as given" if told else default, ""
     if len(fitting) > 1:
         both = f"the latent's shape {np.shape(array)} fits with the channels first and last"
         option = f"--latent-layout {' or '.join(LAYOUTS)}"
@@ -237,10 +247,19 @@ def _in_patches(
     return Reading(found[name, seen], name, seen, "as given" if scaled is not None else "by its shape")
 
 
+def count_latents(array: Array, config: ModelConfig, size: tuple[int, int] | None = None) -> int:
+    """How many latents an array holds; the arguments are those of `understand_alone`."""
+    array = without_frames(np.asarray(array), config)
+    tokens = None if size is None else unpack(array, config, size)
+    array = array if tokens is None else tokens
+    return len(array) if array.ndim == 4 else 1
+
+
 def understand_alone(
     array: Array,
     config: ModelConfig,
     *,
+    size: tuple[int, int] | None = None,
     layout: Layout | None = None,
     scaled: bool | None = None,
     norm: Normalization | None = None,
@@ -248,8 +267,10 @@ def understand_alone(
     """Brings latents that no picture belongs to into the form that `decode` takes.
 
     Args:
-        array: (b, c, h, w) or (b, h, w, c), or either without b.
+        array: (b, c, h, w) or (b, h, w, c), or either without b; or with an axis of one frame; or in tokens (see
+            `unpack`).
         config: the model's.
+        size: height and width of the pictures, which tokens do not show.
         layout: the array's; None: found by its shape.
         scaled: see `understand`; None: found by the shape, where a diffusion model sees patches, or else by the values'
             spread, for which the scaling factor is there.
@@ -259,9 +280,16 @@ def understand_alone(
         The reading; its latent is (b, h, w, c).
 
     Raises:
-        InputError: the array is not of this model, or its layout or its scale cannot be told.
+        InputError: the array is not of this model or size, or its layout or its scale cannot be told.
     """
-    array, channels = np.asarray(array), config.latent_channels
+    array, channels = without_frames(np.asarray(array), config), config.latent_channels
+    if (tokens := None if size is None else unpack(array, config, size)) is not None:
+        array, layout = tokens, "channels-last"
+    elif size is None and layout is None and looks_packed(array, config):
+        raise InputError(
+            f"the latent has shape {array.shape}, which is that of tokens, as FLUX and Qwen-Image pack them: give the "
+            "pictures' size by --size HEIGHTxWIDTH, or if it is not packed, --latent-layout " + " or ".join(LAYOUTS)
+        )
     if array.dtype.kind not in "fiu" or array.ndim not in (3, 4) or array.size == 0:
         raise InputError(
             f"the latent has shape {array.shape} and type {array.dtype}: expected real numbers, "
@@ -283,7 +311,10 @@ def understand_alone(
     if not fitting:
         where = "" if layout is None else f" with the {layout.replace('-', ' ')}"
         counts = " or ".join(map(str, seen))
-        raise InputError(f"the latent has shape {array.shape}: expected {counts} channels{where}, as the model has")
+        raise InputError(
+            f"the latent has shape {array.shape}: expected {counts} channels{where}, as the model has"
+            f"{'' if size is None else describe_tokens(array, config, size)}"
+        )
     if len(fitting) > 1:
         raise InputError(
             f"the latent's shape {array.shape} fits with the channels first and last: give --latent-layout "
@@ -291,8 +322,16 @@ def understand_alone(
         )
     name, known = fitting[0]
     latent = jnp.asarray(batch.transpose(0, 2, 3, 1) if name == "channels-first" else batch)
+    grids = [shapes(config, size, patch=p)["channels-last"] for p in (1, norm.patch)] if size is not None else []
+    if size is not None and latent.shape[1:] not in grids:
+        raise InputError(
+            f"the latent has shape {array.shape}, with the channels last {latent.shape[1:]}: expected "
+            f"{' or '.join(map(str, dict.fromkeys(grids)))} for a picture of {size[1]} x {size[0]} px"
+        )
     reason = "as given" if known is None else "by its shape"
-    if known is None and scaled is None:
+    if tokens is not None and scaled is None:
+        known, reason = True, PACKED
+    elif known is None and scaled is None:
         known, reason = _scale_by_spread(latent, norm)
     scaled = scaled if known is None else known
     return Reading(norm.remove(latent) if scaled else latent, name, bool(scaled), reason)

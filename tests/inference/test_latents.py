@@ -1,5 +1,6 @@
 """Latents as programs save them: files, layouts and scales."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -19,9 +20,10 @@ from asymvq_jax.errors import InputError
 from asymvq_jax.files import images
 from asymvq_jax.files.tensors import read_latent_file
 from asymvq_jax.inference import decode, encode
-from asymvq_jax.inference.latents import understand, understand_alone
+from asymvq_jax.inference.latents import count_latents, understand, understand_alone
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.checkpoints import save_model
+from asymvq_jax.models.latent import Normalization
 
 CONFIG = ModelConfig()
 Z = np.random.default_rng(0).normal(size=(1, 4, 6, 9)).astype(np.float32)
@@ -246,6 +248,93 @@ def test_a_batch_is_called_one_where_one_latent_is_expected():
     message = r"shape \(3, 6, 9, 4\), a batch of 3: expected one; save each latent alone, or .* asymvq decode"
     with pytest.raises(InputError, match=message):
         understand(np.concatenate([OWN] * 3), CONFIG, SIZE)
+
+
+FLUX = ModelConfig(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159)
+FLUX2 = ModelConfig(latent_channels=32, latent_patch=2, batch_norm_epsilon=1e-4, scaling_factor=1.0)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize(
+    "module", ["flux.pipeline_flux.FluxPipeline", "qwenimage.pipeline_qwenimage.QwenImagePipeline"]
+)
+def test_tokens_are_laid_out_as_diffusers_does(module, batched):
+    name = module.rpartition(".")
+    pipeline = getattr(importlib.import_module(f"diffusers.pipelines.{name[0]}"), name[2])
+    seen = torch.randn((1, 16, 6, 8), generator=torch.Generator().manual_seed(0))
+    packed = pipeline._pack_latents(seen, 1, 16, 6, 8)
+    again = pipeline._unpack_latents(packed, 48, 64, 8).reshape(seen.shape).numpy().transpose(0, 2, 3, 1)
+    z = again / FLUX.scaling_factor + FLUX.shift_factor
+    tokens = packed.numpy() if batched else packed[0].numpy()
+    for reading in (
+        understand(tokens, FLUX, (48, 64)),
+        understand(tokens, FLUX, (45, 63), own=lambda: z),
+        understand_alone(tokens, FLUX, size=(48, 64)),
+        understand_alone(np.concatenate([packed.numpy()] * 3), FLUX, size=(48, 64)),
+    ):
+        np.testing.assert_allclose(reading.latent, np.broadcast_to(z, reading.latent.shape), atol=1e-6)
+        assert reading.scaled
+    assert "packed, as diffusion models have them" in understand(tokens, FLUX, (48, 64)).describe()
+    assert not understand(tokens, FLUX, (48, 64), scaled=False).scaled
+    assert count_latents(np.concatenate([packed.numpy()] * 3), FLUX, (48, 64)) == 3
+
+
+def test_tokens_of_flux2_are_its_patches():
+    from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
+
+    z = torch.randn((2, 32, 6, 8), generator=torch.Generator().manual_seed(0))
+    patches = Flux2Pipeline._patchify_latents(z)
+    norm = Normalization(0.3, 2.0, 2)
+    tokens = Flux2Pipeline._pack_latents((patches - 0.3) * 2.0).numpy()
+    last = z.numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(understand_alone(tokens, FLUX2, size=(48, 64), norm=norm).latent, last, atol=1e-6)
+    np.testing.assert_allclose(understand(tokens[:1], FLUX2, (48, 64), norm=norm).latent, last[:1], atol=1e-6)
+    # Patches may reach beyond the picture.
+    assert understand(tokens[:1], FLUX2, (40, 64), norm=norm).latent.shape == (1, 5, 8, 32)
+
+
+@pytest.mark.parametrize("layout", ["channels-first", "channels-last"])
+def test_an_axis_of_one_frame_is_left_out(layout):
+    """As Wan's and Qwen-Image's autoencoders and ComfyUI's nodes of them have it."""
+    z = np.random.default_rng(4).normal(size=(1, 6, 9, 16)).astype(np.float32)
+    video = z.transpose(0, 3, 1, 2)[:, :, None] if layout == "channels-first" else z[:, None]
+    arrays = [video, video[0]] if layout == "channels-first" else [video]
+    for array in arrays:
+        for reading in (
+            understand(array, FLUX, SIZE, scaled=False),
+            understand_alone(array, FLUX, scaled=False),
+            understand_alone(array, FLUX, size=SIZE, scaled=False),
+        ):
+            np.testing.assert_array_equal(reading.latent, z)
+            assert reading.layout == layout
+        assert count_latents(array, FLUX) == 1
+    assert count_latents(np.concatenate([video] * 2), FLUX) == 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((1, 16, 21, 6, 9), {}, "21 frames of a video: expected one, a picture"),
+        ((1, 12, 64), {}, "give the pictures' size by --size HEIGHTxWIDTH"),
+        ((16, 12, 64), {}, "give the pictures' size by --size HEIGHTxWIDTH"),
+        ((1, 12, 64), {"size": (64, 64)}, r"expected 16 channels, as the model has; or packed into tokens \(16, 64\)"),
+        ((1, 16, 6, 9), {"size": (64, 64)}, r"channels last \(6, 9, 16\): expected \(8, 8, 16\)"),
+    ],
+)
+def test_frames_and_tokens_that_do_not_fit_are_refused(shape, options, message):
+    with pytest.raises(InputError, match=message):
+        understand_alone(np.ones(shape, np.float32), FLUX, scaled=True, **options)
+
+
+def test_tokens_of_another_picture_are_refused():
+    with pytest.raises(InputError, match=r"for a picture of 64 x 64 px; or packed into tokens \(16, 64\)"):
+        understand(np.ones((1, 12, 64), np.float32), FLUX, (64, 64))
+
+
+def test_a_picture_as_wide_as_tokens_have_channels_is_read_by_its_layout_or_size():
+    z = np.random.default_rng(5).normal(size=(16, 64, 64)).astype(np.float32)
+    for told in ({"layout": "channels-first"}, {"size": (512, 512)}):
+        np.testing.assert_array_equal(understand_alone(z, FLUX, scaled=False, **told).latent[0], z.transpose(1, 2, 0))
 
 
 def test_command_line_decodes_what_other_programs_write(tmp_path, capsys, monkeypatch):
