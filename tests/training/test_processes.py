@@ -63,10 +63,7 @@ def cluster_of(processes: int) -> dict[str, str]:
 class Started:
     """Processes that train together, each with a log."""
 
-    def __init__(
-        self, folder: Path, name: str, *overrides: str, processes: int = 2, devices: int = 1, last=None, **variables
-    ):
-        """`variables` are those of all, `last` those of the last one alone."""
+    def __init__(self, folder: Path, name: str, *overrides: str, processes: int = 2, devices: int = 1, **variables):
         config = write_config(folder / f"{name}.py", _config(folder, name))
         command = [sys.executable, "-c", LAUNCHER, str(ROOT / "train.py"), f"--config={config}", *overrides]
         flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
@@ -77,7 +74,6 @@ class Started:
         self.processes = []
         for i, path in enumerate(self.logs):
             environment = os.environ | variables | ({"JAX_PROCESS_ID": str(i)} if processes > 1 else {})
-            environment |= (last or {}) if i == processes - 1 else {}
             with path.open("w") as log:
                 self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
 
@@ -198,6 +194,18 @@ def test_runs_that_were_stopped_killed_or_out_of_space_resume_to_identical_param
     for name, value in expected.items():
         np.testing.assert_array_equal(resumed[name], value, err_msg=name)
     assert [r["step"] for r in _records(folder, "broken") if "l1" in r] == [1, 2, 3, 4, 5, 6]
+
+
+def test_four_processes_save_once_and_at_the_same_step(folder):
+    run = Started(folder, "four", "--run.steps=100000", "--run.eval_every=100000", processes=4)
+    run.wait_for("devices (data", processes=4)
+    run.processes[2].send_signal(signal.SIGTERM)
+    assert run.codes() == [ExitCode.SAVED] * 4, run.texts()
+    saved = [re.findall(r"told to stop: saved step (\d+)", text) for text in run.texts()]
+    assert saved == [saved[0]] * 4
+    assert len(saved[0]) == 1
+    assert _steps(folder, "four") == set(saved[0])
+    load_parameters(folder / "four")
 
 
 def test_a_run_continues_in_one_process_on_another_mesh(folder):
