@@ -71,6 +71,36 @@ def test_equals_the_compilers(case, chunk_bytes, monkeypatch):
     _close(jax.jit(partial(_gradients, function))(x, kernel), _gradients(expected, x, kernel))
 
 
+# No more pixels, over the batch, than outputs.
+SMALL = [
+    ((2, 4, 3, 5), 3, 24, 1, ((1, 1), (1, 1))),
+    ((1, 5, 4, 2), 2, 20, 1, ((1, 0), (0, 1))),
+    ((2, 8, 6, 3), 3, 24, 2, ((0, 1), (1, 1))),
+    ((1, 9, 7, 3), 4, 20, 2, ((1, 1), (1, 1))),
+]
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_a_small_map_is_one_product_and_equals_the_compilers_and_torch(case, monkeypatch):
+    shape, size, outputs, stride, padding = case
+    monkeypatch.setattr(convolution, "MIN_MATRIX_BYTES", 2**40)
+    x, kernel = _arrays(shape, size, outputs)
+    function = partial(convolve, stride=stride, padding=padding)
+    expected = partial(convolution._convolve, stride=stride, padding=padding)
+    y, *gradients = jax.jit(partial(_gradients, function))(x, kernel)
+    _close((y, *gradients), _gradients(expected, x, kernel))
+    (left, right), (above, below) = padding[1], padding[0]
+    padded = torch.nn.functional.pad(torch.from_numpy(np.array(x)).permute(0, 3, 1, 2), (left, right, above, below))
+    at_torch = torch.nn.functional.conv2d(padded, torch.from_numpy(np.array(kernel)).permute(3, 2, 0, 1), stride=stride)
+    _close([y], [at_torch.permute(0, 2, 3, 1)])
+    lowered = jax.jit(function).lower(x, kernel).as_text()
+    assert "stablehlo.dot_general" in lowered
+    assert "stablehlo.convolution" not in lowered
+    assert "stablehlo.convolution" in jax.jit(function).lower(jnp.concatenate([x] * 4), kernel).as_text()
+    exported = jax.export.export(jax.jit(function), platforms=["tpu"])(x, kernel)
+    assert "stablehlo.convolution" in exported.mlir_module()
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_equals_torch(case):
     shape, size, outputs, stride, (rows, columns) = case
