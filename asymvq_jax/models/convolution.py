@@ -97,20 +97,17 @@ def _pixels(x: tuple[int, ...], kernel: tuple[int, ...], stride: int, padding: P
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _as_product(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
-    """`_convolve`, on a CPU as one product of matrices; its gradients are the compiler's own."""
-    return jax.lax.platform_dependent(
-        x,
-        kernel,
-        cpu=partial(_product, stride=stride, padding=padding),
-        default=partial(_convolve, stride=stride, padding=padding),
-    )
+    """`_convolve`, on a CPU as one product of matrices; where gradients are taken, all is the compiler's own."""
+    product, compilers = (partial(f, stride=stride, padding=padding) for f in (_product, _convolve))
+    return jnp.asarray(jax.lax.platform_dependent(x, kernel, cpu=product, default=compilers))
 
 
 def _product(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding) -> jax.Array:
-    size = kernel.shape[:2]
+    rows, columns, _, outputs = kernel.shape
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    reach = tuple(stride * ((side - length) // stride) + 1 for side, length in zip(x.shape[1:3], size, strict=True))
-    return _under(x, size, (reach[0], reach[1]), stride) @ kernel.reshape(-1, kernel.shape[3])
+    height, width = (x.shape[1] - rows) // stride, (x.shape[2] - columns) // stride
+    matrix = _under(x, (rows, columns), (stride * height + 1, stride * width + 1), stride)
+    return matrix @ kernel.reshape(-1, outputs)
 
 
 def _under(x: jax.Array, kernel_size: tuple[int, int], reach: tuple[int, int], stride: int) -> jax.Array:
@@ -142,8 +139,7 @@ def _at_kernel(x: jax.Array, kernel: jax.Array, cotangent: jax.Array, *, stride:
 def _compilers(
     stride: int, padding: Padding, residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    gradients = (partial(f, *residuals, stride=stride, padding=padding) for f in (_at_input, _at_kernel))
-    at_x, at_kernel = (gradient(cotangent) for gradient in gradients)
+    at_x, at_kernel = (f(*residuals, cotangent, stride=stride, padding=padding) for f in (_at_input, _at_kernel))
     return at_x, at_kernel
 
 
