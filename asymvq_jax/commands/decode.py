@@ -56,11 +56,12 @@ def work(options: Decode) -> None:
     check_not_input("--out", options.out, {"--latent": options.latent})
     size = None if options.size is None else images.parse_size("--size", options.size)
     file = read_latent_file(options.latent)
+    layout = options.latent_layout or file.layout
     out = epath.Path(options.out)
 
     def check_out(config: ModelConfig) -> None:
         """How many latents there are depends on the model; known before its weights are read."""
-        count = count_latents(file.values, config, size)
+        count = count_latents(file.values, config, size=size, layout=layout)
         if count == 1:
             check_writable(out, FORMATS)
         elif out.suffix.lower() in FORMATS or out.is_file():
@@ -77,7 +78,7 @@ def work(options: Decode) -> None:
         file.values,
         model.config,
         size=size,
-        layout=options.latent_layout or file.layout,
+        layout=layout,
         scaled=file.scaled if said is None else said,
         norm=model.normalization(),
     )

@@ -247,12 +247,28 @@ def _in_patches(
     return Reading(found[name, seen], name, seen, "as given" if scaled is not None else "by its shape")
 
 
-def count_latents(array: Array, config: ModelConfig, size: tuple[int, int] | None = None) -> int:
-    """How many latents an array holds; the arguments are those of `understand_alone`."""
-    array = without_frames(np.asarray(array), config)
-    tokens = None if size is None else unpack(array, config, size)
-    array = array if tokens is None else tokens
+def count_latents(
+    array: Array, config: ModelConfig, *, size: tuple[int, int] | None = None, layout: Layout | None = None
+) -> int:
+    """How many latents an array holds; arguments and errors are those of `understand_alone`."""
+    array, _ = _laid_out(array, config, size, layout)
     return len(array) if array.ndim == 4 else 1
+
+
+def _laid_out(
+    array: Array, config: ModelConfig, size: tuple[int, int] | None, layout: Layout | None
+) -> tuple[Array, bool]:
+    """The array without an axis of frames, and with the channels last if it is of tokens; whether it is."""
+    array = without_frames(np.asarray(array), config)
+    if size is not None:
+        tokens = unpack(array, config, size)
+        return (array, False) if tokens is None else (tokens, True)
+    if layout is None and looks_packed(array, config):
+        raise InputError(
+            f"the latent has shape {array.shape}, which is that of tokens, as FLUX and Qwen-Image pack them: give the "
+            "pictures' size by --size HEIGHTxWIDTH, or if it is not packed, --latent-layout " + " or ".join(LAYOUTS)
+        )
+    return array, False
 
 
 def understand_alone(
@@ -282,14 +298,8 @@ def understand_alone(
     Raises:
         InputError: the array is not of this model or size, or its layout or its scale cannot be told.
     """
-    array, channels = without_frames(np.asarray(array), config), config.latent_channels
-    if (tokens := None if size is None else unpack(array, config, size)) is not None:
-        array, layout = tokens, "channels-last"
-    elif size is None and layout is None and looks_packed(array, config):
-        raise InputError(
-            f"the latent has shape {array.shape}, which is that of tokens, as FLUX and Qwen-Image pack them: give the "
-            "pictures' size by --size HEIGHTxWIDTH, or if it is not packed, --latent-layout " + " or ".join(LAYOUTS)
-        )
+    array, packed = _laid_out(array, config, size, layout)
+    layout, channels = "channels-last" if packed else layout, config.latent_channels
     if array.dtype.kind not in "fiu" or array.ndim not in (3, 4) or array.size == 0:
         raise InputError(
             f"the latent has shape {array.shape} and type {array.dtype}: expected real numbers, "
@@ -329,7 +339,7 @@ def understand_alone(
             f"{' or '.join(map(str, dict.fromkeys(grids)))} for a picture of {size[1]} x {size[0]} px"
         )
     reason = "as given" if known is None else "by its shape"
-    if tokens is not None and scaled is None:
+    if packed and scaled is None:
         known, reason = True, PACKED
     elif known is None and scaled is None:
         known, reason = _scale_by_spread(latent, norm)

@@ -115,7 +115,9 @@ def _read(step: epath.Path, known: Known = ignore) -> tuple[ModelConfig, Params]
     with reading(step), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         stored = checkpointer.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
         config: ModelConfig = configs.from_dict(ModelConfig, stored["model"], "model.")
-        known(config)
+    # What it refuses is no fault of the files.
+    known(config)
+    with reading(step), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         _, shapes = structure(config)
         abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=device) for k, v in shapes.items()}
         items = {"model": ocp.args.StandardRestore(abstract)}

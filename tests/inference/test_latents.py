@@ -1,5 +1,6 @@
 """Latents as programs save them: files, layouts and scales."""
 
+import dataclasses
 import importlib
 import re
 import subprocess
@@ -276,7 +277,7 @@ def test_tokens_are_laid_out_as_diffusers_does(module, batched):
         assert reading.scaled
     assert "packed, as diffusion models have them" in understand(tokens, FLUX, (48, 64)).describe()
     assert not understand(tokens, FLUX, (48, 64), scaled=False).scaled
-    assert count_latents(np.concatenate([packed.numpy()] * 3), FLUX, (48, 64)) == 3
+    assert count_latents(np.concatenate([packed.numpy()] * 3), FLUX, size=(48, 64)) == 3
 
 
 def test_tokens_of_flux2_are_its_patches():
@@ -376,3 +377,41 @@ def test_command_line_decodes_what_other_programs_write(tmp_path, capsys, monkey
     ):
         assert main(["decode", *model_option, *options]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_command_line_decodes_tokens_and_frames(tmp_path, capsys, monkeypatch):
+    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+
+    monkeypatch.chdir(tmp_path)
+    sizes = {"encoder_channels": (8, 8, 8), "decoder_channels": (8, 8, 8), "encoder_blocks": 1, "decoder_blocks": 1}
+    model = Autoencoder(dataclasses.replace(FLUX, **sizes, norm_groups=4), rngs=nnx.Rngs(0))
+    save_model(tmp_path / "model", model)
+    seen = np.random.default_rng(0).normal(size=(2, 16, 12, 20)).astype(np.float32)
+    z = seen.transpose(0, 2, 3, 1) / FLUX.scaling_factor + FLUX.shift_factor
+    expected = images.to_uint8(decode(model, z[:1])[0])
+    np.save("tokens.npy", FluxPipeline._pack_latents(torch.from_numpy(seen), 2, 16, 12, 20).numpy())
+    np.save("video.npy", seen[:1, :, None])
+    command = ["decode", "--checkpoint=model"]
+    assert main([*command, "--latent=tokens.npy", "--out=many", "--size=48x79"]) == 0, capsys.readouterr().err
+    assert "2 of 79 x 48 px; latent: channels last, scaled (packed" in capsys.readouterr().out
+    assert np.abs(images.read("many/0000.png").astype(int) - expected[:, :79]).max() <= 1
+    assert main([*command, "--latent=video.npy", "--out=one.png"]) == 0, capsys.readouterr().err
+    assert np.abs(images.read("one.png").astype(int) - expected).max() <= 1
+    capsys.readouterr()
+    for options, message in (
+        (["--latent=tokens.npy", "--out=many"], "give the pictures' size by --size"),
+        (["--latent=tokens.npy", "--out=a.png", "--size=48x80"], "holds 2 latents; expected a directory"),
+        (["--latent=tokens.npy", "--out=a.png", "--size=64x64"], "or packed into tokens (64, 64)"),
+        # Not as if the checkpoint were at fault.
+        (["--latent=video.npy", "--out=other"], "error: other: expected a name that ends in one of .png"),
+        (["--latent=tokens.npy", "--out=many", "--size=64"], "--size 64: expected HEIGHTxWIDTH"),
+    ):
+        assert main([*command, *options]) == 2
+        assert message in capsys.readouterr().err
+    image = np.zeros((48, 80, 3), np.uint8)
+    images.write("photo.png", image)
+    images.write("mask.png", np.pad(np.full((16, 16, 3), 255, np.uint8), ((8, 24), (16, 48), (0, 0))))
+    np.save("first.npy", np.load("tokens.npy")[:1])
+    inpaint = ["inpaint", "--checkpoint=model", "--image=photo.png", "--mask=mask.png", "--latent=first.npy"]
+    assert main([*inpaint, "--out=filled.png"]) == 0, capsys.readouterr().err
+    assert images.read("filled.png").shape == (48, 80, 3)
