@@ -29,8 +29,10 @@ from asymvq_jax.models.checkpoints import load_parameters
 from benchmarks import contest
 
 ROOT = Path(__file__).parents[1]
-# Steps between two checkpoints, and seconds that anything may take.
-SAVED_EVERY, DEADLINE = 5, 300
+# Steps between two checkpoints; seconds that a start or an end may take, and a step, with its share of a checkpoint.
+SAVED_EVERY, DEADLINE, STEP_DEADLINE = 5, 300, 5
+# Steps within which SIGTERM ends a run: all processes have to agree on one.
+STEPS_TO_STOP = 50
 # Collectives listen on the host's own name otherwise, which need not lead back to it.
 LAUNCHER = """
 import functools, sys
@@ -81,15 +83,15 @@ def work(options: Endurance) -> int:
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         (folder / "config.py").write_text(CONFIG.format(steps=steps, saved_every=SAVED_EVERY))
-        codes = _wait(_start(folder, "undisturbed", options.processes))
+        codes = _wait(_start(folder, "undisturbed", options.processes), steps)
         if any(codes):
-            raise RuntimeError(f"the undisturbed run ended with {codes}:\n{_log(folder, 'undisturbed').read_text()}")
+            raise RuntimeError(f"the undisturbed run ended with {codes}:\n{_end_of_log(folder, 'undisturbed')}")
         for i in range(options.kills):
             how = _disturb(folder, options.processes)
             done[how] += 1
             if sys.stderr.isatty() or (i + 1) % 20 == 0:
                 print(f"{i + 1} of {options.kills}, at step {_last_step(folder)} of {steps}: {how}", flush=True)
-        codes = _wait(_start(folder, "disturbed", options.processes))
+        codes = _wait(_start(folder, "disturbed", options.processes), steps)
         problems = _differences(folder, steps, codes)
     kinds = ", ".join(f"{count} {how}" for how, count in sorted(done.items()))
     print(
@@ -111,13 +113,15 @@ def _disturb(folder: Path, count: int) -> str:
     end = time.monotonic() + DEADLINE
     while not pattern.search(log.read_text()) and all(p.poll() is None for p in processes):
         if time.monotonic() > end:
-            raise RuntimeError(f"step {at} was not reached:\n{log.read_text()}")
+            raise RuntimeError(f"step {at} was not reached:\n{_end_of_log(folder, 'disturbed')}")
         time.sleep(0.01)
     number = random.choice((signal.SIGKILL, signal.SIGTERM))
     victims = random.choice(([0], [count - 1], range(count)))
     for i in victims:
         processes[i].send_signal(number)
-    _wait(processes)
+    codes = _wait(processes)
+    if number == signal.SIGTERM and (stopped := _last_saved(folder)) > at + STEPS_TO_STOP:
+        raise RuntimeError(f"told to stop at step {at}, the run ended at step {stopped} with {codes}")
     return f"{number.name} to {'all' if len(victims) == count else f'process {victims[0]}'}"
 
 
@@ -145,12 +149,13 @@ def _start(folder: Path, name: str, count: int) -> list[subprocess.Popen[bytes]]
     return processes
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-    """The exit codes; a process that does not end is killed, and named by its code."""
+def _wait(processes: Sequence[subprocess.Popen[bytes]], steps: int = 0) -> list[int]:
+    """The exit codes; a process that does not end, or make `steps` more, is killed, and named by its code."""
+    end = time.monotonic() + DEADLINE + STEP_DEADLINE * steps
     codes = []
     for process in processes:
         try:
-            codes.append(process.wait(DEADLINE))
+            codes.append(process.wait(max(0, end - time.monotonic())))
         except subprocess.TimeoutExpired:
             process.kill()
             codes.append(process.wait())
@@ -159,6 +164,10 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
 
 def _log(folder: Path, name: str) -> Path:
     return folder / f"{name}.log"
+
+
+def _end_of_log(folder: Path, name: str) -> str:
+    return "\n".join(_log(folder, name).read_text().splitlines()[-40:])
 
 
 def _last_saved(folder: Path) -> int:
@@ -180,7 +189,7 @@ def _last_step(folder: Path) -> int:
 def _differences(folder: Path, steps: int, codes: Sequence[int]) -> list[str]:
     """What is wrong with the disturbed run."""
     if any(codes):
-        return [f"the last part of the disturbed run ended with {codes}:", _log(folder, "disturbed").read_text()]
+        return [f"the last part of the disturbed run ended with {codes}:", _end_of_log(folder, "disturbed")]
     (_, expected), (_, found) = (load_parameters(folder / name) for name in ("undisturbed", "disturbed"))
     other = [name for name, value in expected.items() if not np.array_equal(value, found[name])]
     problems = [f"{len(other)} of {len(expected)} parameters differ, such as {other[0]}"] if other else []

@@ -115,6 +115,14 @@ class Resumed(NamedTuple):
     config: Config
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which leaves it to the loop to ask whether the run is to stop."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Never: JAX's service compares one number, and Orbax's steps would go far beyond the loop's calls."""
+        return False
+
+
 class RunCheckpoints:
     """The checkpoints of one training run: written in the background, complete or absent, the last ones and the best.
 
@@ -147,7 +155,7 @@ class RunCheckpoints:
             ),
         )
         with self._opening():
-            self._manager = ocp.CheckpointManager(self._root, options=options)
+            self._manager = _Manager(self._root, options=options)
         self._unchecked = False
 
     def latest_step(self) -> int | None:
