@@ -115,7 +115,7 @@ class Resumed(NamedTuple):
     config: Config
 
 
-class _Manager(ocp.CheckpointManager):
+class _Manager(ocp.CheckpointManager):  # type: ignore[misc]  # Orbax has no types.
     """Orbax's, which leaves it to the loop to ask whether the run is to stop."""
 
     def reached_preemption(self, step: int) -> bool:
