@@ -14,6 +14,8 @@ from asymvq_jax.errors import ConfigError, UserError, first_line
 
 # What etils.epath and TensorStore need for each kind of address.
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
+# Where Orbax cannot keep checkpoints.
+WITHOUT_CHECKPOINTS = ("s3",)
 
 
 def in_bucket(path: str | os.PathLike[str]) -> bool:
@@ -40,6 +42,17 @@ def check_address(path: str, field: str = "") -> None:
         raise ConfigError(f"{named} needs the package {package}; install it with: pip install {package}")
     # Else what TensorStore or another host writes is not seen, once its folder has been listed.
     fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
+
+
+def check_checkpoint_address(path: str, field: str = "") -> None:
+    """As `check_address`, for a checkpoint or a run, which cannot lie in every kind of bucket."""
+    check_address(path, field)
+    scheme, address, _ = path.partition("://")
+    if address and scheme in WITHOUT_CHECKPOINTS:
+        raise ConfigError(
+            f"{_named(path, field)}: Orbax cannot keep checkpoints at {scheme}://; expected a path of this machine, "
+            "which may be the mounted bucket, or one that begins with gs://"
+        )
 
 
 @contextmanager

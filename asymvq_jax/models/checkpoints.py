@@ -16,7 +16,7 @@ from jax.sharding import SingleDeviceSharding
 from asymvq_jax import config as configs
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.errors import CheckpointError, OutputError, first_line
-from asymvq_jax.files.addresses import bucket_errors, check_address, in_bucket
+from asymvq_jax.files.addresses import bucket_errors, check_checkpoint_address, in_bucket
 from asymvq_jax.files.threads import quiet_threads
 from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.embedded import Known, embedded_parameters, ignore, is_embedded
@@ -31,7 +31,7 @@ FINGERPRINTS = "fingerprints"
 
 def checkpoint_path(path: str | Path, field: str = "") -> epath.Path:
     """The absolute path of a checkpoint or run; `field` is how messages call it."""
-    check_address(str(path), field)
+    check_checkpoint_address(str(path), field)
     return epath.Path(path) if in_bucket(path) else epath.Path(path).absolute()
 
 
