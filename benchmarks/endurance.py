@@ -1,7 +1,7 @@
 """Ends a small run of several processes again and again, at random, and compares it with an undisturbed one.
 
 asymvq benchmark endurance [--kills 200] ends with exit code 1 unless the parameters are equal, bit for bit, and
-metrics.jsonl has every step once.
+metrics.jsonl has every step once. With --steps 5000 it disturbs nothing, and prints the memory of such a run instead.
 """
 
 from __future__ import annotations
@@ -72,10 +72,14 @@ class Endurance:
     processes: int = 2
     # Of when and how.
     seed: int = 0
+    # Of one process that nothing disturbs, whose memory is printed ten times. 0: disturb a run.
+    steps: int = 0
 
 
 def work(options: Endurance) -> int:
     """Disturbs, compares, and prints what was done; returns the exit code."""
+    if options.steps:
+        return _memory(options.steps)
     random.seed(options.seed)
     steps = (2 * options.kills + 1) * SAVED_EVERY
     done: Counter[str] = Counter()
@@ -101,6 +105,26 @@ def work(options: Endurance) -> int:
     print(contest.machine())
     print("\n".join(problems) or "parameters are equal, bit for bit; metrics.jsonl has every step once")
     return ExitCode.FAILED if problems else ExitCode.DONE
+
+
+def _memory(steps: int) -> int:
+    """Runs undisturbed, and prints the resident memory; returns the exit code."""
+    every = max(steps // 10, 1)
+    print(f"{contest.machine()}\n\n| step | resident memory |\n| --- | --- |")
+    with tempfile.TemporaryDirectory() as directory:
+        folder, due = Path(directory), every
+        (folder / "config.py").write_text(CONFIG.format(steps=steps, saved_every=max(every // 10, 1)))
+        (process,) = _start(folder, "long", 1)
+        while process.poll() is None:
+            seen = re.findall(r" step (\d+)/", _log(folder, "long").read_text())
+            if seen and int(seen[-1]) >= due:
+                pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+                print(f"| {seen[-1]} | {pages * os.sysconf('SC_PAGE_SIZE') / 2**20:.0f} MiB |", flush=True)
+                due += every
+            time.sleep(0.05)
+        if process.returncode:
+            print(_end_of_log(folder, "long"))
+    return ExitCode.FAILED if process.returncode else ExitCode.DONE
 
 
 def _disturb(folder: Path, count: int) -> str:

@@ -1,26 +1,32 @@
-"""Measures the input pipeline: asymvq benchmark input [--workers 0,1,2 --seconds 20].
+"""Measures the input pipeline: asymvq benchmark input [--workers 0,1,2 --seconds 20] [--latency 0.05].
 
 Over JPEG files of ImageNet's usual size, made from the photographs that the packages ship, and over the same files as
 an ArrayRecord data set: reading, decoding, random crop to 256 px, LaMa's masks. Prints the pictures a second, which a
-pod's host needs its chips' images/s of, and how many the time of one core pays for.
+pod's host needs its chips' images/s of, and how many the time of one core pays for. With --latency the files lie in a
+bucket of a server on this machine, whose every answer takes so long.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import itertools
+import logging
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
+from etils import epath
 
 from asymvq_jax.commands.entry import command
 from asymvq_jax.config import DataConfig
 from asymvq_jax.data.build import build
-from asymvq_jax.data.pipeline import training_batches
+from asymvq_jax.data.pipeline import Inputs, open_inputs, training_batches
 from asymvq_jax.data.sources import open_source
 from asymvq_jax.files import images
 from benchmarks import contest
@@ -38,10 +44,16 @@ class Input:
     workers: tuple[int, ...] = (0, 1, 2)
     # Time of each measurement, s.
     seconds: float = 20.0
+    # Seconds that a bucket takes for an answer, which a test server stands for. 0: the files lie on a disk.
+    latency: float = 0.0
+    # With a latency: numbers of threads, separated by commas.
+    threads: tuple[int, ...] = (4, 16, 32)
 
 
 def work(options: Input) -> None:
     """Measures, and prints a table."""
+    if options.latency:
+        return _from_bucket(options)
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder) / "files"
         write_files(files)
@@ -60,6 +72,30 @@ def work(options: Input) -> None:
                 print(f"| {name} | {workers} | {speed:.0f} | {per_core:.0f} |", flush=True)
 
 
+def _from_bucket(options: Input) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    buckets = importlib.import_module("buckets")
+    with tempfile.TemporaryDirectory() as folder, buckets.running(Path(folder) / "objects") as storage:
+        write_files(Path(folder) / "files")
+        for file in (Path(folder) / "files").iterdir():
+            (epath.Path("gs://bucket/files") / file.name).write_bytes(file.read_bytes())
+        storage.delay = options.latency
+        data = DataConfig(source="folder", path="gs://bucket/files", min_side=256, batch_size=16)
+        storage.requests.clear()
+        begin = time.perf_counter()
+        inputs = open_inputs(data)
+        seconds, requests = time.perf_counter() - begin, storage.requests.total()
+        print(f"{FILES} JPEG files of {SIZE[0]} x {SIZE[1]} px in a bucket that answers after {options.latency:g} s;")
+        print(f"listed in {seconds:.2f} s by {requests} requests")
+        print(contest.machine())
+        print("\n| worker processes | threads of each | pictures/s |\n| --- | --- | --- |")
+        for workers, threads in itertools.product(options.workers, options.threads):
+            speed, _ = _measure(dataclasses.replace(data, workers=workers, threads=threads), options.seconds, inputs)
+            print(f"| {workers} | {threads} | {speed:.0f} |", flush=True)
+        # Threads may still read ahead when the server is gone.
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+
+
 def write_files(folder: Path) -> None:
     """JPEG files of ImageNet's usual size, made from the photographs that the packages ship."""
     photos = open_source(DataConfig(source="photos"), train=True)
@@ -68,11 +104,11 @@ def write_files(folder: Path) -> None:
         images.write(str(folder / f"{i}.jpg"), picture)
 
 
-def _measure(data: DataConfig, seconds: float) -> tuple[float, float]:
+def _measure(data: DataConfig, seconds: float, inputs: Inputs | None = None) -> tuple[float, float]:
     """Pictures by the second of the clock, and by the second that a core worked for them."""
-    batches = training_batches(data, seed=0, process_index=0, process_count=1)
+    batches = training_batches(data, seed=0, process_index=0, process_count=1, inputs=inputs)
     # The workers have started, and their buffers are full, once some batches have come.
-    for _ in range(2 * data.prefetch * max(data.workers, 1)):
+    for _ in range(max(2 * data.prefetch, data.threads) * max(data.workers, 1)):
         next(batches)
     begin, worked, count = time.perf_counter(), _core_seconds(), 0
     while (elapsed := time.perf_counter() - begin) < seconds:

@@ -100,6 +100,8 @@ class DataConfig:
     batch_size: int = 32
     # Worker processes that decode pictures; 0: threads of the main process.
     workers: int = 0
+    # Batches that each worker reads at once, by a thread each. 0: 4, and 16 from a bucket, to hide its latency.
+    threads: int = 0
     # Batches that each worker holds ready.
     prefetch: int = 2
     # The run stops when more than this share of the files read so far is corrupt.
@@ -114,6 +116,7 @@ class DataConfig:
         require(self.image_size >= 8, "data.image_size", self.image_size, "at least 8 px")
         require(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1")
         require(self.workers >= 0, "data.workers", self.workers, "zero or more")
+        require(self.threads >= 0, "data.threads", self.threads, "zero or more")
         require(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1")
         require(self.min_side >= 0, "data.min_side", self.min_side, "zero or more")
         require(

@@ -22,6 +22,7 @@ from asymvq_jax.data.identity import Identity, identify
 from asymvq_jax.data.masks import find_files, random_mask
 from asymvq_jax.data.sources import Once, Source, by_itself, open_source, open_sources, within
 from asymvq_jax.errors import DataError, ImageError
+from asymvq_jax.files.addresses import in_bucket
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,8 @@ def training_batches(
         .random_map(partial(_example, source, masks, config), seed=seed)
         .batch(config.batch_size // process_count, drop_remainder=True)[process_index::process_count]
     )
-    options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4 * config.prefetch)
+    threads = config.threads or (16 if any(map(in_bucket, (config.path, config.data_dir))) else 4)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(4 * config.prefetch, threads))
     batches = examples.to_iter_dataset(options)
     if config.workers:
         # Grain's workers read absl flags (grain 0.2.18, Nov 2026), which only absl's own app.run parses.

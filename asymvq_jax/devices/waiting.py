@@ -1,4 +1,4 @@
-"""Waiting for the other processes, and for what is being written, with a limit: it is said who is missing."""
+"""Waiting for the other processes, and for what is being written, with a limit: it is said who is missing or failed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import jax
 
-from asymvq_jax.errors import ExitCode
+from asymvq_jax.devices import cluster
+from asymvq_jax.errors import ExitCode, LostPeerError, UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,11 @@ log = logging.getLogger(__name__)
 INTERVAL, PARTS = 30.0, 4
 # Where each process notes in JAX's coordination service, which process 0 keeps, how far it is.
 NOTES = "asymvq/waiting"
+# Where a process notes there that it has failed, and with which exit code.
+FAILURES = "asymvq/failed"
+# Seconds between two looks for such a note, and seconds for what fails in all processes to end this one by itself: both
+# together are less than a process that has failed stays, see `cluster.leave`.
+LOOK, GRACE = 2.0, 3.0
 
 
 class _At(NamedTuple):
@@ -34,6 +40,8 @@ class _At(NamedTuple):
 class Watch:
     """Ends this process, with LOST_PEER, where a wait takes longer than a limit; a context manager.
 
+    An error that leaves it is told to the other processes, which end with it within seconds: they would wait.
+
     Args:
         limit: seconds.
         advice: what the message ends with.
@@ -44,19 +52,30 @@ class Watch:
         self._limit, self._advice, self._leave = limit, advice, leave
         self._interval = min(INTERVAL, limit / PARTS)
         self._at = _At(0, "the start", None)
-        self._closed = threading.Event()
+        self._closed, self._fails = threading.Event(), threading.Event()
         self._client = _client()
         # How far the others were when the service answered last, and when that was.
         self._others: dict[int, _At] = {}
         self._answered = time.monotonic()
 
     def __enter__(self) -> Watch:
-        for work in (self._look, self._exchange) if self._client is not None else (self._look,):
+        for work in (self._look, self._exchange, self._listen) if self._client is not None else (self._look,):
             threading.Thread(target=work, daemon=True).start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         self._closed.set()
+        self._fails.set()
+        lost = (jax.errors.JaxRuntimeError, LostPeerError)
+        if self._client is not None and isinstance(error, Exception) and not isinstance(error, lost):
+            # In a thread, for the service may be gone.
+            telling = threading.Thread(target=self._tell, args=(error,), daemon=True)
+            telling.start()
+            telling.join(GRACE)
+
+    def fails(self) -> None:
+        """From here on this process ends with an error of its own, and another's does not end it before."""
+        self._fails.set()
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -116,6 +135,27 @@ class Watch:
             except jax.errors.JaxRuntimeError as error:
                 log.debug("the coordination service does not answer: %s", error)
             self._closed.wait(self._interval / 2)
+
+    def _tell(self, error: Exception) -> None:
+        wrong_input = isinstance(error, (UserError, OSError, ImportError))
+        code = ExitCode.WRONG_INPUT if wrong_input else ExitCode.FAILED
+        with suppress(jax.errors.JaxRuntimeError):
+            self._client.key_value_set(f"{FAILURES}/{jax.process_index()}", f"{code:d} {first_line(error)}")
+
+    def _listen(self) -> None:
+        while not self._fails.wait(LOOK):
+            try:
+                failed = self._client.key_value_dir_get(FAILURES)
+            except jax.errors.JaxRuntimeError as error:
+                log.debug("the coordination service does not answer: %s", error)
+                continue
+            if failed and not self._fails.wait(GRACE):
+                key, (code, _, text) = failed[0][0], failed[0][1].partition(" ")
+                print(f"error: process {key.rpartition('/')[2]} has failed: {text}", file=sys.stderr)
+                # Together with that process: JAX aborts those that process 0 leaves behind.
+                cluster.leave(int(code))
+                self._leave(int(code))
+                return
 
 
 def _client() -> Any:

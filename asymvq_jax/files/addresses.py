@@ -70,6 +70,14 @@ def bucket_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         raise OSError(first_line(error)) from error
 
 
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a file; of one in a bucket by one request, where epath's way takes four."""
+    if not in_bucket(path):
+        return bytes(epath.Path(path).read_bytes())
+    system, name = fsspec.core.url_to_fs(os.fspath(path))
+    return bytes(system.cat_file(name))
+
+
 def move_folder(source: epath.Path, target: epath.Path) -> None:
     """Moves a folder; in a bucket file by file, for there they have no folders."""
     if in_bucket(source):

@@ -14,7 +14,7 @@ from etils import epath
 from PIL import Image
 
 from asymvq_jax.errors import ImageError, OutputError
-from asymvq_jax.files.addresses import bucket_errors
+from asymvq_jax.files.addresses import bucket_errors, read_bytes
 from asymvq_jax.files.decoding import Array, Pixels, UnknownKindError, decode_pixels, opened, orientation, read_tiff
 from asymvq_jax.files.formats import HEAD, picture_format
 from asymvq_jax.files.metadata import NOTHING, Metadata, read_metadata, save_options
@@ -120,13 +120,12 @@ def read_picture(path: str | epath.Path, *, large: bool = False) -> Picture:
 
 def read_file(path: str | epath.Path) -> bytes:
     """The bytes of a file; raises ImageError where the file is missing."""
-    file = epath.Path(path)
     try:
         with bucket_errors(path):
-            return bytes(file.read_bytes())
+            return read_bytes(path)
     # Asked only now: in a bucket every question is a request.
     except (FileNotFoundError, IsADirectoryError):
-        if file.is_dir():
+        if epath.Path(path).is_dir():
             raise ImageError(f"{path} is a directory; expected a picture file") from None
         raise ImageError(f"no picture at {path}") from None
     except (OSError, ValueError) as error:

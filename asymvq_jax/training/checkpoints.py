@@ -116,11 +116,21 @@ class Resumed(NamedTuple):
 
 
 class _Manager(ocp.CheckpointManager):  # type: ignore[misc]  # Orbax has no types.
-    """Orbax's, which leaves it to the loop to ask whether the run is to stop."""
+    """Orbax's, which leaves it to the loop to ask whether the run is to stop, and says at once what has failed."""
+
+    # Why this process cannot write its part of a step, while Orbax's thread already waits for the other processes.
+    failure: Exception | None = None
 
     def reached_preemption(self, step: int) -> bool:
         """Never: JAX's service compares one number, and Orbax's steps would go far beyond the loop's calls."""
         return False
+
+    def _wait_for_checkpointers(self) -> None:
+        try:
+            super()._wait_for_checkpointers()
+        except Exception as error:
+            self.failure = error
+            raise
 
 
 class RunCheckpoints:
@@ -192,12 +202,16 @@ class RunCheckpoints:
         """Raises CheckpointError, in all processes alike, where a step written in the background has failed in one."""
         if not self._unchecked:
             return
-        ended = not self._manager.is_saving_in_progress()
+        # By itself a process does not end before the others have written their parts, which wait for its own.
+        failed = self._manager.failure if jax.process_count() > 1 else None
+        ended = failed is not None or not self._manager.is_saving_in_progress()
         failure: CheckpointError | None = None
         try:
             if ended:
                 # Not check_for_errors, which may take the error from the thread that then deletes old steps.
                 with self._writing():
+                    if failed is not None:
+                        raise failed
                     self._manager.wait_until_finished()
         except CheckpointError as error:
             failure = error
@@ -341,8 +355,8 @@ def _arrays(state: TrainState) -> dict[str, Any]:
 
 # What may differ between the two halves of a resumed run, by the beginning of its name.
 _CHANGEABLE = (
-    "run.", "mesh.", "model.dtype", "model.remat", "data.workers", "data.prefetch", "data.max_corrupt_share",
-    "data.data_dir", "data.path", "data.eval_path", "data.eval_split", "data.mask.path",
+    "run.", "mesh.", "model.dtype", "model.remat", "data.workers", "data.threads", "data.prefetch",
+    "data.max_corrupt_share", "data.data_dir", "data.path", "data.eval_path", "data.eval_split", "data.mask.path",
     "optimizer.base_learning_rate", "optimizer.schedule", "optimizer.min_learning_rate", "optimizer.warmup_steps",
     "optimizer.betas", "optimizer.pretrained_scale",
     "loss.perceptual_weight", "loss.kl_weight", "loss.codebook_weight", "loss.commitment_weight", "loss.gan_start",

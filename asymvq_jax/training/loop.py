@@ -168,6 +168,8 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Waits for the last checkpoint and ends the logs."""
+        if kind is not None:
+            self.watch.fails()
         if kind and issubclass(kind, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
             # A checkpoint in writing waits for all processes, and one of them may be gone.
             return

@@ -116,6 +116,12 @@ def test_a_run_lives_in_a_bucket_and_resumes_there(trained, caplog):
     assert (trained / "checkpoints" / "3").exists()
 
 
+def test_a_picture_is_read_with_one_request(bucket, storage):
+    storage.forget()
+    assert images.read("gs://bucket/photos/p0.png").shape == (SIDE + 4, SIDE, 3)
+    assert storage.requests.total() == 1
+
+
 def test_the_pictures_of_a_folder_are_listed_with_few_requests(bucket, storage, caplog):
     storage.forget()
     caplog.set_level("INFO", "asymvq_jax")

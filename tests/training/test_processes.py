@@ -61,9 +61,11 @@ def cluster_of(processes: int) -> dict[str, str]:
 
 
 class Started:
-    """Processes that train together, each with a log."""
+    """Processes that train together, each with a log; `alone` has variables of single ones."""
 
-    def __init__(self, folder: Path, name: str, *overrides: str, processes: int = 2, devices: int = 1, **variables):
+    def __init__(
+        self, folder: Path, name: str, *overrides: str, processes: int = 2, devices: int = 1, alone=None, **variables
+    ):
         config = write_config(folder / f"{name}.py", _config(folder, name))
         command = [sys.executable, "-c", LAUNCHER, str(ROOT / "train.py"), f"--config={config}", *overrides]
         flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
@@ -74,6 +76,7 @@ class Started:
         self.processes = []
         for i, path in enumerate(self.logs):
             environment = os.environ | variables | ({"JAX_PROCESS_ID": str(i)} if processes > 1 else {})
+            environment |= (alone or {}).get(i, {})
             with path.open("w") as log:
                 self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
 
@@ -194,6 +197,25 @@ def test_runs_that_were_stopped_killed_or_out_of_space_resume_to_identical_param
     for name, value in expected.items():
         np.testing.assert_array_equal(resumed[name], value, err_msg=name)
     assert [r["step"] for r in _records(folder, "broken") if "l1" in r] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("index", "size", "told"),
+    [
+        # Its part of a step fails in the background, where Orbax's threads wait for each other.
+        (1, "150000", "a checkpoint cannot be written: that of process 1, whose log says why"),
+        # The file of metrics fails, which it alone writes; the other is in the computation of a later step.
+        (0, "20000", "/metrics.jsonl cannot be written: [Errno 27] File too large"),
+    ],
+)
+def test_a_full_disk_of_one_process_ends_the_others_at_once(folder, index, size, told):
+    every = {0: 100_000, 1: 3}[index]
+    limit = {"FILE_SIZE": size, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
+    run = Started(folder, f"full{index}", "--run.steps=100000", f"--run.eval_every={every}", alone={index: limit})
+    assert run.codes() == [2, 2], run.texts()
+    messages = [[line for line in text.splitlines() if line.startswith("error: ")] for text in run.texts()]
+    assert "File too large" in messages[index][0]
+    assert told in messages[1 - index][0]
 
 
 def test_four_processes_save_once_and_at_the_same_step(folder):

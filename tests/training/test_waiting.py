@@ -1,12 +1,14 @@
 """The limit on waiting for others, and where a run's time goes."""
 
+import threading
 import time
 
+import jax
 import pytest
 
 from asymvq_jax.devices import waiting
 from asymvq_jax.devices.waiting import Watch
-from asymvq_jax.errors import ExitCode
+from asymvq_jax.errors import CheckpointError, ExitCode, LostPeerError, NonFiniteError
 from asymvq_jax.training.clock import Clock, StepTimes
 
 
@@ -14,15 +16,15 @@ class _Service:
     """JAX's coordination service, as far as it is used; the other process has got to `count`."""
 
     def __init__(self, count: int) -> None:
-        self._notes = {f"{waiting.NOTES}/1": f"{count} the results of step 3"}
+        self.notes = {f"{waiting.NOTES}/1": f"{count} the results of step 3"}
 
-    def key_value_set(self, key, value, allow_overwrite):
-        assert allow_overwrite
-        self._notes[key] = value
+    def key_value_set(self, key, value, allow_overwrite=False):
+        assert allow_overwrite == key.startswith(waiting.NOTES)
+        self.notes[key] = value
 
     def key_value_dir_get(self, folder):
-        assert folder == waiting.NOTES
-        return list(self._notes.items())
+        assert folder in (waiting.NOTES, waiting.FAILURES)
+        return [(key, value) for key, value in self.notes.items() if key.startswith(folder)]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,42 @@ def test_a_wait_within_the_limit_is_nobodys_business(caplog, capsys):
     with Watch(30.0, "", left.append) as watch, watch.waiting("nothing"):
         pass
     assert (left, caplog.text, capsys.readouterr().err) == ([], "", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "note"),
+    [
+        (CheckpointError("a checkpoint cannot be written"), "2 a checkpoint cannot be written"),
+        (OSError(28, "no space"), "2 [Errno 28] no space"),
+        (NonFiniteError("step 3: l1 not finite"), "1 step 3: l1 not finite"),
+        # These come of another process's end.
+        (jax.errors.JaxRuntimeError("connection closed"), None),
+        (LostPeerError("it has ended"), None),
+    ],
+)
+def test_what_fails_in_one_process_ends_the_others_with_its_words_and_code(error, note, monkeypatch, capsys):
+    service, left = _Service(0), []
+    monkeypatch.setattr(waiting, "_client", lambda: service)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr(waiting, "LOOK", 0.001)
+    with pytest.raises(type(error)), Watch(30.0, "", left.append):
+        raise error
+    failures = {key: value for key, value in service.notes.items() if key.startswith(waiting.FAILURES)}
+    assert failures == ({} if note is None else {f"{waiting.FAILURES}/0": note})
+    if note is None:
+        return
+    monkeypatch.setattr(waiting, "GRACE", 0.001)
+    # One that fails by itself goes on to its own end.
+    watch = Watch(30.0, "", left.append)
+    watch.fails()
+    watch._listen()
+    assert left == []
+    ended = threading.Event()
+    with Watch(30.0, "", lambda code: (left.append(code), ended.set())):
+        assert ended.wait(60)
+    code, _, text = note.partition(" ")
+    assert left == [int(code)]
+    assert capsys.readouterr().err == f"error: process 0 has failed: {text}\n"
 
 
 def test_every_second_is_charged_to_one_kind(monkeypatch):
