@@ -6,18 +6,27 @@ import contextlib
 import logging
 import socket
 import struct
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from etils import epath
-from tensorboardX import summary
-from tensorboardX.crc32c import crc32c
-from tensorboardX.proto import event_pb2
 
 from asymvq_jax.errors import first_line
 from asymvq_jax.files.addresses import bucket_errors, in_bucket
+
+# tensorboardX imports torch where it is installed, for graphs that nobody draws here: half of the time that a start
+# takes to import everything. A module that is None counts as one that is not installed.
+_hidden = sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+try:
+    from tensorboardX import summary
+    from tensorboardX.crc32c import crc32c
+    from tensorboardX.proto import event_pb2
+finally:
+    if _hidden is None:
+        del sys.modules["torch"]
 
 log = logging.getLogger(__name__)
 

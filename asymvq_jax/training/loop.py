@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
 from typing import Any, NoReturn
 
 import jax
@@ -55,7 +55,7 @@ from asymvq_jax.training.state import (
     place,
     starting_parameters,
 )
-from asymvq_jax.training.step import Batch, Metrics, compiled_step, eval_step
+from asymvq_jax.training.step import Batch, Metrics, compiled_evaluation, compiled_step
 
 log = logging.getLogger(__name__)
 
@@ -154,13 +154,11 @@ class Run:
         self.clock.spent["lost"] += max(0.0, self.log.last_seconds - self._seconds_saved)
         self._profile = Profile(config.run.profile_steps, directory / "tensorboard")
         self._step = compiled_step(self.blueprint, self.state, mesh)
-        self._evaluate = jax.jit(
-            partial(eval_step, blueprint=self.blueprint, pictures=PICTURES), out_shardings=sharding.replicated(mesh)
-        )
+        self._evaluate = compiled_evaluation(self.blueprint, mesh, PICTURES)
         # Of a step, without recomputation, as a share of what all devices can do in a second; where that is known.
         self._work: float | None = None
         self._compiled: set[str] = set()
-        self._plain_decode = nnx.jit(_plain_decode, out_shardings=sharding.replicated(mesh))
+        self._plain_decode = _plain_decoder(mesh)
         self._describe(len(inputs.train))
 
     def __enter__(self) -> Run:
@@ -473,8 +471,14 @@ class Run:
             self.log.flush()
 
 
-def _plain_decode(model: Autoencoder, image: jax.Array) -> jax.Array:
-    return model.decode(model.encode(images.to_float(image)).mode())[:PICTURES]
+# One for all runs of a process on a mesh.
+@functools.cache
+def _plain_decoder(mesh: Mesh) -> Callable[[Autoencoder, jax.Array], jax.Array]:
+    def decode(model: Autoencoder, image: jax.Array) -> jax.Array:
+        return model.decode(model.encode(images.to_float(image)).mode())[:PICTURES]
+
+    decoder: Callable[[Autoencoder, jax.Array], jax.Array] = nnx.jit(decode, out_shardings=sharding.replicated(mesh))
+    return decoder
 
 
 def _device_memory() -> dict[str, float]:

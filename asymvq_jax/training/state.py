@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from asymvq_jax.config import Config, ModelConfig
+from asymvq_jax.config import Config, LossConfig, ModelConfig
 from asymvq_jax.devices import sharding
 from asymvq_jax.errors import ConfigError
 from asymvq_jax.losses.lpips import LPIPS
@@ -64,7 +65,7 @@ def is_trained(config: Config, name: str) -> bool:
 def make_blueprint(config: Config) -> Blueprint:
     """The networks' structure; allocates nothing."""
     autoencoder, params = structure(config.model)
-    discriminator, _ = split(nnx.eval_shape(lambda: Discriminator(config.loss, config.model, rngs=nnx.Rngs(0))))
+    discriminator, *_ = _discriminator_structure(config.loss, config.model)
     lpips = None
     if config.loss.perceptual_weight:
         dtype = jnp.dtype(config.model.dtype)
@@ -78,6 +79,18 @@ def make_blueprint(config: Config) -> Blueprint:
         autoencoder_optimizer(config, trained),
         discriminator_optimizer(config),
     )
+
+
+# Tracing the initialisers again for each of a run's questions takes longer than the answers.
+@functools.lru_cache(maxsize=8)
+def _discriminator_structure(
+    loss: LossConfig, model: ModelConfig
+) -> tuple[nnx.GraphDef[Discriminator], Params, Params]:
+    """The graph definition, and the shapes of the parameters and of the batch statistics."""
+    graphdef, params, stats = split(
+        nnx.eval_shape(lambda: Discriminator(loss, model, rngs=nnx.Rngs(0))), nnx.Param, BatchStat
+    )
+    return graphdef, params, stats
 
 
 class Drawn(NamedTuple):
@@ -118,7 +131,10 @@ def init_state(blueprint: Blueprint, drawn: Drawn) -> TrainState:
 
 def abstract_state(blueprint: Blueprint, mesh: Mesh) -> TrainState:
     """The state's shapes, types and shardings; allocates nothing."""
-    shapes = jax.eval_shape(lambda: init_state(blueprint, draw(blueprint.config)))
+    config = blueprint.config
+    _, params = structure(config.model)
+    _, discriminator, stats = _discriminator_structure(config.loss, config.model)
+    shapes = jax.eval_shape(partial(init_state, blueprint), Drawn(params, dict(discriminator), dict(stats)))
     state: TrainState = sharding.placed_shapes(shapes, mesh)
     return state
 

@@ -299,3 +299,8 @@ def eval_step(
     keep = jnp.broadcast_to(1.0 - mask, image.shape)
     error = jnp.sum(keep * jnp.square(recon - image)) / jnp.maximum(jnp.sum(keep), 1.0)
     return {"nll": nll, **parts, "preservation": error}, recon[:pictures]
+
+
+def compiled_evaluation(blueprint: Blueprint, mesh: Mesh, pictures: int) -> jax.stages.Wrapped:
+    """`eval_step` under jit: (params, perceptual, batch); what it returns is on every device of `mesh`."""
+    return jax.jit(partial(eval_step, blueprint=blueprint, pictures=pictures), out_shardings=replicated(mesh))

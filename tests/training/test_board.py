@@ -42,10 +42,14 @@ def test_events_are_written_at_once_as_the_library_writes_them(tmp_path):
 def test_a_full_disk_is_told_once_and_nothing_is_printed_at_exit(tmp_path):
     program = """
         import logging, resource, signal, sys
+        from importlib.util import find_spec
         import numpy as np
         from etils import epath
         from asymvq_jax.training.board import Board
 
+        # tensorboardX would import it, which takes as long as all else that a run imports; it is there when asked for.
+        assert "torch" not in sys.modules
+        assert find_spec("torch")
         logging.basicConfig(format="%(message)s")
         # As a quota does.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
