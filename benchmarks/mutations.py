@@ -196,6 +196,13 @@ MUTATIONS = (
         "progress.pop(FINGERPRINTS, {})",
         _tests(DAMAGED, "test_what_the_files_do_not_guard_is_guarded"),
     ),
+    Mutation(
+        "saving asks whether to stop",
+        CHECKPOINTS,
+        "        return False\n",
+        "        return bool(super().reached_preemption(step))\n",
+        _tests(DAMAGED, "test_saving_does_not_ask_whether_to_stop"),
+    ),
     Mutation("crops ignore the share", PIPELINE, "int(share * min(height, width))", "min(height, width)", CROPS),
     Mutation("crops lie at the top", PIPELINE, "top = int(rng", "top = 0 * int(rng", CROPS),
     Mutation("crops lie at the left", PIPELINE, "left = int(rng", "left = 0 * int(rng", CROPS),

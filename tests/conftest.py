@@ -32,3 +32,13 @@ def storage(tmp_path_factory):
     """Google Cloud Storage on this machine, with gs://bucket."""
     with buckets.running(tmp_path_factory.mktemp("storage")) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def shared_programs():
+    """Runs of this module that have the same programs trace them once."""
+    # Imports the whole of training, which other tests do without.
+    import programs
+
+    with programs.shared():
+        yield

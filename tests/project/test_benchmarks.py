@@ -2,6 +2,7 @@
 
 import json
 
+import contenders
 import numpy as np
 import pytest
 import torch
@@ -17,27 +18,13 @@ from asymvq_jax.models.checkpoints import save_model
 from benchmarks import contest, decode, endurance, generate, large_pictures, peers, reproduction, subjects
 
 
-def _count(step: float) -> contest.Run:
-    calls = []
-
-    def run():
-        calls.append(step)
-        return lambda: np.array([0.0, sum(calls)])
-
-    return run
-
-
-def _break(message: str) -> contest.Run:
-    raise ValueError(message)
-
-
 def test_a_contest_times_by_turns_and_says_what_failed(capsys):
-    contenders = [
-        contest.Contender("ours", _count, {"step": 1.0}),
-        contest.Contender("broken", _break, {"message": "no such kernel"}),
-        contest.Contender("theirs", _count, {"step": 1.5}),
+    taking_part = [
+        contest.Contender("ours", contenders.count, {"step": 1.0}),
+        contest.Contender("broken", contenders.fail, {"message": "no such kernel"}),
+        contest.Contender("theirs", contenders.count, {"step": 1.5}),
     ]
-    results = contest.hold(contenders, rounds=3, warm_up=1)
+    results = contest.hold(taking_part, rounds=3, warm_up=1)
     assert [len(r.seconds) for r in results] == [3, 0, 3]
     assert [r.failure for r in results] == [None, "ValueError: no such kernel", None]
     # The result is that of the first call, before any warming up.

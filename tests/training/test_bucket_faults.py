@@ -34,14 +34,15 @@ def _config(name: str, **changes) -> Config:
     return Config(
         run=RunConfig(**(run | changes)),
         model=MODEL,
-        loss=LossConfig(gan_start=-1, perceptual_weight=0.0),
+        # A discriminator that never starts is saved all the same.
+        loss=LossConfig(gan_start=-1, perceptual_weight=0.0, discriminator_features=1, discriminator_layers=1),
         data=DataConfig(image_size=16, batch_size=8),
         optimizer=OptimizerConfig(base_learning_rate=1e-4, warmup_steps=2, schedule="constant"),
     )
 
 
 @pytest.fixture(scope="module")
-def undisturbed(storage):
+def undisturbed(storage, shared_programs):
     """The parameters after three steps, of a run that nothing happens to."""
     storage.forget()
     save_model("gs://bucket/faults/first", Autoencoder(dataclasses.replace(MODEL, condition=False), rngs=nnx.Rngs(0)))

@@ -46,13 +46,13 @@ def _config(directory, **changes) -> Config:
         ),
         loss=LossConfig(gan_start=-1, perceptual_weight=0.0, discriminator_features=1, discriminator_layers=1),
         data=DataConfig(image_size=16, batch_size=2),
-        optimizer=OptimizerConfig(base_learning_rate=1e-4, warmup_steps=2),
+        optimizer=OptimizerConfig(base_learning_rate=1e-4, warmup_steps=2, schedule="constant"),
         mesh=MeshConfig(data=1),
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def one_device():
+def one_device(shared_programs):
     """The devices are eight otherwise, and a batch of two pictures does not split over them."""
     with pytest.MonkeyPatch.context() as patch:
         make = sharding.make_mesh

@@ -21,6 +21,7 @@ from asymvq_jax.errors import ConfigError
 from asymvq_jax.losses.lpips import load_lpips
 from asymvq_jax.models.parameters import split
 from asymvq_jax.training import state as states
+from asymvq_jax.training import step
 from asymvq_jax.training.optimizer import (
     autoencoder_optimizer,
     autoencoder_schedule,
@@ -32,6 +33,8 @@ from asymvq_jax.training.state import create_state, make_blueprint, starting_par
 from asymvq_jax.training.step import _gradients, _penalty_weights, compiled_step, eval_step, train_step
 
 SIZE = 32
+# Two levels compile in half the time of four, and are sharded alike.
+SMALL = dataclasses.replace(TINY, encoder_channels=(32, 32), decoder_channels=(64, 64))
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +114,7 @@ def _noise(gradients: dict) -> float:
     return 1e-6 * float(np.sqrt(sum(np.sum(np.square(value)) for value in gradients.values())))
 
 
-def test_step_equals_torch():
+def test_step_equals_torch(monkeypatch):
     config, batch = _config(), _batch(2)
     blueprint = make_blueprint(config)
     theirs = asymmetric(config.model)
@@ -123,10 +126,17 @@ def test_step_equals_torch():
     noise = jax.random.normal(key, (2, SIZE // 8, SIZE // 8, 4))
     torch_step = TorchStep(config, batch, noise, {**state.discriminator, **state.batch_stats}, perceptual)
 
-    image, mask = jnp.asarray(batch["image"] / np.float32(127.5) - 1), jnp.asarray(batch["mask"], jnp.float32)
-    gradients = jax.jit(partial(_gradients, blueprint, adversarial=True))
-    with jax.numpy_dtype_promotion("strict"):
-        grads, stats, metrics = gradients(state, perceptual, state.batch_stats, image, mask, key)
+    # One program, which returns the gradients that the step takes as well.
+    taken = []
+
+    def strict(*args, **keywords):
+        with jax.numpy_dtype_promotion("strict"):
+            taken.append(_gradients(*args, **keywords))
+        return taken[0]
+
+    monkeypatch.setattr(step, "_gradients", strict)
+    whole = jax.jit(lambda *args: (train_step(*args, blueprint=blueprint, adversarial=True)[0], taken.pop()))
+    after, (grads, stats, metrics) = whole(state, perceptual, batch)
     expected = {
         "nll": torch_step.nll,
         "generator": torch_step.generator,
@@ -148,7 +158,6 @@ def test_step_equals_torch():
 
     # The whole step: Adam of the same gradients, at the two groups' rates. Its first step moves each weight by the
     # rate, whatever its gradient's size: where that is rounding noise, so is the sign, and it is left out.
-    after, _ = jax.jit(partial(train_step, blueprint=blueprint, adversarial=True))(state, perceptual, batch)
     peak = config.optimizer.base_learning_rate * config.data.batch_size
     compared = 0
     for name, gradient in decoder.items():
@@ -183,9 +192,9 @@ def test_frozen_parameters_have_no_gradient_and_no_optimizer_state():
 
 def test_first_stage_trains_everything_with_the_kl_term():
     config = _config(
-        model=dataclasses.replace(TINY, condition=False),
+        model=dataclasses.replace(SMALL, condition=False),
         run=RunConfig(train_encoder=True, steps=10),
-        loss=LossConfig(gan_start=-1, perceptual_weight=0.0, kl_weight=0.5),
+        loss=LossConfig(gan_start=-1, perceptual_weight=0.0, kl_weight=0.5, discriminator_features=16),
     )
     blueprint = make_blueprint(config)
     state = create_state(blueprint, _one_device(config))
@@ -276,7 +285,7 @@ def test_accumulated_gradients_equal_the_whole_batch():
     for accumulate in (1, 4):
         config = _config(
             model=SMALL,
-            loss=LossConfig(gan_start=-1, perceptual_weight=0.0),
+            loss=LossConfig(gan_start=-1, perceptual_weight=0.0, discriminator_features=16),
             data=DataConfig(batch_size=4, image_size=SIZE),
             optimizer=OptimizerConfig(accumulate=accumulate, ema_decay=0.9),
         )
@@ -284,8 +293,8 @@ def test_accumulated_gradients_equal_the_whole_batch():
         state = create_state(blueprint, _one_device(config))
         # A posterior without spread, because each micro-batch draws its own noise.
         state.frozen["quant_conv.bias"] = state.frozen["quant_conv.bias"].at[4:].set(-60.0)
-        step = jax.jit(partial(train_step, blueprint=blueprint, adversarial=False))
-        results.append((state, *step(state, {}, _batch(4))))
+        one_step = jax.jit(partial(train_step, blueprint=blueprint, adversarial=False))
+        results.append((state, *one_step(state, {}, _batch(4))))
     (before, one, metrics), (_, four, other) = results
     np.testing.assert_allclose(metrics["nll"], other["nll"], rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], other["grad_norm"], rtol=1e-4)
@@ -294,8 +303,6 @@ def test_accumulated_gradients_equal_the_whole_batch():
     np.testing.assert_allclose(one.params[name], four.params[name], rtol=1e-3, atol=1e-6)
 
 
-# Two levels compile in half the time of four, and are sharded alike.
-SMALL = dataclasses.replace(TINY, encoder_channels=(32, 32), decoder_channels=(64, 64))
 MESH_RATE = 1e-5
 MESHES = [MeshConfig(data=8), MeshConfig(data=2, fsdp=4), MeshConfig(data=2, fsdp=2, tensor=2)]
 
@@ -326,9 +333,9 @@ def _two_steps(config: Config, devices):
     batch = jax.device_put(_batch(8), sharding.batch_sharding(mesh))
     history = []
     with jax.set_mesh(mesh):
-        step = compiled_step(blueprint, state, mesh)
+        one_step = compiled_step(blueprint, state, mesh)
         for _ in range(2):
-            state, metrics = step(state, perceptual, batch, adversarial=True)
+            state, metrics = one_step(state, perceptual, batch, adversarial=True)
             history.append(jax.device_get((metrics, state.optimizer[0].mu)))
     return state, history
 
@@ -431,7 +438,7 @@ def test_the_discriminators_schedule_ends_with_the_run():
 
 
 def test_preservation_is_taken_over_the_preserved_pixels():
-    config = _config(loss=LossConfig(perceptual_weight=0.0))
+    config = _config(model=SMALL, loss=LossConfig(perceptual_weight=0.0, discriminator_features=16))
     blueprint = make_blueprint(config)
     state = create_state(blueprint, _one_device(config))
     batch = _batch(2)

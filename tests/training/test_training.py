@@ -53,12 +53,18 @@ def _config(folder: Path, **changes) -> Config:
     )
 
 
-def _with_a_cosine(config: Config) -> Config:
-    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, schedule="cosine"))
+def _with_a_cosine(folder: Path, name: str, **changes) -> Config:
+    config = _config(folder, directory=str(folder / name), **changes)
+    optimizer = dataclasses.replace(config.optimizer, schedule="cosine")
+    return dataclasses.replace(config, optimizer=optimizer, loss=dataclasses.replace(config.loss, gan_start=2))
+
+
+def _too_fast(config: Config) -> Config:
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, base_learning_rate=1e36))
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory):
+def first(tmp_path_factory, shared_programs):
     """A folder with a plain autoencoder to start from."""
     folder = tmp_path_factory.mktemp("training")
     plain = dataclasses.replace(MODEL, condition=False)
@@ -120,10 +126,8 @@ def test_another_configuration_is_refused(finished):
 
 
 def test_a_diverged_run_stops_with_the_step(first):
-    config = _config(first, directory=str(first / "diverged"))
-    config = dataclasses.replace(config, optimizer=OptimizerConfig(base_learning_rate=1e36, warmup_steps=0))
     with pytest.raises(NonFiniteError, match=r"step \d+: .* not finite; there is no checkpoint yet"):
-        train(config)
+        train(_too_fast(_config(first, directory=str(first / "diverged"))))
 
 
 def test_too_little_memory_is_explained(first, monkeypatch):
@@ -147,8 +151,7 @@ def logged(first):
     """Four steps with a line for each ("each"), and the same with a line for every two ("pairs")."""
     with jax.numpy_dtype_promotion("standard"):
         for name, every in (("each", 1), ("pairs", 2)):
-            config = _with_a_cosine(_config(first, directory=str(first / name), steps=4, log_every=every, eval_every=4))
-            assert train(dataclasses.replace(config, loss=dataclasses.replace(config.loss, gan_start=2))) == 0
+            assert train(_with_a_cosine(first, name, steps=4, log_every=every, eval_every=4)) == 0
     return first
 
 
@@ -225,12 +228,11 @@ def test_damaged_lines_of_the_metrics_are_left_out_and_counted(tmp_path, caplog)
 
 def test_a_step_that_has_diverged_is_not_saved_and_the_last_good_one_stays(first):
     name = "good"
-    assert train(_config(first, directory=str(first / name), steps=3)) == 0
-    config = _config(first, directory=str(first / name), steps=4)
-    too_fast = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, base_learning_rate=1e36))
-    with pytest.raises(NonFiniteError, match=r"step 4: .*not finite; the last good checkpoint is step 3"):
+    assert train(_config(first, directory=str(first / name), steps=2)) == 0
+    too_fast = _too_fast(_config(first, directory=str(first / name), steps=3))
+    with pytest.raises(NonFiniteError, match=r"step 3: .*not finite; the last good checkpoint is step 2"):
         train(too_fast)
-    assert [p.name for p in (first / name / "checkpoints").iterdir()] == ["3"]
+    assert [p.name for p in (first / name / "checkpoints").iterdir()] == ["2"]
     assert all(np.isfinite(x).all() for x in load_parameters(first / name)[1].values())
 
 
@@ -301,10 +303,9 @@ def test_a_run_resumes_without_its_first_stage_and_refuses_another(first, caplog
         train(_config(first, steps=3, **changes))
 
 
-def test_a_schedule_that_jumps_on_extending_is_told(first, caplog):
-    assert train(_with_a_cosine(_config(first, directory=str(first / "longer"), steps=3))) == 0
-    caplog.clear()
-    assert train(_with_a_cosine(_config(first, directory=str(first / "longer"), steps=5))) == 0
+def test_a_schedule_that_jumps_on_extending_is_told(logged, caplog):
+    shutil.copytree(logged / "each", logged / "longer")
+    assert train(_with_a_cosine(logged, "longer", steps=5)) == 0
     told = re.search(
         r"rate of the next step is (\S+), where the run so far would have had 1e-06: run.steps=5", caplog.text
     )
