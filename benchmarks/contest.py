@@ -197,6 +197,30 @@ def difference(results: Sequence[Result]) -> str:
     return f"{max(float(np.abs(outputs[0] - x).max()) for x in outputs[1:]) / spread:.1e} of the range"
 
 
+def matrix_peak(dtype: Dtype) -> float:
+    """FLOP/s of products of two matrices with sides of `peak_side()`: the fastest of five."""
+    import jax
+    import jax.numpy as jnp
+
+    side, count = peak_side(), 1 if jax.default_backend() == "cpu" else 10
+    a = jax.random.normal(jax.random.key(0), (side, side), jnp.dtype(dtype))
+    product = jax.jit(jnp.matmul).lower(a, a).compile()
+    jax.block_until_ready(product(a, a))
+    spent = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        jax.block_until_ready([product(a, a) for _ in range(count)])
+        spent.append((time.perf_counter() - begin) / count)
+    return 2 * side**3 / min(spent)
+
+
+def peak_side() -> int:
+    """Of the matrices that show the device's peak."""
+    import jax
+
+    return 2048 if jax.default_backend() == "cpu" else 8192
+
+
 def machine() -> str:
     """The machine and the versions, in one line."""
     named = ", ".join(f"{name} {version}" for name, version in versions().items())

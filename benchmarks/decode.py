@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 
 from asymvq_jax.commands.entry import command
 from asymvq_jax.config import ModelConfig, load_config
@@ -17,7 +16,7 @@ from asymvq_jax.devices.compilation import keep_compiled_programs
 from asymvq_jax.devices.flops import matmul_flops
 from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.checkpoints import load_model
-from asymvq_jax.models.parameters import merge
+from asymvq_jax.models.parameters import jitted, merge
 from benchmarks import contest, subjects
 
 
@@ -65,7 +64,7 @@ def decode(model: str, arrays: dict[str, np.ndarray], *, dtype: str) -> contest.
 def decoding(autoencoder: Autoencoder, arrays: dict[str, np.ndarray]) -> contest.Run:
     """Our decode of `arrays`."""
     inputs = jax.device_put([arrays[name] for name in ("latent", "image", "mask")])
-    step = nnx.jit(lambda autoencoder, *inputs: autoencoder.decode(*inputs))
+    step = jitted(lambda autoencoder, *inputs: autoencoder.decode(*inputs))
 
     def run() -> Callable[[], np.ndarray]:
         y = jax.block_until_ready(step(autoencoder, *inputs))

@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from asymvq_jax.config import ModelConfig
+from asymvq_jax.config import Dtype, ModelConfig
 from asymvq_jax.convert.convert import config_to_diffusers, convert
-from asymvq_jax.models.parameters import Params
+from asymvq_jax.diffusion.unet import UNet, UNetConfig
+from asymvq_jax.models.autoencoder import Autoencoder, structure
+from asymvq_jax.models.parameters import Params, merge, split
 
 
 def pictures(config: ModelConfig, batch: int, size: int) -> dict[str, np.ndarray]:
@@ -43,3 +47,18 @@ def random_values(shapes: Params) -> Params:
     """Small random numbers for parameters of these shapes, made on the device, for models that are only timed."""
     key = jax.random.key(0)
     return {name: (0.02 * jax.random.normal(key, x.shape)).astype(x.dtype) for name, x in shapes.items()}
+
+
+def random_model(config: ModelConfig) -> Autoencoder:
+    """A model to be timed."""
+    graphdef, shapes = structure(config)
+    return merge(graphdef, random_values(shapes))
+
+
+def random_unet(config: UNetConfig, dtype: Dtype) -> UNet:
+    """A UNet to be timed, with kernels in its compute type."""
+    kind = jnp.dtype(dtype)
+    graphdef, shapes = split(nnx.eval_shape(lambda: UNet(config, dtype=kind, rngs=nnx.Rngs(0))))
+    shapes = {n: jax.ShapeDtypeStruct(x.shape, kind if n.endswith(".kernel") else x.dtype) for n, x in shapes.items()}
+    unet: UNet = merge(graphdef, random_values(shapes))
+    return unet

@@ -20,9 +20,11 @@ need its test requirements: pip install -e '.[test]'.
   decode          the decode, beside diffusers'
   train_step      the training step, beside PyTorch's
   generate        Stable Diffusion's denoising loop, beside diffusers'
+  profile         where the time of one of these goes, beside the cores' matrix peak
   input           the input pipeline, pictures a second
   large_pictures  memory and time of large pictures
   start_up        whole processes from start to a written picture, cold and warm
+  int8            what convolutions in int8 would cost in quality
   reproduction    a small reproduction of the paper's comparison
   mutants         break the package in a copy, on purpose, to see whether the tests notice
   endurance       a run that is killed again and again, beside an undisturbed one
@@ -31,8 +33,8 @@ need its test requirements: pip install -e '.[test]'.
 asymvq benchmark NAME --help lists the options.
 """
 NAMES = (
-    "everything", "decode", "train_step", "generate", "input", "large_pictures", "start_up", "reproduction",
-    "mutants", "endurance", "embed",
+    "everything", "decode", "train_step", "generate", "profile", "input", "large_pictures", "start_up", "int8",
+    "reproduction", "mutants", "endurance", "embed",
 )  # fmt: skip
 
 

@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from asymvq_jax.devices import sharding
 from asymvq_jax.diffusion.solvers import History, Row, Solver, advance, begin, replace_newest
 from asymvq_jax.diffusion.unet import Added, UNet
-from asymvq_jax.models.parameters import Params, merge, split
+from asymvq_jax.models.parameters import Params, jitted, merge, split
 
 
 class Known(NamedTuple):
@@ -42,7 +41,7 @@ class Batch(NamedTuple):
     added: Added | None = None
 
 
-@partial(nnx.jit, static_argnames="mesh")
+@partial(jitted, static_argnames="mesh")
 def denoise(unet: UNet, solver: Solver, guidance: jax.Array, batch: Batch, *, mesh: Mesh | None = None) -> jax.Array:
     """The whole loop of a sampler.
 

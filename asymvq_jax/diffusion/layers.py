@@ -133,6 +133,7 @@ def _attend_in_parts(query: jax.Array, key: jax.Array, value: jax.Array, *, scor
     return mixed.reshape(query.shape)
 
 
+@jax.named_scope("attention")
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool = False) -> jax.Array:
     """(..., n, d), (..., m, d), (..., m, d) -> (..., n, d)."""
     scores = jnp.einsum("...nd,...md->...nm", query, key, preferred_element_type=jnp.float32)

@@ -8,7 +8,6 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from asymvq_jax import inference
@@ -23,6 +22,7 @@ from asymvq_jax.errors import SamplingError
 from asymvq_jax.files import images
 from asymvq_jax.files.masks import HAZE, reduce_mask
 from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.parameters import jitted
 
 
 def text_to_image(
@@ -233,12 +233,12 @@ def _check_pictures(image: np.ndarray, mask: np.ndarray, count: int) -> np.ndarr
     return mask.astype(np.float32)
 
 
-@nnx.jit
+@jitted
 def _encode(encoder: TextEncoder | ImageEncoder, inputs: jax.Array) -> jax.Array:
     return encoder(inputs)
 
 
-@nnx.jit
+@jitted
 def _encode_both(encoder: TextEncoder, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     return encoder.both(tokens)
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import cv2
 import jax
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from asymvq_jax import inference
@@ -30,7 +29,7 @@ from asymvq_jax.inference.blend import composite
 from asymvq_jax.inference.packed import without_frames
 from asymvq_jax.losses.lpips import LPIPS
 from asymvq_jax.models.autoencoder import Autoencoder
-from asymvq_jax.models.parameters import Params, split
+from asymvq_jax.models.parameters import Params, jitted, split
 
 log = logging.getLogger(__name__)
 
@@ -250,7 +249,7 @@ def lpips_input(image: np.ndarray) -> jax.Array:
     return images.to_float(image)[None]
 
 
-@nnx.jit
+@jitted
 def _distance(lpips: LPIPS, a: jax.Array, b: jax.Array) -> jax.Array:
     return lpips(a, b)
 

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 from skimage.color import lab2rgb, rgb2lab
 from tqdm import tqdm
 
@@ -32,6 +31,7 @@ from asymvq_jax.inference.blend import composite
 from asymvq_jax.inference.edges import rings
 from asymvq_jax.losses.lpips import LPIPS
 from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.parameters import jitted
 
 # Widths of the feathered pastes, px.
 FEATHERS = (2, 4, 8)
@@ -231,11 +231,11 @@ def judge(
         yield row, values
 
 
-@nnx.jit
+@jitted
 def _features(lpips: LPIPS, image: jax.Array) -> list[jax.Array]:
     return lpips.features(image)
 
 
-@nnx.jit
+@jitted
 def _distance(lpips: LPIPS, a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
     return lpips.distance(a, b)

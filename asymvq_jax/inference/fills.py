@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from flax import nnx
 
 from asymvq_jax.files import images
 from asymvq_jax.inference.inpainting import InpaintResult, check_image, check_mask, inpaint
 from asymvq_jax.inference.whole import check_condition, encode, pad
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.decoder import grow
+from asymvq_jax.models.parameters import jitted
 
 Array = npt.NDArray[Any]
 
@@ -29,10 +29,10 @@ def _condition_features(
     return model.decoder.condition_features(image, generated), generated
 
 
-_condition: Callable[..., tuple[list[jax.Array], jax.Array]] = nnx.jit(_condition_features, static_argnames="margin")
+_condition: Callable[..., tuple[list[jax.Array], jax.Array]] = jitted(_condition_features, static_argnames="margin")
 
 
-@nnx.jit
+@jitted
 def _decode(
     model: Autoencoder,
     z: jax.Array,

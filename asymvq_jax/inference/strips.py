@@ -15,12 +15,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from asymvq_jax.inference.whole import check_condition, check_pixels, pad
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.blocks import Attention, Conv, Norm, ResBlock, channel_moments
 from asymvq_jax.models.decoder import Decoder, blend, grow, level_masks
+from asymvq_jax.models.parameters import jitted
 from asymvq_jax.models.tone import CELL, SHIFTS, Means, ToneField, beyond, enlarge, means, together
 
 STRIP_PIXELS = 2**19
@@ -61,7 +61,7 @@ def encode_in_strips(model: Autoencoder, image: jax.Array | np.ndarray, strip_pi
     return _latent_mode(model, jnp.asarray(x.values))
 
 
-@nnx.jit
+@jitted
 def _latent_mode(model: Autoencoder, x: jax.Array) -> jax.Array:
     return model.latent(model.encoder.head(x)).mode()
 
@@ -122,7 +122,7 @@ def decode_in_strips(
 means_program = jax.jit(means)
 
 
-@nnx.jit
+@jitted
 def field_program(tone: ToneField, found: Means) -> jax.Array:
     """The field of tone, whole, from means that were gathered in strips."""
     return tone.field(found)
@@ -161,7 +161,7 @@ def _rows(field: jax.Array, top: int, bottom: int, side: int) -> jax.Array:
     return whole[:, top - low * side : bottom - low * side]
 
 
-@nnx.jit
+@jitted
 def latent_program(
     model: Autoencoder, z: jax.Array, feature: jax.Array | None, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
@@ -203,7 +203,7 @@ def _layer(layer: ResBlock | Attention, x: FeatureMap, condition: Condition | No
     return sweep(h, layer.conv2, norm=layer.norm2, residual=x.values, shortcut=layer.shortcut, condition=condition)
 
 
-@nnx.jit
+@jitted
 def _attend(
     attention: Attention, x: jax.Array, feature: jax.Array | None, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
@@ -285,4 +285,4 @@ def _strip(
 
 
 # One layer of one strip, jitted.
-strip_program: Callable[..., tuple[jax.Array, jax.Array]] = nnx.jit(_strip, static_argnames=("relu", "upsample"))
+strip_program: Callable[..., tuple[jax.Array, jax.Array]] = jitted(_strip, static_argnames=("relu", "upsample"))

@@ -17,7 +17,7 @@ from asymvq_jax.config import ModelConfig
 from asymvq_jax.devices import sharding
 from asymvq_jax.errors import InputError
 from asymvq_jax.models.autoencoder import Autoencoder
-from asymvq_jax.models.parameters import merge, split
+from asymvq_jax.models.parameters import jitted, merge, split
 
 M = TypeVar("M", bound=nnx.Module)
 # Takes a model and arrays.
@@ -30,7 +30,7 @@ def pad(x: jax.Array | np.ndarray, multiple: int) -> jax.Array:
     return jnp.pad(jnp.asarray(x), ((0, 0), (0, -h % multiple), (0, -w % multiple), (0, 0)), mode="edge")
 
 
-@nnx.jit
+@jitted
 def encode_program(model: Autoencoder, image: jax.Array) -> jax.Array:
     """`encode` of pictures whose sizes are multiples of the model's downsampling; one jitted program."""
     return model.encode(image).mode()
@@ -43,7 +43,7 @@ def _decode(
 
 
 # `decode` of arrays whose sizes are multiples of the model's downsampling; one jitted program.
-decode_program: Callable[..., jax.Array] = nnx.jit(_decode, static_argnames="margin")
+decode_program: Callable[..., jax.Array] = jitted(_decode, static_argnames="margin")
 
 
 def encode(

@@ -230,6 +230,7 @@ class Attention(nnx.Module):
         return self.query(x), self.key(x), self.value(x)
 
 
+@jax.named_scope("attention")
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """(b, q, c), (b, k, c), (b, k, c) -> (b, q, c)."""
     scores = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=jnp.float32)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from flax import nnx
 
 Params = dict[str, jax.Array]
 M = TypeVar("M", bound=nnx.Module)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def split(model: M, *filters: Any) -> tuple[Any, ...]:
@@ -40,6 +43,16 @@ def merge(graphdef: nnx.GraphDef[M], params: dict[str, Any]) -> M:
     """The inverse of `split`."""
     flat = [(tuple(int(p) if p.isdigit() else p for p in name.split(".")), value) for name, value in params.items()]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def jitted(function: Callable[P, R], **options: Any) -> Callable[P, R]:
+    """`nnx.jit` of a function that changes nothing in its modules; `options` are those of `jax.jit`.
+
+    By default nnx returns every parameter from the program in case it has changed, and XLA copies it at each call (flax
+    0.12): as much memory again as the weights take, the encoder's too where only the decoder runs.
+    """
+    program: Callable[P, R] = nnx.jit(function, graph=False, **options)
+    return program
 
 
 @jax.jit

@@ -58,7 +58,7 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
     count: Counter[tuple[str, tuple[str, ...]]] = Counter()
     size: Counter[tuple[str, tuple[str, ...]]] = Counter()
     key: tuple[str, tuple[str, ...]]
-    for name, line in _instructions(hlo):
+    for name, line in instructions(hlo):
         match = _COLLECTIVE.search(line)
         if match is None:
             if sent := _SEND.search(line):
@@ -78,7 +78,7 @@ def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
     return sorted(entries, key=lambda entry: -entry.bytes)
 
 
-def _instructions(hlo: str) -> Iterator[tuple[str, str]]:
+def instructions(hlo: str) -> Iterator[tuple[str, str]]:
     """Every instruction's line, without comments, and with the name of its computation."""
     name = ""
     for line in hlo.splitlines():
@@ -93,15 +93,15 @@ def _runs(hlo: str) -> Counter[str]:
     called: dict[str, list[str]] = defaultdict(list)
     constants: dict[str, list[int]] = defaultdict(list)
     loops: list[tuple[str, str]] = []
-    for name, line in _instructions(hlo):
+    for name, line in instructions(hlo):
         if value := re.search(r"= s32\[\]\S* constant\((\d+)\)", line):
             constants[name].append(int(value[1]))
         if " while(" in line:
             loops.append((name, line))
         # The end of an asynchronous operation names the computation that its start has begun.
         elif not re.search(r" async-(update|done)\(", line):
-            called[name] += _callees(line)
-    trips = {(name, callee): _trips(line, constants) for name, line in loops for callee in _callees(line)}
+            called[name] += callees(line)
+    trips = {(name, callee): _trips(line, constants) for name, line in loops for callee in callees(line)}
     for name, callee in trips:
         called[name].append(callee)
     runs: Counter[str] = Counter()
@@ -113,7 +113,8 @@ def _runs(hlo: str) -> Counter[str]:
     return runs
 
 
-def _callees(line: str) -> list[str]:
+def callees(line: str) -> list[str]:
+    """The computations that an instruction's line names."""
     return [name.strip(" %") for text in _CALLED.findall(line) for name in text.strip("{}").split(",")]
 
 

@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 from etils import epath
-from flax import nnx
 from jax.sharding import Mesh
 
 from asymvq_jax.config import Config, ModelConfig, changed
@@ -38,7 +37,7 @@ from asymvq_jax.files import images
 from asymvq_jax.files.threads import quiet_threads
 from asymvq_jax.losses.lpips import load_lpips
 from asymvq_jax.models.autoencoder import Autoencoder, structure
-from asymvq_jax.models.parameters import Params, all_finite, merge, split
+from asymvq_jax.models.parameters import Params, all_finite, jitted, merge, split
 from asymvq_jax.training.checkpoints import Resumed, RunCheckpoints, owned
 from asymvq_jax.training.clock import KINDS, Clock, StepTimes
 from asymvq_jax.training.fitting import fit_condition
@@ -477,8 +476,7 @@ def _plain_decoder(mesh: Mesh) -> Callable[[Autoencoder, jax.Array], jax.Array]:
     def decode(model: Autoencoder, image: jax.Array) -> jax.Array:
         return model.decode(model.encode(images.to_float(image)).mode())[:PICTURES]
 
-    decoder: Callable[[Autoencoder, jax.Array], jax.Array] = nnx.jit(decode, out_shardings=sharding.replicated(mesh))
-    return decoder
+    return jitted(decode, out_shardings=sharding.replicated(mesh))
 
 
 def _device_memory() -> dict[str, float]:

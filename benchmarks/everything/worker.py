@@ -17,16 +17,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from asymvq_jax.config import Config, Dtype, ModelConfig, load_config
 from asymvq_jax.devices import sharding
-from asymvq_jax.diffusion.unet import UNet, UNetConfig
-from asymvq_jax.models.autoencoder import Autoencoder, structure
+from asymvq_jax.diffusion.unet import UNetConfig
 from asymvq_jax.models.checkpoints import save_model
-from asymvq_jax.models.parameters import merge, split
 from asymvq_jax.training.loop import Run
 from benchmarks import contest, decode, generate, subjects, train_step
 from benchmarks.everything.cases import COMPILED, OURS, STEPS, Case, Measurement, read, write_json
@@ -83,15 +79,6 @@ def measure_device(task: Task) -> None:
     devices = jax.devices()
     platform = "gpu" if devices[0].platform in ("gpu", "cuda", "rocm") else devices[0].platform
     dtype = task.dtype or ("float32" if platform == "cpu" else "bfloat16")
-    side = 2048 if platform == "cpu" else 8192
-    a = jax.random.normal(jax.random.key(0), (side, side), jnp.dtype(dtype))
-    product = jax.jit(jnp.matmul).lower(a, a).compile()
-    jax.block_until_ready(product(a, a))
-    spent = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        jax.block_until_ready([product(a, a) for _ in range(1 if platform == "cpu" else 10)])
-        spent.append((time.perf_counter() - begin) / (1 if platform == "cpu" else 10))
     name = contest.device_name()
     published = next((peak for part, peak in PEAKS.items() if part in name), None)
     found = {
@@ -101,8 +88,8 @@ def measure_device(task: Task) -> None:
         "cores": len(os.sched_getaffinity(0)),
         "versions": contest.versions(),
         "dtype": dtype,
-        "side": side,
-        "peak": 2 * side**3 / min(spent),
+        "side": contest.peak_side(),
+        "peak": contest.matrix_peak(dtype),
         "published": published if dtype == "bfloat16" else None,
     }
     write_json(task.folder / "device.json", found)
@@ -200,23 +187,14 @@ def _ours(task: Task, case: Case) -> Callable[[Case], contest.Run]:
     jax.config.update("jax_enable_compilation_cache", False)
     if case.subject == "decode":
         model = load_config(case.config, [f"--model.dtype={task.dtype}"]).model
-        autoencoder = random_model(model)
+        autoencoder = subjects.random_model(model)
         return lambda case: decode.decoding(autoencoder, subjects.pictures(model, case.batch, case.size))
-    dtype = jnp.dtype(task.dtype)
     unet = UNetConfig()
-    graphdef, shapes = split(nnx.eval_shape(lambda: UNet(unet, dtype=dtype, rngs=nnx.Rngs(0))))
-    shapes = {n: jax.ShapeDtypeStruct(x.shape, dtype if n.endswith(".kernel") else x.dtype) for n, x in shapes.items()}
-    network = merge(graphdef, subjects.random_values(shapes))
-    plain = random_model(ModelConfig(condition=False, dtype=task.dtype))
+    network = subjects.random_unet(unet, task.dtype)
+    plain = subjects.random_model(ModelConfig(condition=False, dtype=task.dtype))
     return lambda case: generate.generating(
         network, plain, generate.inputs(unet, case.batch, case.size), steps=STEPS
     )  # fmt: skip
-
-
-def random_model(config: ModelConfig) -> Autoencoder:
-    """A model to be timed."""
-    graphdef, shapes = structure(config)
-    return merge(graphdef, subjects.random_values(shapes))
 
 
 def _theirs(task: Task, case: Case, scratch: Path) -> Callable[[Case], contest.Run]:
@@ -260,7 +238,7 @@ def measure_input(task: Task) -> None:
         write_files(files)
         model = load_config(case.config).model
         narrow = {"decoder_channels": (32,) * len(model.decoder_channels), "decoder_blocks": 1, "condition": False}
-        save_model(str(encoder), random_model(ModelConfig(**{**model.encoder_fields(), **narrow})))
+        save_model(str(encoder), subjects.random_model(ModelConfig(**{**model.encoder_fields(), **narrow})))
         more = {
             "run.directory": str(run),
             "run.init_from": str(encoder),

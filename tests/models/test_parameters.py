@@ -1,12 +1,13 @@
-"""Parameters as dictionaries of arrays: the number that tells whether they are those that were written."""
+"""Modules' parameters: the number that tells whether they are those that were written, and programs that read them."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from asymvq_jax.devices import sharding
-from asymvq_jax.models.parameters import fingerprint
+from asymvq_jax.models.parameters import fingerprint, jitted
 
 
 def test_the_fingerprint_is_the_same_on_the_host_and_on_devices():
@@ -34,3 +35,20 @@ def test_the_fingerprint_changes_with_a_bit(place):
     changed = x.copy()
     changed.reshape(-1).view(np.uint32)[place] ^= 1 << 31
     assert fingerprint({"x": jnp.asarray(x)}) != fingerprint({"x": jnp.asarray(changed)})
+
+
+def test_programs_take_the_parameters_that_they_read_and_return_none():
+    """So XLA copies none of them; in nnx.jit's other mode all are arguments and results."""
+    model = nnx.List([nnx.Linear(64, 64, rngs=nnx.Rngs(i)) for i in range(3)])
+    x = jnp.ones((2, 64))
+
+    def second(model: nnx.List, x: jax.Array, *, double: bool) -> jax.Array:
+        return model[1](x) * (2 if double else 1)
+
+    program = jitted(second, static_argnames="double")
+    compiled = program.lower(model, x, double=True).compile()
+    memory = compiled.memory_analysis()
+    assert memory.argument_size_in_bytes == 4 * (64 * 64 + 64 + 2 * 64)
+    assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 4 * (2 * 64) + 64
+    np.testing.assert_array_equal(compiled(model, x), program(model, x, double=True))
+    np.testing.assert_allclose(program(model, x, double=True), 2 * model[1](x), rtol=1e-5)

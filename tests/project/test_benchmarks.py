@@ -12,13 +12,24 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from flax import nnx
 from oracles import TINY, relative_error
-from processes import DEADLINE, ROOT
+from processes import DEADLINE, ROOT, write_config
 
-from asymvq_jax.config import Config, load_config
+from asymvq_jax.config import Config, RunConfig, load_config
 from asymvq_jax.files import images
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.checkpoints import save_model
-from benchmarks import contest, decode, endurance, generate, large_pictures, peers, reproduction, subjects
+from benchmarks import (
+    contest,
+    decode,
+    endurance,
+    generate,
+    int8,
+    large_pictures,
+    peers,
+    profile,
+    reproduction,
+    subjects,
+)
 
 
 def test_a_contest_times_by_turns_and_says_what_failed(capsys):
@@ -171,3 +182,73 @@ def test_a_run_that_is_disturbed_ends_as_an_undisturbed_one(capsys):
     said = capsys.readouterr().out
     assert "1 processes, 15 steps, 1 disturbances in" in said
     assert "parameters are equal, bit for bit; metrics.jsonl has every step once" in said
+
+
+HLO = """\
+HloModule jit_f
+
+%fused_convolution (x: f32[1,8,8,4], k: f32[3,3,4,4]) -> f32[1,8,8,4] {
+  %x = f32[1,8,8,4]{3,2,1,0} parameter(0)
+  %k = f32[3,3,4,4]{3,2,1,0} parameter(1)
+  ROOT %convolution.1 = f32[1,8,8,4]{3,2,1,0} convolution(%x, %k), window={size=3x3}, dim_labels=b01f_01io->b01f
+}
+
+%fused_pad (p: f32[1,8,8,4]) -> f32[1,9,9,4] {
+  %p = f32[1,8,8,4]{3,2,1,0} parameter(0)
+  ROOT %pad.1 = f32[1,9,9,4]{3,2,1,0} pad(%p, %p), padding=0_0x0_1x0_1x0_0
+}
+
+%fused_norm (p: f32[1,8,8,4]) -> f32[4] {
+  %p.1 = f32[1,8,8,4]{3,2,1,0} parameter(0)
+  %converted = bf16[1,8,8,4]{3,2,1,0} convert(%p.1)
+  ROOT %reduce.1 = f32[4]{0} reduce(%converted, %zero), dimensions={0,1,2}, to_apply=%add
+}
+
+ENTRY %main (x: f32[1,8,8,4], k: f32[3,3,4,4]) -> f32[8,8] {
+  %x.1 = f32[1,8,8,4]{3,2,1,0} parameter(0), metadata={op_name="attention"}
+  %ynn_fusion = f32[1,8,8,4]{3,2,1,0} fusion(%x.1, %k.1), kind=kCustom, calls=%fused_convolution
+  %pad_fusion = f32[1,9,9,4]{3,2,1,0} fusion(%ynn_fusion), kind=kLoop, calls=%fused_pad
+  %norm_fusion = f32[4]{0} fusion(%ynn_fusion), kind=kLoop, calls=%fused_norm
+  %dot.2 = f32[8,8]{1,0} dot(%a, %b), metadata={op_name="jit(f)/transpose(jvp(decoder))/attention/dot_general"}
+  %cublas = (f32[8,8]{1,0}, s8[64]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm"
+  %while.1 = (s32[], f32[8,8]{1,0:T(8,128)}) while(%tuple.1), condition=%fused_pad, body=%fused_convolution
+  ROOT %dot.3 = f32[8,8]{1,0} dot(%a, %b), metadata={op_name="jit(f)/attentional/dot_general"}
+}
+"""
+
+
+def test_operations_are_told_apart_by_what_they_do():
+    found = profile.kinds(HLO)
+    expected = {
+        "ynn_fusion": profile.CONVOLUTION, "pad_fusion": profile.COPY, "norm_fusion": profile.OTHER,
+        "dot.2": profile.ATTENTION, "cublas": profile.PRODUCT, "while.1": None, "dot.3": profile.PRODUCT,
+    }  # fmt: skip
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_a_profile_says_where_the_time_goes(tmp_path, capsys):
+    """Of a small decoder: the kinds that must be there are, and the shares are those of one whole."""
+    config = write_config(
+        tmp_path / "tiny.py", Config(model=TINY, run=RunConfig(directory=str(tmp_path), init_from="random"))
+    )
+    assert profile.main([f"--config={config}", "--size=32", "--rounds=2"]) == 0
+    printed = capsys.readouterr().out
+    rows = dict(re.findall(r"\| ([a-z, ]+) \| .* s \| ([\d.]+)% \|", printed))
+    assert {profile.CONVOLUTION, profile.ATTENTION, profile.OTHER} <= set(rows)
+    assert sum(map(float, rows.values())) == pytest.approx(100, abs=0.3)
+    assert "The compiler's, for its programs:\njit_" in printed
+
+
+def test_the_profile_compares_with_the_matrix_peak():
+    text = profile.report({profile.CONVOLUTION: 3.0, profile.ATTENTION: 1.0, profile.COPY: 1.0}, 2e12, 1e12)
+    assert "| convolutions | 3 s | 60.0% |" in text
+    assert profile.PRODUCT not in text
+    assert "2 TFLOP take 2 s; in convolutions, products and attention they take 4 s, 50% of that peak" in text
+    assert "40% with all else" in text
+
+
+def test_int8_is_the_nearest_of_255_levels_of_each_channel():
+    x = np.random.default_rng(0).normal(size=(3, 3, 8, 2)).astype(np.float32) * np.float32([1, 50])
+    levels = np.asarray(int8.rounded(x, (0, 1, 2))) / (np.abs(x).max((0, 1, 2)) / 127)
+    np.testing.assert_allclose(levels, np.round(x / (np.abs(x).max((0, 1, 2)) / 127)), atol=1e-4)
+    assert np.abs(levels).max((0, 1, 2)) == pytest.approx([127, 127])

@@ -142,3 +142,13 @@ def test_benchmarks_do_not_need_the_tests():
         for name, _, line in imported(path)
         if name.partition(".")[0] in ("tests", "oracles", "conftest")
     ]
+
+
+def test_programs_return_no_parameters():
+    """As those of nnx.jit do unless told otherwise: see `jitted`."""
+    found = [
+        path
+        for path in files("asymvq_jax", "benchmarks")
+        if "nnx.jit(" in path.read_text() or "@nnx.jit" in path.read_text()
+    ]
+    assert found == [MODULES["asymvq_jax.models.parameters"]]
