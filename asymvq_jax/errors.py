@@ -126,6 +126,19 @@ class LostPeerError(RuntimeError):
     """A computation of several processes failed, most often because one of them has ended."""
 
 
+# The exit code of each kind of error that ends a command with one line, and no traceback.
+TOLD: dict[type[BaseException], ExitCode] = {
+    UserError: ExitCode.WRONG_INPUT,
+    NonFiniteError: ExitCode.FAILED,
+    LostPeerError: ExitCode.LOST_PEER,
+}
+
+
+def exit_code(error: BaseException) -> ExitCode:
+    """What a command that this error ends returns."""
+    return next((code for kind, code in TOLD.items() if isinstance(error, kind)), ExitCode.FAILED)
+
+
 def first_line(error: BaseException) -> str:
     """What an error of another library says, in one line; its type where it says nothing."""
     # A KeyError's text is its argument's representation.

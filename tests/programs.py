@@ -47,5 +47,6 @@ def shared() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_blueprint", lambda config: one_blueprint(_seen(config)))
         patch.setattr(loop, "compiled_step", one_step)
-        patch.setattr(loop, "compiled_evaluation", functools.cache(loop.compiled_evaluation))
+        for name in ("compiled_evaluation", "jitted"):
+            patch.setattr(loop, name, functools.cache(getattr(loop, name)))
         yield

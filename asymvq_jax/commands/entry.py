@@ -12,17 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, TypeVar
 
 from asymvq_jax.config.loading import parse
-from asymvq_jax.errors import ExitCode, LostPeerError, NonFiniteError, UserError
+from asymvq_jax.errors import TOLD, ExitCode, exit_code
 
 T = TypeVar("T")
 Main = Callable[[Sequence[str] | None], int]
-
-# The exit code of each kind of error that ends a command with one line, and no traceback.
-ERRORS: dict[type[BaseException], ExitCode] = {
-    UserError: ExitCode.WRONG_INPUT,
-    NonFiniteError: ExitCode.FAILED,
-    LostPeerError: ExitCode.LOST_PEER,
-}
 
 
 def command(
@@ -56,11 +49,11 @@ def command(
         except KeyboardInterrupt as interrupt:
             print(interrupt.args[0] if interrupt.args else "interrupted", file=sys.stderr)
             return ExitCode.INTERRUPTED
-        except tuple(ERRORS) as error:
+        except tuple(TOLD) as error:
             if stack:
                 traceback.print_exc()
             print(f"error: {error}", file=sys.stderr)
-            return next(code for kind, code in ERRORS.items() if isinstance(error, kind))
+            return exit_code(error)
 
     return main
 

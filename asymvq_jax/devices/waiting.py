@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 
 from asymvq_jax.devices import cluster
-from asymvq_jax.errors import ExitCode, LostPeerError, UserError, first_line
+from asymvq_jax.errors import ExitCode, LostPeerError, exit_code, first_line
 
 log = logging.getLogger(__name__)
 
@@ -137,8 +137,8 @@ class Watch:
             self._closed.wait(self._interval / 2)
 
     def _tell(self, error: Exception) -> None:
-        wrong_input = isinstance(error, (UserError, OSError, ImportError))
-        code = ExitCode.WRONG_INPUT if wrong_input else ExitCode.FAILED
+        # `train` makes OutputErrors of these two.
+        code = ExitCode.WRONG_INPUT if isinstance(error, (OSError, ImportError)) else exit_code(error)
         with suppress(jax.errors.JaxRuntimeError):
             self._client.key_value_set(f"{FAILURES}/{jax.process_index()}", f"{code:d} {first_line(error)}")
 

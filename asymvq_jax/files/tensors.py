@@ -14,7 +14,7 @@ from etils import epath
 
 from asymvq_jax.errors import InputError, TensorFileError
 from asymvq_jax.files import pickles, safe_tensors
-from asymvq_jax.files.addresses import bucket_errors
+from asymvq_jax.files.addresses import bucket_errors, read_bytes
 from asymvq_jax.files.decoding import Array
 from asymvq_jax.files.formats import HEAD, picture_format
 from asymvq_jax.files.kinds import kind_of
@@ -54,7 +54,7 @@ def read_latent_file(path: str | epath.Path) -> LatentFile:
         return _read(Path(path), str(path))
     try:
         with bucket_errors(path):
-            data = epath.Path(path).read_bytes()
+            data = read_bytes(path)
     except (OSError, ValueError) as error:
         raise InputError(f"latent {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     return decode_latent_file(data, str(path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -157,7 +156,7 @@ class Run:
         # Of a step, without recomputation, as a share of what all devices can do in a second; where that is known.
         self._work: float | None = None
         self._compiled: set[str] = set()
-        self._plain_decode = _plain_decoder(mesh)
+        self._plain_decode = jitted(_plain_decode, out_shardings=sharding.replicated(mesh))
         self._describe(len(inputs.train))
 
     def __enter__(self) -> Run:
@@ -470,13 +469,8 @@ class Run:
             self.log.flush()
 
 
-# One for all runs of a process on a mesh.
-@functools.cache
-def _plain_decoder(mesh: Mesh) -> Callable[[Autoencoder, jax.Array], jax.Array]:
-    def decode(model: Autoencoder, image: jax.Array) -> jax.Array:
-        return model.decode(model.encode(images.to_float(image)).mode())[:PICTURES]
-
-    return jitted(decode, out_shardings=sharding.replicated(mesh))
+def _plain_decode(model: Autoencoder, image: jax.Array) -> jax.Array:
+    return model.decode(model.encode(images.to_float(image)).mode())[:PICTURES]
 
 
 def _device_memory() -> dict[str, float]:

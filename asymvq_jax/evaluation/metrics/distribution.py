@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -23,7 +22,7 @@ from asymvq_jax.devices import sharding
 from asymvq_jax.errors import DistributionError
 from asymvq_jax.evaluation.metrics.inception import inception, resize
 from asymvq_jax.files import images
-from asymvq_jax.files.addresses import bucket_errors
+from asymvq_jax.files.addresses import bucket_errors, read_bytes
 from asymvq_jax.files.outputs import write_bytes
 from asymvq_jax.models.parameters import Params
 
@@ -218,7 +217,7 @@ def load_statistics(path: str) -> tuple[Statistics, np.ndarray | None]:
     """
     try:
         with bucket_errors(path):
-            data = epath.Path(path).read_bytes()
+            data = read_bytes(path)
         with np.load(io.BytesIO(data)) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:

