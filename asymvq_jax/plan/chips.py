@@ -119,24 +119,27 @@ class Roofline:
     """The least time of a step on one chip; seconds, and shares of 1."""
 
     seconds: float
-    # Whether arithmetic (True) or traffic to memory (False) sets the time.
-    compute_bound: bool
+    # What sets the time: "arithmetic", "memory traffic", or a network.
+    bound: str
     # Model FLOPs utilisation: the model's own FLOPs, without recomputation, per peak FLOP of that time.
     mfu: float
 
 
-def roofline(chip: Chip, flops: float, moved: float, model_flops: float) -> Roofline:
-    """max(FLOPs / peak, bytes / bandwidth): what a step takes if one hides the other and all else costs nothing.
+def roofline(
+    chip: Chip, flops: float, moved: float, model_flops: float, network: Mapping[str, float] | None = None
+) -> Roofline:
+    """The longest of FLOPs / peak, bytes / bandwidth and networks: a step's time if it hides the others.
 
     Args:
         chip: the chip.
         flops: what it computes in a step, recomputation included.
         moved: bytes between it and its memory in a step.
         model_flops: its share of what the model needs, recomputation left out.
+        network: seconds that its collectives take, by the name of the network.
     """
-    compute, traffic = flops / chip.peak, moved / chip.bandwidth
-    seconds = max(compute, traffic)
-    return Roofline(seconds, compute >= traffic, model_flops / (chip.peak * seconds))
+    times = {"arithmetic": flops / chip.peak, "memory traffic": moved / chip.bandwidth, **(network or {})}
+    bound = max(times, key=times.__getitem__)
+    return Roofline(times[bound], bound, model_flops / (chip.peak * times[bound]))
 
 
 def largest_fit(

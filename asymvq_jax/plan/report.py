@@ -74,12 +74,11 @@ def listing(name: str, program: Program, batch: int, target: Target) -> str:
         ]
     rows += [(c.kind, f"{decimal(c.bytes)}B over {' x '.join(c.axes)}, in {c.count}") for c in program.collectives]
     if "seconds" in values:
-        bound = "arithmetic" if values["compute bound"] else "memory traffic"
         if program.collectives:
             times = [f"{decimal(s)}s {where}" for where, s in values["network seconds"].items() if s]
             rows += [("network", f"{' and '.join(times)}, at least; it may overlap with the rest")]
         rows += [
-            ("least time", f"{decimal(values['seconds'])}s, set by {bound}"),
+            ("least time", f"{decimal(values['seconds'])}s, set by {values['bound']}"),
             ("most speed", f"{values['images per second']:.1f} images/s on all chips, MFU {values['mfu']:.1%}"),
         ]
     return "\n".join([f"\n{name}, on each chip"] + [f"  {label:<31}{value}" for label, value in rows])
@@ -107,8 +106,8 @@ class Cost:
         return (
             f"\nrun.steps={self.steps} of {self.pictures} pictures: at least {self.hours:.3g} hours, "
             f"{self.chip_hours:.4g} chip-hours, {self.money:.4g} at the price given\n"
-            "  a bound, not an estimate: steps at the least time above, without collectives, compilation, input, "
-            "evaluation, checkpoints and restarts"
+            "  a bound, not an estimate: steps at the least time above, without compilation, input, evaluation, "
+            "checkpoints and restarts"
         )
 
 
@@ -144,12 +143,14 @@ def numbers(program: Program, batch: int, target: Target) -> dict[str, Any]:
     values["fits"] = fits(program, target)
     if target.chip is not None and program.moved is not None:
         flops = max(program.flops, program.compiler_flops or 0.0) if program.plausible else program.flops
-        least = roofline(target.chip, flops, program.moved, program.model_flops)
+        network = network_seconds(program, target.chip)
+        named = {f"the network {where}": seconds for where, seconds in network.items()}
+        least = roofline(target.chip, flops, program.moved, program.model_flops, named)
         values |= {
             "seconds": least.seconds,
-            "compute bound": least.compute_bound,
+            "bound": least.bound,
             "images per second": batch / least.seconds,
             "mfu": least.mfu,
-            "network seconds": network_seconds(program, target.chip),
+            "network seconds": network,
         }
     return values

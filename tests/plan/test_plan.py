@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ from asymvq_jax.plan.compile import (
     plan_picture,
     plan_step,
 )  # fmt: skip
-from asymvq_jax.plan.counting import BETWEEN_SLICES, collectives
+from asymvq_jax.plan.counting import BETWEEN_SLICES, Collective, collectives
 from asymvq_jax.plan.parts import step_parts
 
 SMALL = ModelConfig(encoder_channels=(32, 32), decoder_channels=(32, 64), encoder_blocks=1, decoder_blocks=1)
@@ -293,9 +294,25 @@ def test_flops_of_loops_and_recomputation():
 def test_roofline():
     v5e = CHIPS[0]
     compute = roofline(v5e, flops=197e12, moved=81.9e9, model_flops=98.5e12)
-    assert (compute.seconds, compute.compute_bound, compute.mfu) == (pytest.approx(1), True, pytest.approx(0.5))
+    assert (compute.seconds, compute.bound, compute.mfu) == (pytest.approx(1), "arithmetic", pytest.approx(0.5))
     memory = roofline(v5e, flops=19.7e12, moved=1638e9, model_flops=19.7e12)
-    assert (memory.seconds, memory.compute_bound, memory.mfu) == (pytest.approx(2), False, pytest.approx(0.05))
+    assert (memory.seconds, memory.bound, memory.mfu) == (pytest.approx(2), "memory traffic", pytest.approx(0.05))
+    network = roofline(
+        v5e, 19.7e12, 1638e9, 19.7e12, {"the network between slices": 4.0, "the network in a slice": 1.0}
+    )
+    assert (network.seconds, network.bound) == (4, "the network between slices")
+
+
+def test_the_time_of_collectives_is_counted_by_network_and_is_a_bound(pretended, capsys, monkeypatch):
+    sums = (Collective("all-reduce", ("data",), 3, 10**11), Collective(BETWEEN_SLICES, ("slices",), 3, 6 * 10**9))
+    plan_step = compiling.plan_step
+    monkeypatch.setattr(compiling, "plan_step", lambda *a: dataclasses.replace(plan_step(*a), collectives=sums))
+    assert command.main([*pretended, "--data.batch_size=16"]) == 0
+    said = capsys.readouterr().out
+    v5e = CHIPS[0]
+    in_slice, between = 2e11 / v5e.ici, 6e9 / v5e.dcn
+    assert re.search(rf"network +{in_slice:.3g} s in a slice and {between:.3g} s between slices, at least", said)
+    assert re.search(rf"least time +{between:.3g} s, set by the network between slices", said)
 
 
 @pytest.mark.parametrize(
