@@ -42,6 +42,10 @@ class OutputError(UserError):
     """A place that cannot be written to; the message names the path and the reason."""
 
 
+class UnansweredError(UserError):
+    """A bucket's service that did not answer, however often it was asked; the message names the address."""
+
+
 class TensorFileError(UserError):
     """A weights file that is missing, broken, dangerous, or of another model; the message names it and the remedy."""
 
@@ -128,6 +132,8 @@ class LostPeerError(RuntimeError):
 
 # The exit code of each kind of error that ends a command with one line, and no traceback.
 TOLD: dict[type[BaseException], ExitCode] = {
+    # Before the class that it is one of.
+    UnansweredError: ExitCode.LOST_PEER,
     UserError: ExitCode.WRONG_INPUT,
     NonFiniteError: ExitCode.FAILED,
     LostPeerError: ExitCode.LOST_PEER,

@@ -34,6 +34,7 @@ def work(options: PlanDenoising) -> None:
 
     from asymvq_jax.diffusion.unet import UNetConfig, read_config
     from asymvq_jax.files import images
+    from asymvq_jax.files.addresses import check_local
     from asymvq_jax.files.weights import read_json
     from asymvq_jax.plan import report
     from asymvq_jax.plan.chips import open_topology
@@ -41,6 +42,7 @@ def work(options: PlanDenoising) -> None:
 
     unet = UNetConfig()
     if options.unet:
+        check_local(options.unet, "--unet")
         file = Path(options.unet) / "config.json"
         unet = read_config(read_json(file), str(file))
     height, width = images.parse_size("--size", options.size)

@@ -70,6 +70,8 @@ def published() -> dict[str, Path]:
 
 
 def _find(name: str) -> Path:
+    if "://" in name:
+        raise ConfigError(f"--config {name}: expected the name of a published configuration, or a file of this machine")
     path, known = Path(name), published()
     if path.is_file():
         return path

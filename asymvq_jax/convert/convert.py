@@ -80,7 +80,7 @@ def convert(
 def _convert_into_bucket(source: str | Path, target: str, to: Target, told: Mapping[str, float]) -> Autoencoder:
     """As `convert`; other programs read their weights from disks."""
     if to != "jax":
-        addresses.check_local(target, "--out")
+        addresses.check_local(target, "--out", "write it here, and copy it there")
     path = checkpoint_path(target)
     with writing(target):
         if path.exists():

@@ -10,12 +10,19 @@ from contextlib import contextmanager
 import fsspec
 from etils import epath
 
-from asymvq_jax.errors import ConfigError, UserError, first_line
+from asymvq_jax.errors import ConfigError, UnansweredError, UserError, first_line
 
 # What etils.epath and TensorStore need for each kind of address.
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
+# The extra that brings it.
+EXTRAS = {"gs": "gcs", "s3": "s3"}
 # Where Orbax cannot keep checkpoints.
 WITHOUT_CHECKPOINTS = ("s3",)
+# What a service that does not answer is to the clients of buckets: their own classes, by name, for each has others; the
+# statuses of its answers; and how messages of TensorStore begin.
+_UNANSWERED = {"ClientConnectionError", "ConnectionError", "Timeout", "TimeoutError"}
+_OVERLOADED = {429, *range(500, 600)}
+_PREFIXES = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 
 def in_bucket(path: str | os.PathLike[str]) -> bool:
@@ -39,7 +46,10 @@ def check_address(path: str, field: str = "") -> None:
         raise ConfigError(f"{named}: expected a path of this machine, or an address that begins with {known}")
     package = PACKAGES[scheme]
     if importlib.util.find_spec(package) is None:
-        raise ConfigError(f"{named} needs the package {package}; install it with: pip install {package}")
+        raise ConfigError(
+            f"{named} needs the package {package}; install it with: pip install {package}, "
+            f"or in a clone -e '.[{EXTRAS[scheme]}]'"
+        )
     # Else what TensorStore or another host writes is not seen, once its folder has been listed.
     fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
 
@@ -55,9 +65,23 @@ def check_checkpoint_address(path: str, field: str = "") -> None:
         )
 
 
+def is_unanswered(error: BaseException | None) -> bool:
+    """Whether an error comes of a service that does not answer, so that it may help to ask again later."""
+    while error is not None:
+        names = {kind.__name__ for kind in type(error).__mro__}
+        if names & _UNANSWERED or getattr(error, "code", None) in _OVERLOADED or str(error).startswith(_PREFIXES):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 @contextmanager
 def bucket_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Inside, what the client of a bucket raises, of many types, becomes an OSError, as file systems raise them."""
+    """Inside, what the client of a bucket raises, of many types, becomes an OSError, as file systems raise them.
+
+    Raises:
+        UnansweredError: the service did not answer, so that nothing is known of what lies there.
+    """
     check_address(os.fspath(path))
     try:
         yield
@@ -66,6 +90,8 @@ def bucket_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     except Exception as error:
         if not in_bucket(path):
             raise
+        if is_unanswered(error):
+            raise UnansweredError(f"{os.fspath(path)}: the service does not answer: {first_line(error)}") from error
         # Of a refusal's text the first line says which address, the others what the service answered.
         raise OSError(first_line(error)) from error
 
@@ -88,10 +114,10 @@ def move_folder(source: epath.Path, target: epath.Path) -> None:
     source.rename(target)
 
 
-def check_local(path: str, field: str = "") -> None:
+def check_local(path: str, field: str = "", instead: str = "copy it here first") -> None:
     """Raises ConfigError for an address, where only a path of this machine can be used; `field` as `check_address`."""
     if in_bucket(path):
-        raise ConfigError(f"{_named(path, field)} is in a bucket; expected a path of this machine: copy it here first")
+        raise ConfigError(f"{_named(path, field)} is in a bucket; expected a path of this machine: {instead}")
 
 
 def _named(path: str, field: str) -> str:

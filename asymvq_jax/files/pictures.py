@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from asymvq_jax.errors import ImageError, OutputError
+from asymvq_jax.errors import ImageError, OutputError, UnansweredError
 from asymvq_jax.files.addresses import bucket_errors, read_bytes
 from asymvq_jax.files.decoding import Array, Pixels, UnknownKindError, decode_pixels, opened, orientation, read_tiff
 from asymvq_jax.files.formats import HEAD, picture_format
@@ -119,10 +119,18 @@ def read_picture(path: str | epath.Path, *, large: bool = False) -> Picture:
 
 
 def read_file(path: str | epath.Path) -> bytes:
-    """The bytes of a file; raises ImageError where the file is missing."""
+    """The bytes of a file.
+
+    Raises:
+        ImageError: the file is missing or cannot be read.
+        UnansweredError: the service of its bucket does not answer.
+    """
     try:
         with bucket_errors(path):
             return read_bytes(path)
+    except UnansweredError:
+        # Not a fault of the picture, in the place of which training would read another.
+        raise
     # Asked only now: in a bucket every question is a request.
     except (FileNotFoundError, IsADirectoryError):
         if epath.Path(path).is_dir():

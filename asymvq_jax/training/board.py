@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from asymvq_jax.errors import first_line
+from asymvq_jax.errors import UnansweredError, first_line
 from asymvq_jax.files.addresses import bucket_errors, in_bucket
 
 # tensorboardX imports torch where it is installed, for graphs that nobody draws here: half of the time that a start
@@ -88,7 +88,7 @@ class Board:
         try:
             with bucket_errors(self._name):
                 yield
-        except OSError as error:
+        except (OSError, UnansweredError) as error:
             log.warning("TensorBoard's file cannot be written, and is left as it is: %s", first_line(error))
             self._lost = True
 

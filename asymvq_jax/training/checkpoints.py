@@ -28,8 +28,8 @@ from orbax.checkpoint import checkpoint_managers as cm
 
 from asymvq_jax import config as configs
 from asymvq_jax.config import Config
-from asymvq_jax.errors import CheckpointError, ConfigError, OutputError, first_line
-from asymvq_jax.files.addresses import in_bucket, move_folder
+from asymvq_jax.errors import CheckpointError, ConfigError, OutputError, UnansweredError, first_line
+from asymvq_jax.files.addresses import in_bucket, is_unanswered, move_folder
 from asymvq_jax.files.locks import only_owner
 from asymvq_jax.files.outputs import explained, try_out
 from asymvq_jax.models.checkpoints import (
@@ -182,7 +182,7 @@ class RunCheckpoints:
             metrics: held-out metrics, of which "nll" decides which step is the best.
 
         Raises:
-            CheckpointError: this step, or the one before it, cannot be written.
+            CheckpointError, UnansweredError: this step, or the one before it, cannot be written.
         """
         step = int(jax.device_get(state.step))
         if step in self._manager.all_steps():
@@ -199,13 +199,13 @@ class RunCheckpoints:
         self._unchecked = True
 
     def check(self) -> None:
-        """Raises CheckpointError, in all processes alike, where a step written in the background has failed in one."""
+        """Raises, in all processes alike, as `save`, where a step written in the background has failed in one."""
         if not self._unchecked:
             return
         # By itself a process does not end before the others have written their parts, which wait for its own.
         failed = self._manager.failure if jax.process_count() > 1 else None
         ended = failed is not None or not self._manager.is_saving_in_progress()
-        failure: CheckpointError | None = None
+        failure: CheckpointError | UnansweredError | None = None
         try:
             if ended:
                 # Not check_for_errors, which may take the error from the thread that then deletes old steps.
@@ -213,16 +213,18 @@ class RunCheckpoints:
                     if failed is not None:
                         raise failed
                     self._manager.wait_until_finished()
-        except CheckpointError as error:
+        except (CheckpointError, UnansweredError) as error:
             failure = error
         # The others would wait for this one's part.
-        told = multihost_utils.process_allgather(np.array([ended, failure is not None])).reshape(-1, 2)
+        mine = np.array([ended, failure is not None, isinstance(failure, CheckpointError)])
+        told = multihost_utils.process_allgather(mine).reshape(-1, 3)
         self._unchecked = not told[:, 0].all()
         if failure is not None:
             raise failure
         if told[:, 1].any():
             who = ", ".join(map(str, np.flatnonzero(told[:, 1])))
-            raise CheckpointError(self._not_written(f"that of process {who}, whose log says why"))
+            kind = CheckpointError if told[:, 2].any() else UnansweredError
+            raise kind(self._not_written(f"that of process {who}, whose log says why"))
 
     def resume(self, abstract: TrainState, continues: Callable[[Resumed], None]) -> Resumed | None:
         """Reads the last step onto the shardings of `abstract`, whatever mesh wrote it.
@@ -333,7 +335,8 @@ class RunCheckpoints:
             # A failed computation, or another process that has ended.
             raise
         except Exception as error:  # TensorStore's errors are ValueErrors, the file system's OSErrors, and others.
-            raise CheckpointError(self._not_written(first_line(error))) from error
+            kind = UnansweredError if is_unanswered(error) else CheckpointError
+            raise kind(self._not_written(first_line(error))) from error
 
     def _not_written(self, reason: str) -> str:
         return (

@@ -29,6 +29,7 @@ from asymvq_jax.errors import (
     LostPeerError,
     NonFiniteError,
     OutputError,
+    UnansweredError,
     UserError,
     first_line,
 )
@@ -73,6 +74,7 @@ def train(config: Config) -> ExitCode:
             another run is writing run.directory.
         ConfigError: the devices' memory does not suffice.
         CheckpointError, OutputError: run.directory cannot be written to any more; what it holds is kept.
+        UnansweredError: the bucket's service does not answer; what run.directory holds is kept.
         NonFiniteError: the run diverged; the last good checkpoint is kept.
         LostPeerError: another process has ended; the last complete checkpoint is kept.
     """
@@ -172,7 +174,8 @@ class Run:
         try:
             self._times.close()
             self._profile.close()
-            if kind is None or not issubclass(kind, CheckpointError) or jax.process_count() == 1:
+            failed = kind is not None and issubclass(kind, (CheckpointError, UnansweredError))
+            if not failed or jax.process_count() == 1:
                 with self.watch.waiting("the last checkpoint to be written"):
                     self.saved.close(together=kind is None)
         finally:
