@@ -5,10 +5,14 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn, TypeVar
 
 from asymvq_jax.config.loading import parse
@@ -45,7 +49,8 @@ def command(
         words = [word for word in words if word != "--traceback"]
         _start_logging(clock)
         try:
-            return work(parse(options, _name_positional(words, options, positional), prog=prog)) or ExitCode.DONE
+            with _interruptible_imports():
+                return work(parse(options, _name_positional(words, options, positional), prog=prog)) or ExitCode.DONE
         except KeyboardInterrupt as interrupt:
             print(interrupt.args[0] if interrupt.args else "interrupted", file=sys.stderr)
             return ExitCode.INTERRUPTED
@@ -98,6 +103,31 @@ def leave(code: int) -> NoReturn:
 
         cluster.leave(code)
     sys.exit(code)
+
+
+@contextmanager
+def _interruptible_imports() -> Iterator[None]:
+    """Inside, Ctrl-C during an import ends the process at once.
+
+    Extensions written in C, such as NumPy's and JAX's, make an ImportError with a traceback of the interruption.
+    """
+    if threading.current_thread() is not threading.main_thread() or (
+        signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if any(each.f_code.co_filename == "<frozen importlib._bootstrap>" for each, _ in traceback.walk_stack(frame)):
+            os.write(2, b"interrupted\n")
+            os._exit(ExitCode.INTERRUPTED)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _start_logging(clock: bool) -> None:

@@ -215,6 +215,42 @@ def test_exit_codes(error, code, lines, capsys, monkeypatch):
         assert capsys.readouterr().err.startswith("Traceback")
 
 
+IMPORTING = """
+from dataclasses import dataclass
+from asymvq_jax.commands.entry import command, leave
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    "Nothing."
+
+def work(options):
+    import extension
+
+leave(command("asymvq test", Options, work)([]))
+"""
+# What NumPy's and JAX's extensions make of Ctrl-C while they are loaded.
+EXTENSION = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    raise ImportError("failed to import") from None
+"""
+
+
+def test_ctrl_c_during_an_import_does_not_become_an_import_error(tmp_path):
+    (tmp_path / "extension.py").write_text(EXTENSION)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTING],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+        env={"PATH": "", "PYTHONPATH": f"{ROOT}:{tmp_path}"},
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 def test_a_bug_is_not_hidden():
     def work(options):
         raise TypeError("a bug")
