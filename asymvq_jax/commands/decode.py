@@ -25,7 +25,7 @@ class Decode:
     # file says, or else found by the spread of the values, and refused where that does not show it.
     latent_scaled: Literal["yes", "no"] | None = None
     # HEIGHTxWIDTH of the pictures, px: for latents packed into tokens (FLUX, Qwen-Image), which do not show it. Others
-    # are checked, and sides that are no multiples cut off.
+    # are checked, and sides that are not multiples of the downsampling are cut off.
     size: str | None = None
     # In strips of rows, for pictures that the device's memory cannot hold.
     large: Literal["strips"] | None = None

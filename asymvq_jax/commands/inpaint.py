@@ -19,8 +19,8 @@ class Inpaint:
     # The picture to write: .png, .jpg or .webp.
     out: str
     # A picture of the same size: white = generate, black = preserve. Strokes of one colour, transparency and erased
-    # pictures are understood too; what was understood is
-    # said. Left out, it is found by comparing --edited with the picture.
+    # pictures are understood too; what was understood is said. Left out, it is found by comparing --edited with the
+    # picture.
     mask: str | None = None
     # The picture as an editor has returned it, changed all over: where it was edited is decoded beside the original's
     # pixels.

@@ -44,22 +44,26 @@ def work(options: Score) -> None:
     if options.batch < 1:
         raise ConfigError(f"--batch={options.batch}: expected at least 1")
     generated = list_pictures(options.images, "--images")
-    known = None
+    known, pictures = None, []
     if options.reference.endswith(".npz"):
         known = distribution.load_statistics(options.reference)
         real = None if known[1] is None else len(known[1])
     else:
-        real = len(list_pictures(options.reference, "REFERENCE"))
+        pictures = list_pictures(options.reference, "--reference")
+        real = len(pictures)
     subset = distribution.check_counts(len(generated), real, options.kid_subset)
     if options.kid_subset is not None and subset is None:
         raise ConfigError("--kid-subset: KID needs features, and these statistics hold none; name a folder of pictures")
     if options.save_statistics and known is not None:
         raise ConfigError(f"--save-statistics: {options.reference} is a file of statistics already")
     params = load_inception(options.inception)
-    reference, pool = known or distribution.read_reference(options.reference, params, options.batch)
+    if known is None:
+        found = distribution.folder_features(options.reference, pictures, params, options.batch).pool
+        known = distribution.statistics(found), found
+    reference, pool = known
     if options.save_statistics and pool is not None:
         distribution.save_statistics(options.save_statistics, pool)
-    features = distribution.folder_features(options.images, "--images", params, options.batch)
+    features = distribution.folder_features(options.images, generated, params, options.batch)
     numbers: dict[str, float] = {"pictures": len(features.pool)}
     numbers["fid"] = distribution.frechet_distance(distribution.statistics(features.pool), reference)
     if pool is not None and subset is not None:

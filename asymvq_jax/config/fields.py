@@ -187,7 +187,7 @@ class HarmoniseConfig:
     """
 
     # Probability that another sample's content is put under the mask, some pixels inside its edge. Encoder, condition
-    # and target then have it: colours which are meant stay, whatever is around them.
+    # and target then have it: colours which are meant stay, also beside others.
     insert: float = 0.0
     # Probability of the same with content up to the mask's edge.
     insert_flush: float = 0.0

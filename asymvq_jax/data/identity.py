@@ -1,4 +1,4 @@
-"""What inputs are, whatever their paths: the order and the digests by which a run knows them again."""
+"""What inputs are, independent of their paths: the order and the digests by which a run knows them again."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Source(Protocol):
         ...
 
     def identity(self) -> Identity:
-        """What a resumed run compares: the pictures, whatever the path to them."""
+        """What a resumed run compares: the pictures, not the path to them."""
         ...
 
 
@@ -195,7 +195,7 @@ def _halves(config: DataConfig, kept: epath.Path | None, once: Once) -> Iterator
     keys = [name_key(within(path, root)) for path in paths]
     held_out = [key < 2**64 // HELD_OUT_EVERY for key in keys]
     if len({*held_out}) == 1:
-        # A small folder: the lowest of the keys is held out, whatever it is.
+        # A small folder: the lowest of the keys is held out, on whichever side of the limit it lies.
         lowest = min(keys)
         held_out = [key == lowest for key in keys]
     yield [path for path, out in zip(paths, held_out, strict=True) if not out], root

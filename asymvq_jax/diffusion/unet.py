@@ -55,12 +55,13 @@ class UNetConfig:
         return self.depths[level] if self.depths else 1
 
 
-# Numbers that XL is told of each picture: height and width of the original, top and left of the crop, of the target.
+# Numbers that XL's UNet takes for each picture: height and width of the original, top and left of the crop, height and
+# width of the target.
 SIZES = 6
 
 
 class Added(NamedTuple):
-    """What XL's UNet is told beside the time."""
+    """What XL's UNet takes beside the time."""
 
     # (b, config.pooled).
     pooled: jax.Array

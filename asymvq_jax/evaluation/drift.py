@@ -164,7 +164,7 @@ def _edited(
 ) -> Iterator[dict[str, float]]:
     """What is left after each edit of one picture."""
     now, untouched = image, np.ones(image.shape[:2], bool)
-    # The first version of whatever was filled last at each pixel.
+    # At each pixel, the first version of the latest fill.
     first = image.copy()
     for mask in masks:
         region = generated(mask)[..., 0]

@@ -26,7 +26,7 @@ def read_mask_file(path: str, channel: str, invert: bool, size: tuple[int, int])
         size: height and width of the picture's own file, px.
 
     Raises:
-        UserError: it is no mask, it could mean two things, or it has another size than the picture.
+        UserError: it is not a mask, it could mean two things, or it has another size than the picture.
     """
     name = Path(path).name
     chosen = None if channel == FOUND else cast(masks.Channel, channel)

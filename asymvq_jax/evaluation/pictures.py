@@ -47,7 +47,7 @@ def read_pictures(folder: str, count: int, size: int) -> list[Picture]:
         return _with_masks(found, masks, count, size)
     paths = list_folder(folder, "--pictures", recursive=True).pictures
     if not paths:
-        raise EvaluationError(f"--pictures {folder} holds no pictures")
+        raise EvaluationError(f"--pictures {folder} holds no pictures; expected PNG, JPEG or WebP files")
     return [Picture(path.name, fit(images.read(path), size)) for path in paths[:count]]
 
 
@@ -68,7 +68,7 @@ def _with_masks(paths: Sequence[epath.Path], mask_paths: Sequence[epath.Path], c
         mask = generated(fit(mask.astype(np.float32), size)).astype(np.float32)
         pictures.append(Picture(path.name, fit(image, size), mask.reshape(*mask.shape[:2], 1)))
     if not pictures:
-        raise EvaluationError("--pictures: the folder image holds no pictures")
+        raise EvaluationError("--pictures: the folder image holds no pictures; expected PNG, JPEG or WebP files")
     return pictures
 
 

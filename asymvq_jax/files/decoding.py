@@ -66,7 +66,7 @@ def opened(data: bytes | IO[bytes], name: str, *, large: bool = False) -> Iterat
         large: whether pictures of more than `MOST_PIXELS` are wanted.
 
     Raises:
-        ImageError: here or in the body of `with`, whatever fails in reading the file.
+        ImageError: the file cannot be read, here or in the body of `with`.
     """
     stream = io.BytesIO(data) if isinstance(data, bytes) else data
     with _readable(name, stream), _unlimited() if large else nullcontext(), _open(stream) as image:
@@ -90,7 +90,7 @@ def _open(stream: IO[bytes]) -> Image.Image:
 
 @contextmanager
 def _readable(name: str, stream: IO[bytes]) -> Iterator[None]:
-    """Turns whatever is raised for a broken picture into an ImageError that names it."""
+    """Turns the errors that broken pictures raise into an ImageError that names the picture."""
     try:
         yield
     except ImageError as error:

@@ -32,7 +32,7 @@ def _list(value: Any) -> bool:
 
 
 def wrong_fields(fields: Mapping[str, Any], types: Mapping[str, Type]) -> list[str]:
-    """Every field that holds something of another type, with what is expected; absent ones are none."""
+    """Every field that holds something of another type, with what is expected; absent fields are not counted."""
     return [
         f"{n}={fields[n]!r} (expected {t.name})" for n, t in types.items() if n in fields and not t.holds(fields[n])
     ]

@@ -114,7 +114,7 @@ def list_folder(folder: str | os.PathLike[str], label: str = "", *, recursive: b
     try:
         with bucket_errors(root):
             if not root.exists():
-                raise DataError(f"{name} does not exist")
+                raise DataError(f"{name} does not exist; expected a directory")
             if not root.is_dir():
                 raise DataError(
                     f"{name} is a file; expected a directory" if root.is_file() else f"{name} is not a directory"

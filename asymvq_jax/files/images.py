@@ -35,7 +35,7 @@ def decode(data: bytes, name: str = "image") -> np.ndarray:
     """Decodes a picture of any mode and orientation to (h, w, 3) uint8; transparency is composed on white.
 
     Raises:
-        ImageError: the bytes are no picture, or a truncated one.
+        ImageError: the bytes are not a picture, or the picture is truncated.
     """
     return decode_shown(data, name)
 

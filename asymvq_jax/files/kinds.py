@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, whatever its name says; and what to do about those that hold no weights."""
+"""What a file is by its first bytes, not by its name; and what to do about those that hold no weights."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def load_mask(
         large: see `pictures.read_picture`.
 
     Raises:
-        ImageError: the file is missing or no picture.
+        ImageError: the file is missing or not a picture.
         MaskError: it could mean two things.
     """
     return decode_mask(read_file(path), str(path), soft=soft, channel=channel, invert=invert, large=large)
@@ -145,7 +145,7 @@ def read_mask_size(path: str | epath.Path) -> tuple[int, int]:
     """Height and width of a mask file, from its head unless it is an array.
 
     Raises:
-        ImageError: the file is missing or no picture.
+        ImageError: the file is missing or not a picture.
     """
     file = epath.Path(path)
     if file.is_file():

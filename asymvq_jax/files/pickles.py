@@ -82,7 +82,7 @@ class Inert:
 
 
 class _Dict(dict[Any, Any]):
-    """Stands for collections' dictionaries, whatever they are made of."""
+    """Stands for collections' dictionaries, with any arguments."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*(a for a in arguments if isinstance(a, list | dict)))

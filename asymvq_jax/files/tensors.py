@@ -45,7 +45,7 @@ class LatentFile:
 
 
 def read_latent_file(path: str | epath.Path) -> LatentFile:
-    """Reads the one array of a file, whose kind is told by its content.
+    """Reads the one array of a file, whose kind is found from its content.
 
     Raises:
         InputError: the file is missing, damaged, or of another kind, or holds several arrays or none of real numbers.

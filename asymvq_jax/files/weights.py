@@ -54,7 +54,7 @@ def open_weights(path: str | Path) -> Weights:
     except OSError as error:
         raise TensorFileError(f"{path} cannot be read: {error.strerror or error}") from None
     if not tensors:
-        raise TensorFileError(f"{path} holds no tensors")
+        raise TensorFileError(f"{path} holds no tensors; expected a model's weights")
     return Weights(path, unwrapped(tensors, path), metadata)
 
 

@@ -1,4 +1,4 @@
-"""Decodes what several threads ask for, together: whatever waits and has one size is one batch."""
+"""Decodes what several threads ask for, together: the waiting pictures of one size are one batch."""
 
 from __future__ import annotations
 

@@ -85,7 +85,9 @@ def list_edits(folder: str) -> list[Edit]:
     edited = {name: path for name, path in pictures.items() if not name.endswith(MASK)}
     names = sorted({*masks, *edited, *latents})
     if not names:
-        raise InputError(f"--edits {folder} holds no NAME{MASK}.png with NAME.npy or NAME.png")
+        raise InputError(
+            f"--edits {folder} holds no NAME{MASK}.png with NAME.npy or NAME.png: add the edits, or name another"
+        )
     for name in names:
         if name in edited and name in latents:
             raise InputError(f"--edits {folder}: {edited[name].name} and {latents[name].name}: expected one of them")

@@ -34,7 +34,7 @@ from asymvq_jax.inference.inpainting import (
     thin_parts,
     ways_of_keeping,
 )
-from asymvq_jax.inference.latents import Layout, check_latent
+from asymvq_jax.inference.latents import Layout
 from asymvq_jax.inference.strips import decode_in_strips, encode_in_strips
 from asymvq_jax.inference.whole import check_condition, decode, encode
 from asymvq_jax.models.autoencoder import Autoencoder
@@ -154,8 +154,6 @@ def _apply(
     size = picture.size if region is None else region.work
     if warning := thin_parts(mask.values if region is None else region.enter_mask(mask.values), model.config):
         log.warning("warning: %s: %s", change.edit.mask or change.edit.edited, warning)
-    if latent is not None:
-        check_latent(latent.values, model.config, size, layout)
     done = inpaint_picture(
         model,
         picture,

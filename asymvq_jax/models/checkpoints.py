@@ -115,7 +115,7 @@ def _read(step: epath.Path, known: Known = ignore) -> tuple[ModelConfig, Params]
     with reading(step), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         stored = checkpointer.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
         config: ModelConfig = configs.from_dict(ModelConfig, stored["model"], "model.")
-    # What it refuses is no fault of the files.
+    # Outside of `reading`: what it refuses is not the files' fault.
     known(config)
     with reading(step), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         _, shapes = structure(config)

@@ -3,7 +3,7 @@
 The decoder's convolutions see the edge from a few dozen pixels away at most, and a fill whose tone is off has to be
 moved as a whole. So a small network looks at coarse means: of the fill inside the mask and of the kept pixels outside
 it, which meet in the cells of 4 x 4 pixels that the edge crosses. It gives each such cell a confidence, by which an
-object's edge is told from a seam. To the differences of the two means a constant and a slope are fitted, robustly; what
+object's edge differs from a seam. To the differences of the two means a constant and a slope are fitted, robustly; what
 these leave is spread into the mask by push and pull (averages over ever larger cells); and a U-Net, which also sees how
 well the cells agree, says how much of either to add, and what else. The field is added to the decoded picture under the
 mask, so colour moves smoothly and texture stays.

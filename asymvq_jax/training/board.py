@@ -36,8 +36,8 @@ VERSION = "brain.Event:2"
 class Board:
     """Appends scalars and pictures to one new event file.
 
-    metrics.jsonl holds the same figures and ends a run that cannot write it; a board that cannot be written is told
-    once and left.
+    metrics.jsonl holds the same figures and ends a run that cannot write it; where the board cannot be written,
+    one warning is logged and the run goes on without it.
 
     Args:
         directory: where TensorBoard looks; made if it is not there.

@@ -227,7 +227,7 @@ class RunCheckpoints:
             raise kind(self._not_written(f"that of process {who}, whose log says why"))
 
     def resume(self, abstract: TrainState, continues: Callable[[Resumed], None]) -> Resumed | None:
-        """Reads the last step onto the shardings of `abstract`, whatever mesh wrote it.
+        """Reads the last step onto the shardings of `abstract`, written from any mesh.
 
         With run.fall_back, steps that cannot be read are moved to run.directory/damaged, and the last that can be is
         taken.

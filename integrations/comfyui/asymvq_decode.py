@@ -58,7 +58,7 @@ def decode(
         (h, w, 3) float32 in [0, 1].
 
     Raises:
-        RuntimeError: the service refuses, and says why; or there is none.
+        RuntimeError: the service refuses, and says why; or no service answers.
     """
     files = {"image": png(image), "mask": png(mask)}
     if latent is not None:

@@ -159,7 +159,7 @@ def test_command_line(weights, tmp_path, capsys):
     assert load_statistics(str(tmp_path / "b.npz"))[1].shape == (10, 2048)
     for bad, message in (
         ([str(tmp_path / "none"), *arguments[1:]], "--images="),
-        ([arguments[0], str(tmp_path / "none"), *arguments[2:]], "REFERENCE="),
+        ([arguments[0], str(tmp_path / "none"), *arguments[2:]], "--reference="),
         ([*arguments[:2], f"--inception={tmp_path / 'none.pth'}"], "no weights file at"),
         ([*arguments, "--json=t.txt"], "t.txt"),
     ):

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -232,13 +233,12 @@ def read_reference(path: str, params: Params, batch: int = 64) -> tuple[Statisti
     """Statistics and, where known, the features of a folder of real pictures or of a .npz (see `load_statistics`)."""
     if path.endswith(".npz"):
         return load_statistics(path)
-    pool = folder_features(path, "REFERENCE", params, batch).pool
+    pool = folder_features(path, list_pictures(path, "--reference"), params, batch).pool
     return statistics(pool), pool
 
 
-def folder_features(folder: str, name: str, params: Params, batch: int = 64) -> Features:
-    """Of all pictures in a directory tree, with a progress bar; messages call the folder `name`."""
+def folder_features(folder: str, paths: Sequence[epath.Path], params: Params, batch: int = 64) -> Features:
+    """Of the pictures that were found in a folder, with a progress bar that names it."""
     extractor = Extractor(params, batch)
-    paths = list_pictures(folder, name)
     extractor.add_all(images.read(path) for path in tqdm(paths, unit="picture", desc=folder))
     return extractor.features()
