@@ -44,13 +44,9 @@ def work(options: Score) -> None:
     if options.batch < 1:
         raise ConfigError(f"--batch={options.batch}: expected at least 1")
     generated = list_pictures(options.images, "--images")
-    known, pictures = None, []
-    if options.reference.endswith(".npz"):
-        known = distribution.load_statistics(options.reference)
-        real = None if known[1] is None else len(known[1])
-    else:
-        pictures = list_pictures(options.reference, "--reference")
-        real = len(pictures)
+    known = distribution.load_statistics(options.reference) if options.reference.endswith(".npz") else None
+    pictures = list_pictures(options.reference, "--reference") if known is None else []
+    real = len(pictures) if known is None else None if known[1] is None else len(known[1])
     subset = distribution.check_counts(len(generated), real, options.kid_subset)
     if options.kid_subset is not None and subset is None:
         raise ConfigError("--kid-subset: KID needs features, and these statistics hold none; name a folder of pictures")
