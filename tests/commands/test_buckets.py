@@ -220,12 +220,14 @@ def test_other_outputs_go_there(bucket, capsys, monkeypatch):
         (["build-data", "--images=gs://bucket/photos", "--out=gs://none/q", "--name=n"], "gs://none/q/n cannot be"),
     ],
 )  # fmt: skip
-def test_a_wrong_bucket_is_one_line(bucket, config_file, tmp_path, words, message, capsys, monkeypatch):
+def test_a_wrong_bucket_is_one_line(bucket, storage, config_file, tmp_path, words, message, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [words[0], f"--config={config_file}", *words[1:]] if words[0] == "train" else words
     assert main(words) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert message in line
+    _, _, answer = storage.ask("GET", "/storage/v1/b?project=p")
+    assert [each["name"] for each in json.loads(answer)["items"]] == ["bucket"]
 
 
 @pytest.mark.parametrize("words", [["masks", "--out=gs://bucket/new.png"], ["convert", "gs://bucket/first", "x"]])

@@ -1,6 +1,7 @@
 """Runs in a bucket whose service ends, is slow, or refuses: they go on, or end with one line and whole checkpoints."""
 
 import dataclasses
+import functools
 import itertools
 import threading
 
@@ -11,9 +12,11 @@ from etils import epath
 from flax import nnx
 
 from asymvq_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig, RunConfig
-from asymvq_jax.errors import CheckpointError, ExitCode, OutputError
+from asymvq_jax.devices.waiting import Watch
+from asymvq_jax.errors import CheckpointError, ExitCode, OutputError, UnansweredError, exit_code
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.checkpoints import find_step, load_parameters, save_model
+from asymvq_jax.training import loop
 from asymvq_jax.training.loop import train
 
 MODEL = ModelConfig(
@@ -77,6 +80,37 @@ def test_a_service_that_ends_and_starts_again_in_mid_save_is_waited_for(service,
     assert train(_config("killed")) == ExitCode.DONE
     assert begun.is_set()
     _equal("killed", undisturbed)
+
+
+def test_a_service_that_does_not_come_back_is_waited_for_until_the_limit(service, undisturbed, monkeypatch):
+    left = []
+
+    def leave(code: int) -> None:
+        # In the place of the process's end: the service is back, so that the run can end.
+        if not left:
+            service.start()
+        left.append(code)
+
+    def fault(method: str, path: str) -> None:
+        if method == "POST" and "gone%2Fcheckpoints%2F2%2Fmodel" in path.replace("/", "%2F") and not killed:
+            killed.append(path)
+            service.kill()
+
+    killed = []
+    monkeypatch.setattr(loop, "Watch", functools.partial(Watch, leave=leave))
+    service.fault = fault
+    try:
+        train(_config("gone", wait_limit=10.0))
+    except UnansweredError as error:
+        # The checkpoint's own limit was the first.
+        left.append(exit_code(error))
+    assert killed
+    assert left[0] == ExitCode.LOST_PEER
+    if len(left) == 1:
+        service.kill()
+        service.start()
+    assert find_step("gs://bucket/faults/gone").name in ("1", "2", "3")
+    load_parameters("gs://bucket/faults/gone")
 
 
 def test_a_slow_service_that_often_refuses_is_asked_again(service, undisturbed):
