@@ -15,6 +15,7 @@ from tensorboardX.proto import event_pb2
 
 from asymvq_jax.__main__ import main
 from asymvq_jax.config import Config, DataConfig, LossConfig, MaskConfig, ModelConfig, OptimizerConfig, RunConfig
+from asymvq_jax.data import pipeline
 from asymvq_jax.data.sources import open_sources
 from asymvq_jax.devices import cluster
 from asymvq_jax.devices.compilation import keep_compiled_programs
@@ -132,6 +133,21 @@ def test_the_pictures_of_a_folder_are_listed_with_few_requests(bucket, storage, 
     assert {name.rsplit("/", 1)[0] for name in names} == {"gs://bucket/photos", "gs://bucket/photos/sub"}
     assert "1 hidden (the name begins with a dot), such as .hidden.png" in caplog.text
     assert "1 not pictures (1 .txt), such as notes.txt" in caplog.text
+
+
+def test_other_processes_take_the_first_ones_list_without_a_request(bucket, storage):
+    lists = []
+
+    def first(work):
+        lists.append(work())
+        return lists[-1]
+
+    data = config().data
+    listed = pipeline.open_inputs(data, once=first)
+    storage.forget()
+    told = pipeline.open_inputs(data, once=lambda work: lists.pop(0))
+    assert storage.requests.total() == 0
+    assert told.identities(data) == listed.identities(data)
 
 
 def test_evaluation_reads_and_writes_there(trained, config_file):
