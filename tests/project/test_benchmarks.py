@@ -178,10 +178,24 @@ def test_the_memory_of_a_long_run_is_printed(capsys):
 
 
 def test_a_run_that_is_disturbed_ends_as_an_undisturbed_one(capsys):
-    assert endurance.main(["--kills=1", "--processes=1"]) == 0, capsys.readouterr().out
+    assert endurance.main(["--kills=1"]) == 0, capsys.readouterr().out
     said = capsys.readouterr().out
-    assert "1 processes, 15 steps, 1 disturbances in" in said
-    assert "parameters are equal, bit for bit; metrics.jsonl has every step once" in said
+    assert "2 processes, 15 steps, 1 disturbances in" in said
+    assert "the parameters are equal, bit for bit, and all in metrics.jsonl but times" in said
+
+
+def test_lines_of_metrics_that_are_missing_doubled_or_different_are_found(tmp_path):
+    lines = [{"step": 1, "l1": 0.5, "seconds": 3.0}, {"step": 1, "held_out/l1": 0.25, "spent/save": 1.0}]
+
+    def problems(*found):
+        for name, content in (("expected", lines), ("found", found)):
+            (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in content))
+        return endurance.differing_lines(*(endurance.logged(tmp_path / name) for name in ("expected", "found")))
+
+    assert problems(lines[0] | {"seconds": 4.0}, lines[1] | {"spent/save": 2.0}) == []
+    assert problems(lines[0]) == ["metrics.jsonl, line 2: expected {'step': 1, 'held_out/l1': 0.25}, found None"]
+    assert "line 3: expected None" in problems(*lines, lines[1])[0]
+    assert "line 2" in problems(lines[0], lines[1] | {"held_out/l1": 0.5})[0]
 
 
 HLO = """\
