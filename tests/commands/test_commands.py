@@ -216,6 +216,7 @@ def test_exit_codes(error, code, lines, capsys, monkeypatch):
 
 
 IMPORTING = """
+import signal
 from dataclasses import dataclass
 from asymvq_jax.commands.entry import command, leave
 
@@ -226,6 +227,8 @@ class Options:
 def work(options):
     import extension
 
+# As in a terminal: a shell that starts the tests in the background has Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 leave(command("asymvq test", Options, work)([]))
 """
 # What NumPy's and JAX's extensions make of Ctrl-C while they are loaded.
