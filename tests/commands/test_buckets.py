@@ -94,7 +94,7 @@ def trained(bucket, config_file):
 def events(folder) -> list[event_pb2.Event]:
     """All events of TensorBoard's files."""
     found = []
-    for file in sorted(folder.iterdir(), key=lambda path: path.name):
+    for file in sorted(folder.glob("events.*"), key=lambda path: path.name):
         data = file.read_bytes()
         while data:
             size = int.from_bytes(data[:8], "little")
@@ -103,10 +103,13 @@ def events(folder) -> list[event_pb2.Event]:
     return found
 
 
+# gcsfs hands the trace, of more than 1 MiB, to aiohttp as bytes.
+@pytest.mark.filterwarnings("ignore:Sending a large body")
 def test_a_run_lives_in_a_bucket_and_resumes_there(trained, caplog):
     caplog.set_level("INFO", "asymvq_jax")
     assert {p.name for p in (trained / "checkpoints").iterdir()} <= {"1", "2"}
-    assert train(config(steps=3)) == 0
+    assert train(config(steps=3, profile_steps="2:3")) == 0
+    assert list((trained / "tensorboard").glob("plugins/profile/*/*.xplane.pb"))
     assert "resuming gs://bucket/run at step 2" in caplog.text
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "l1" in line] == [1, 2, 3]
@@ -151,11 +154,20 @@ def test_other_processes_take_the_first_ones_list_without_a_request(bucket, stor
 
 
 def test_evaluation_reads_and_writes_there(trained, config_file):
-    words = ["evaluate", f"--config={config_file}", "--checkpoint=gs://bucket/run", "--pairs=gs://bucket/pairs"]
+    shared = ["evaluate", f"--config={config_file}", "--checkpoint=gs://bucket/run"]
+    words = [*shared, "--pairs=gs://bucket/pairs"]
     assert main([*words, "--json=gs://bucket/out/t.json", "--picture=gs://bucket/out/grid.png"]) == 0
     numbers = json.loads(epath.Path("gs://bucket/out/t.json").read_text())
     assert numbers["pictures"] == 2
     assert images.read("gs://bucket/out/grid.png").ndim == 3
+    whole = ["--pictures=gs://bucket/photos", "--seam-pictures=1", f"--seam-size={SIDE}"]
+    assert main([*shared, *whole, "--seam=gs://bucket/out/seam.png", "--json=gs://bucket/out/seam.json"]) == 0
+    assert images.read("gs://bucket/out/seam.png").ndim == 3
+
+
+def test_a_plan_is_written_there(config_file):
+    assert main(["plan", f"--config={config_file}", "--json=gs://bucket/out/plan.json"]) == 0
+    assert json.loads(epath.Path("gs://bucket/out/plan.json").read_text())
 
 
 def test_inpainting_reads_and_writes_there(trained, tmp_path, capsys):
