@@ -43,7 +43,7 @@ class OutputError(UserError):
 
 
 class UnansweredError(UserError):
-    """A bucket's service that did not answer, however often it was asked; the message names the address."""
+    """A bucket's service, or a disk, that did not answer in time; the message names the place."""
 
 
 class TensorFileError(UserError):

@@ -26,6 +26,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: order.get(item.path.parent.name, len(LONGEST)))
 
 
+@pytest.fixture
+def standard_promotion():
+    """For whole training steps: optax 0.2.8 raises floats to integer powers and divides counts."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def storage(tmp_path_factory):
     """Google Cloud Storage on this machine, with gs://bucket."""

@@ -44,19 +44,19 @@ def work(options: Score) -> None:
     if options.batch < 1:
         raise ConfigError(f"--batch={options.batch}: expected at least 1")
     generated = list_pictures(options.images, "--images")
-    known = distribution.load_statistics(options.reference) if options.reference.endswith(".npz") else None
-    pictures = list_pictures(options.reference, "--reference") if known is None else []
-    real = len(pictures) if known is None else None if known[1] is None else len(known[1])
+    if options.reference.endswith(".npz"):
+        pictures, known = [], distribution.load_statistics(options.reference)
+        real = None if known[1] is None else len(known[1])
+    else:
+        pictures, known = list_pictures(options.reference, "--reference"), None
+        real = len(pictures)
     subset = distribution.check_counts(len(generated), real, options.kid_subset)
     if options.kid_subset is not None and subset is None:
         raise ConfigError("--kid-subset: KID needs features, and these statistics hold none; name a folder of pictures")
     if options.save_statistics and known is not None:
         raise ConfigError(f"--save-statistics: {options.reference} is a file of statistics already")
     params = load_inception(options.inception)
-    if known is None:
-        found = distribution.folder_features(options.reference, pictures, params, options.batch).pool
-        known = distribution.statistics(found), found
-    reference, pool = known
+    reference, pool = known or distribution.folder_statistics(options.reference, pictures, params, options.batch)
     if options.save_statistics and pool is not None:
         distribution.save_statistics(options.save_statistics, pool)
     features = distribution.folder_features(options.images, generated, params, options.batch)

@@ -19,9 +19,9 @@ from etils import epath
 
 from asymvq_jax.config import DataConfig
 from asymvq_jax.data.identity import Identity, identify, name_key
-from asymvq_jax.errors import DataError, ImageError, UnansweredError, first_line
+from asymvq_jax.errors import DataError, ImageError, first_line
 from asymvq_jax.files import images
-from asymvq_jax.files.addresses import check_address, in_bucket, is_unanswered
+from asymvq_jax.files.addresses import check_address, check_answered, in_bucket
 from asymvq_jax.files.folders import BROKEN_LINK, list_folder
 from asymvq_jax.files.outputs import write_bytes
 
@@ -372,10 +372,7 @@ class TFDS:
         try:
             data = self._source[index][self._key]
         except Exception as error:  # Whatever a damaged shard, a failing disk or a bucket makes of it.
-            if is_unanswered(error):
-                raise UnansweredError(
-                    f"{self.name(index)}: the service does not answer: {first_line(error)}"
-                ) from error
+            check_answered(error, self.name(index))
             raise ImageError(f"{self.name(index)} cannot be read: {first_line(error)}") from None
         return images.decode(data, self.name(index))
 

@@ -75,6 +75,12 @@ def is_unanswered(error: BaseException | None) -> bool:
     return False
 
 
+def check_answered(error: Exception, place: str) -> None:
+    """Raises UnansweredError, which names the place, for an error of a service that does not answer."""
+    if is_unanswered(error):
+        raise UnansweredError(f"{place}: the service does not answer: {first_line(error)}") from error
+
+
 @contextmanager
 def bucket_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Inside, what the client of a bucket raises, of many types, becomes an OSError, as file systems raise them.
@@ -90,8 +96,7 @@ def bucket_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     except Exception as error:
         if not in_bucket(path):
             raise
-        if is_unanswered(error):
-            raise UnansweredError(f"{os.fspath(path)}: the service does not answer: {first_line(error)}") from error
+        check_answered(error, os.fspath(path))
         # Of a refusal's text the first line says which address, the others what the service answered.
         raise OSError(first_line(error)) from error
 

@@ -26,11 +26,7 @@ from asymvq_jax.training.checkpoints import move_folder
 SIDE, COUNT = 32, 3
 ROOT = "gs://bucket/options"
 
-
-@pytest.fixture(autouse=True)
-def _standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture(scope="module")

@@ -31,14 +31,13 @@ MODEL = ModelConfig(
 )  # fmt: skip
 SIDE = 16
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
 
 @pytest.fixture(autouse=True)
-def _standard_promotion(monkeypatch):
+def _alone(monkeypatch):
     # This process has used its devices already, and can join no others.
     monkeypatch.setattr(cluster, "join", lambda: None)
-    # optax 0.2.8 raises floats to integer powers, which strict promotion forbids.
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -45,12 +45,7 @@ SMALL = ModelConfig(encoder_channels=(32, 32), decoder_channels=(32, 64), encode
 BATCH = 8
 MESH = {"data": 2, "fsdp": 4, "tensor": 1}
 
-
-@pytest.fixture(autouse=True)
-def _standard_promotion():
-    # optax 0.2.8 raises floats to integer powers and divides counts, which strict promotion forbids.
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -24,11 +24,7 @@ MODEL = ModelConfig(
     mid_attention=False,
 )  # fmt: skip
 
-
-@pytest.fixture(autouse=True)
-def _standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def _config(name: str, **changes) -> Config:

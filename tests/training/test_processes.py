@@ -1,7 +1,6 @@
 """Runs of two real processes: the same numbers as one, and what is left when one of them, or the disk, fails."""
 
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -25,6 +24,7 @@ from asymvq_jax.files import images
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.checkpoints import load_parameters, save_model
 from asymvq_jax.training.loop import train
+from benchmarks import endurance
 
 # Large enough that a step takes more space than a picture does.
 MODEL = ModelConfig(encoder_channels=(32, 32), decoder_channels=(32, 32), encoder_blocks=1, decoder_blocks=1)
@@ -118,9 +118,8 @@ def folder(tmp_path_factory):
 
 def _records(folder: Path, name: str) -> list[dict[str, float]]:
     # The loss is a small difference of large terms.
-    left_out = ("images_per_second", "input_wait_share", "seconds", "step_seconds/", "spent/", "goodput", "loss")
-    lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if not key.startswith(left_out)} for line in lines]
+    lines = endurance.logged(folder / name / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key != "loss"} for line in lines]
 
 
 def _equal_records(records: list[dict[str, float]], reference: list[dict[str, float]]) -> None:

@@ -36,12 +36,7 @@ SIZE = 32
 # Two levels compile in half the time of four, and are sharded alike.
 SMALL = dataclasses.replace(TINY, encoder_channels=(32, 32), decoder_channels=(64, 64))
 
-
-@pytest.fixture(autouse=True)
-def _standard_promotion():
-    # optax 0.2.8 raises floats to integer powers and divides counts, which strict promotion forbids.
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def _config(**changes) -> Config:

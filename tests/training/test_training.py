@@ -72,11 +72,7 @@ def first(tmp_path_factory, shared_programs):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _standard_promotion():
-    # optax 0.2.8 raises floats to integer powers, which strict promotion forbids.
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture(scope="module")

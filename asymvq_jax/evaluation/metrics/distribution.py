@@ -233,7 +233,14 @@ def read_reference(path: str, params: Params, batch: int = 64) -> tuple[Statisti
     """Statistics and, where known, the features of a folder of real pictures or of a .npz (see `load_statistics`)."""
     if path.endswith(".npz"):
         return load_statistics(path)
-    pool = folder_features(path, list_pictures(path, "--reference"), params, batch).pool
+    return folder_statistics(path, list_pictures(path, "--reference"), params, batch)
+
+
+def folder_statistics(
+    folder: str, paths: Sequence[epath.Path], params: Params, batch: int = 64
+) -> tuple[Statistics, np.ndarray]:
+    """Statistics and features of the pictures that were found in a folder."""
+    pool = folder_features(folder, paths, params, batch).pool
     return statistics(pool), pool
 
 
