@@ -131,7 +131,7 @@ class LostPeerError(RuntimeError):
 
 
 # The exit code of each kind of error that ends a command with one line, and no traceback.
-TOLD: dict[type[BaseException], ExitCode] = {
+EXIT_CODES: dict[type[BaseException], ExitCode] = {
     # Before the class that it is one of.
     UnansweredError: ExitCode.LOST_PEER,
     UserError: ExitCode.WRONG_INPUT,
@@ -142,7 +142,7 @@ TOLD: dict[type[BaseException], ExitCode] = {
 
 def exit_code(error: BaseException) -> ExitCode:
     """What a command that this error ends returns."""
-    return next((code for kind, code in TOLD.items() if isinstance(error, kind)), ExitCode.FAILED)
+    return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), ExitCode.FAILED)
 
 
 def first_line(error: BaseException) -> str:

@@ -28,6 +28,7 @@ from asymvq_jax.convert.mapping import Weight, weights
 from asymvq_jax.diffusion import mapping
 from asymvq_jax.diffusion.clip import TextConfig, TextEncoder, TransformerConfig
 from asymvq_jax.diffusion.unet import UNet, UNetConfig
+from asymvq_jax.models.parameters import seeded
 
 Shapes = dict[str, tuple[int, ...]]
 TEXT = TextConfig(TransformerConfig(768, 3072, 12, 12, "quick_gelu", 1e-5), 49408, 77)
@@ -46,8 +47,8 @@ def checkpoint_shapes(vae: ModelConfig, *, whole: bool = True) -> Shapes:
     """The names and shapes of an original checkpoint's tensors, or of its autoencoder's alone."""
     shapes = _named("first_stage_model.", weights(vae, "ldm"))
     if whole:
-        unet = nnx.eval_shape(lambda: UNet(UNetConfig(), rngs=nnx.Rngs(0)))
-        text = nnx.eval_shape(lambda: TextEncoder(TEXT, rngs=nnx.Rngs(0)))
+        unet = nnx.eval_shape(lambda: UNet(UNetConfig(), rngs=seeded(0)))
+        text = nnx.eval_shape(lambda: TextEncoder(TEXT, rngs=seeded(0)))
         shapes |= _named("model.diffusion_model.", mapping.unet_weights(unet, "ldm"))
         shapes |= _named("cond_stage_model.transformer.text_model.", mapping.text_weights(text, "diffusers"))
     return shapes

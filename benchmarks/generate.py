@@ -29,7 +29,7 @@ from asymvq_jax.diffusion.solvers import make_solver
 from asymvq_jax.diffusion.unet import UNet, UNetConfig
 from asymvq_jax.errors import UserError
 from asymvq_jax.models.autoencoder import Autoencoder, in_dtype, structure
-from asymvq_jax.models.parameters import merge, split
+from asymvq_jax.models.parameters import merge, seeded, split
 from benchmarks import contest
 
 SCALE, TOKENS = ModelConfig().scaling_factor, 77
@@ -121,7 +121,7 @@ def generating(
 def flops(config: UNetConfig, arrays: dict[str, np.ndarray], steps: int) -> float:
     """Of one run's UNet and decoder, by their shapes."""
     batch, side = arrays["noise"].shape[:2]
-    graphdef, shapes = split(nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0))))
+    graphdef, shapes = split(nnx.eval_shape(lambda: UNet(config, rngs=seeded(0))))
     inputs = (
         jax.ShapeDtypeStruct((2 * batch, side, side, config.in_channels), jnp.float32),
         jax.ShapeDtypeStruct((2 * batch,), jnp.float32),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -16,15 +15,12 @@ import jax
 from asymvq_jax.commands.entry import command
 from asymvq_jax.config import ModelConfig, load_config
 from asymvq_jax.diffusion.unet import UNetConfig
-from asymvq_jax.plan.counting import callees, instructions
+from asymvq_jax.plan.counting import callees, in_scope, instructions, operation
 from benchmarks import contest, decode, generate, subjects, train_step
 
 MULTIPLYING = ("convolutions", "matrix products", "attention")
 CONVOLUTION, PRODUCT, ATTENTION = MULTIPLYING
 OTHER, COPY = "normalisation and all else", "copies, transposes, padding"
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = .*? ([a-z][\w-]*)\(")
-# The scope in which the layers mix values by queries and keys.
-_SCOPE = re.compile(r'op_name="[^"]*\battention\b')
 _MOVES = {
     "bitcast", "broadcast", "concatenate", "constant", "convert", "copy", "dynamic-slice", "dynamic-update-slice",
     "fusion", "get-tuple-element", "pad", "parameter", "reshape", "reverse", "slice", "transpose", "tuple",
@@ -67,9 +63,9 @@ def work(options: Profile) -> None:
     # Of programs of one name the largest's.
     kind = {name: kinds(text) for name, text, _ in sorted(programs, key=lambda x: len(x[1]))}
     spent: Counter[str] = Counter()
-    for module, operation in traces[0]:
-        if (what := kind.get(module, {}).get(operation, OTHER)) is not None:
-            spent[what] += min(trace[module, operation] for trace in traces)
+    for module, name in traces[0]:
+        if (what := kind.get(module, {}).get(name, OTHER)) is not None:
+            spent[what] += min(trace[module, name] for trace in traces)
     print(f"\n{options.what}, {options.config}, {options.batch} x {options.size} px, {options.dtype}")
     print(f"{contest.machine()}\nthe shortest of {options.rounds} runs took {min(walls):.3g} s\n")
     print(report(spent, flops, peak))
@@ -136,20 +132,20 @@ def kinds(hlo: str) -> dict[str, str | None]:
     for computation, line in instructions(hlo):
         lines[computation].append(line)
     return {
-        match[1]: None if match[2] in _AROUND else _kind(line, lines)
+        found[0]: None if found[1] in _AROUND else _kind(line, lines)
         for line in [line for inside in lines.values() for line in inside]
-        if (match := _INSTRUCTION.match(line))
+        if (found := operation(line))
     }
 
 
 def _kind(line: str, lines: Mapping[str, list[str]]) -> str:
     codes, pending = set(), [line]
     while pending:
-        if match := _INSTRUCTION.match(each := pending.pop()):
-            target = re.search(r'custom_call_target="([^"]*)"', each)
-            codes.add(target[1].lower() if target else match[2])
+        if found := operation(each := pending.pop()):
+            codes.add(found[1])
             pending += [inner for name in callees(each) for inner in lines.get(name, ())]
-    if _SCOPE.search(line):
+    # The scope in which the layers mix values by queries and keys.
+    if in_scope(line, "attention"):
         return ATTENTION
     if any("conv" in code for code in codes - _MOVES):
         return CONVOLUTION

@@ -13,7 +13,7 @@ from asymvq_jax.config import Dtype, ModelConfig
 from asymvq_jax.convert.convert import config_to_diffusers, convert
 from asymvq_jax.diffusion.unet import UNet, UNetConfig
 from asymvq_jax.models.autoencoder import Autoencoder, structure
-from asymvq_jax.models.parameters import Params, merge, split
+from asymvq_jax.models.parameters import Params, merge, seeded, split
 
 
 def pictures(config: ModelConfig, batch: int, size: int) -> dict[str, np.ndarray]:
@@ -58,7 +58,7 @@ def random_model(config: ModelConfig) -> Autoencoder:
 def random_unet(config: UNetConfig, dtype: Dtype) -> UNet:
     """A UNet to be timed, with kernels in its compute type."""
     kind = jnp.dtype(dtype)
-    graphdef, shapes = split(nnx.eval_shape(lambda: UNet(config, dtype=kind, rngs=nnx.Rngs(0))))
+    graphdef, shapes = split(nnx.eval_shape(lambda: UNet(config, dtype=kind, rngs=seeded(0))))
     shapes = {n: jax.ShapeDtypeStruct(x.shape, kind if n.endswith(".kernel") else x.dtype) for n, x in shapes.items()}
     unet: UNet = merge(graphdef, random_values(shapes))
     return unet

@@ -1,5 +1,6 @@
 """Strict numerics, eight virtual CPU devices and cheap compilation for every test."""
 
+import gc
 import os
 import tempfile
 
@@ -12,6 +13,9 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
+
+# Tracing makes objects by the million, and each collection looks at all modules that were imported.
+gc.set_threshold(100_000, 50, 100)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -42,7 +42,7 @@ def work(options: Decode) -> None:
     from etils import epath
 
     from asymvq_jax.config import ModelConfig
-    from asymvq_jax.convert.convert import as_told, read_model
+    from asymvq_jax.convert.convert import given_factors, read_model
     from asymvq_jax.devices.compilation import keep_compiled_programs
     from asymvq_jax.errors import InputError
     from asymvq_jax.files import images
@@ -71,8 +71,8 @@ def work(options: Decode) -> None:
                 try_out(out)
 
     keep_compiled_programs()
-    told = as_told(options.scaling_factor, options.shift_factor)
-    model = read_model(options.checkpoint, told, dtype=options.dtype, known=check_out)
+    factors = given_factors(options.scaling_factor, options.shift_factor)
+    model = read_model(options.checkpoint, factors, dtype=options.dtype, known=check_out)
     said = None if options.latent_scaled is None else options.latent_scaled == "yes"
     reading = understand_alone(
         file.values,

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import NoReturn, TypeVar
 
 from asymvq_jax.config.loading import parse
-from asymvq_jax.errors import TOLD, ExitCode, exit_code
+from asymvq_jax.errors import EXIT_CODES, ExitCode, exit_code
 
 T = TypeVar("T")
 Main = Callable[[Sequence[str] | None], int]
@@ -54,7 +54,7 @@ def command(
         except KeyboardInterrupt as interrupt:
             print(interrupt.args[0] if interrupt.args else "interrupted", file=sys.stderr)
             return ExitCode.INTERRUPTED
-        except tuple(TOLD) as error:
+        except tuple(EXIT_CODES) as error:
             if stack:
                 traceback.print_exc()
             print(f"error: {error}", file=sys.stderr)

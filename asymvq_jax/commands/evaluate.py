@@ -213,12 +213,12 @@ def _measure_seam(
 
 def _load(options: Evaluate, config: Config) -> tuple[Autoencoder, Autoencoder | None, Params | None]:
     """Our model, the plain one and FID's network, the latter two where there are any."""
-    from asymvq_jax.convert.convert import as_told, read_model
+    from asymvq_jax.convert.convert import given_factors, read_model
     from asymvq_jax.evaluation.metrics.inception import load_inception
 
     inception = load_inception(options.inception) if options.inception else None
-    told = as_told(options.scaling_factor, options.shift_factor)
-    model = read_model(options.checkpoint, told, dtype=config.model.dtype)
+    factors = given_factors(options.scaling_factor, options.shift_factor)
+    model = read_model(options.checkpoint, factors, dtype=config.model.dtype)
     path = options.plain or config.run.init_from
     wanted = f"--plain {path}" if options.plain else f"run.init_from={path!r} of the config (or name one by --plain)"
     plain = _read(path, f"{wanted}, the plain autoencoder", options, config) if path else None
@@ -227,11 +227,11 @@ def _load(options: Evaluate, config: Config) -> tuple[Autoencoder, Autoencoder |
 
 def _read(path: str, name: str, options: Evaluate, config: Config) -> Autoencoder:
     """Reads a model; messages call it `name`."""
-    from asymvq_jax.convert.convert import as_told, read_model
+    from asymvq_jax.convert.convert import given_factors, read_model
 
-    told = as_told(options.scaling_factor, options.shift_factor)
+    factors = given_factors(options.scaling_factor, options.shift_factor)
     try:
-        return read_model(path, told, dtype=config.model.dtype)
+        return read_model(path, factors, dtype=config.model.dtype)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
 

@@ -30,14 +30,16 @@ class Export:
 
 def work(options: Export) -> None:
     """Writes the file and prints what it takes."""
-    from asymvq_jax.convert.convert import as_told, read_model
+    from asymvq_jax.convert.convert import given_factors, read_model
     from asymvq_jax.files import images
     from asymvq_jax.files.outputs import check_writable, write_bytes
     from asymvq_jax.inference.export import PLATFORMS, SUFFIX, export_decoder
 
     check_writable(options.out, (SUFFIX,))
     size = images.parse_size("--size", options.size)
-    model = read_model(options.checkpoint, as_told(options.scaling_factor, options.shift_factor), dtype=options.dtype)
+    model = read_model(
+        options.checkpoint, given_factors(options.scaling_factor, options.shift_factor), dtype=options.dtype
+    )
     program = export_decoder(model, options.batch, size)
     data = bytes(program.serialize())
     write_bytes(options.out, data)

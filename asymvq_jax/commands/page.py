@@ -53,17 +53,17 @@ def work(options: Page) -> None:
 
 def _load(options: Page) -> tuple[Autoencoder, Autoencoder | None]:
     """Our model, and the plain one where there is one."""
-    from asymvq_jax.convert.convert import as_told, read_model
+    from asymvq_jax.convert.convert import given_factors, read_model
     from asymvq_jax.evaluation.rows import check_same_encoder
     from asymvq_jax.inference import check_condition
 
     checkpoint, plain = options.checkpoint, options.plain or (PLAIN if options.checkpoint == CHECKPOINT else None)
-    told = as_told(options.scaling_factor, options.shift_factor)
-    model = read_model(checkpoint, told, dtype=options.dtype)
+    factors = given_factors(options.scaling_factor, options.shift_factor)
+    model = read_model(checkpoint, factors, dtype=options.dtype)
     check_condition(model.config, f"--checkpoint {checkpoint}")
     if plain is None:
         return model, None
-    other = read_model(plain, told, dtype=options.dtype)
+    other = read_model(plain, factors, dtype=options.dtype)
     check_same_encoder(model, other)
     return model, other
 

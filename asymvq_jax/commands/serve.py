@@ -49,13 +49,13 @@ def work(options: Serve) -> None:
         )
     import uvicorn
 
-    from asymvq_jax.convert.convert import as_told, read_model
+    from asymvq_jax.convert.convert import given_factors, read_model
     from asymvq_jax.devices.compilation import keep_compiled_programs
     from asymvq_jax.inference.service import Limits, make_app
 
     keep_compiled_programs()
-    told = as_told(options.scaling_factor, options.shift_factor)
-    model = read_model(options.checkpoint, told, dtype=options.dtype)
+    factors = given_factors(options.scaling_factor, options.shift_factor)
+    model = read_model(options.checkpoint, factors, dtype=options.dtype)
     limits = Limits(options.most_bytes, options.most_pixels, options.queue, options.batch)
     uvicorn.run(
         make_app(model, limits),

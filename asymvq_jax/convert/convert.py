@@ -14,8 +14,8 @@ import numpy as np
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.convert.diffusers import WEIGHTS, config_to_diffusers, diffusers_to_config
 from asymvq_jax.convert.mapping import BATCHES, Format, dump_each, weights
-from asymvq_jax.convert.reading import as_told, read_model
 from asymvq_jax.convert.reading import describe as describe_source
+from asymvq_jax.convert.reading import given_factors, read_model
 from asymvq_jax.convert.sources import in_bucket
 from asymvq_jax.errors import ConvertError, OutputError
 from asymvq_jax.files import addresses
@@ -24,7 +24,7 @@ from asymvq_jax.files.weights import check_space, check_target, write_atomically
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.checkpoints import checkpoint_path, save_model
 
-__all__ = ["as_told", "config_to_diffusers", "convert", "describe", "diffusers_to_config", "read_model"]
+__all__ = ["config_to_diffusers", "convert", "describe", "diffusers_to_config", "given_factors", "read_model"]
 log = logging.getLogger(__name__)
 
 Target = Literal["jax", "diffusers", "ldm"]
@@ -54,19 +54,19 @@ def convert(
     Raises:
         UserError: the source is unreadable, incomplete or not representable, or the target exists or cannot be written.
     """
-    told = as_told(scaling_factor, shift_factor)
+    factors = given_factors(scaling_factor, shift_factor)
     if addresses.in_bucket(target):
-        return _convert_into_bucket(source, str(target), to, told)
+        return _convert_into_bucket(source, str(target), to, factors)
     target = Path(target)
     if to == "ldm" and target.suffix not in (".safetensors", ".ckpt"):
         raise ConvertError(f"{target}: expected a name that ends in .safetensors or .ckpt for --to ldm")
     check_target(target)
-    described = None if in_bucket(source) else describe_source(source, told)
+    described = None if in_bucket(source) else describe_source(source, factors)
     if described is not None:
         _check(described.config, target, to)
         model = described.load()
     else:
-        model = read_model(source, told)
+        model = read_model(source, factors)
         _check(model.config, target, to)
     if to == "jax":
         write_atomically(target, lambda path: save_model(path, model))
@@ -77,7 +77,7 @@ def convert(
     return model
 
 
-def _convert_into_bucket(source: str | Path, target: str, to: Target, told: Mapping[str, float]) -> Autoencoder:
+def _convert_into_bucket(source: str | Path, target: str, to: Target, factors: Mapping[str, float]) -> Autoencoder:
     """As `convert`; other programs read their weights from disks."""
     if to != "jax":
         addresses.check_local(target, "--out", "write it here, and copy it there")
@@ -86,7 +86,7 @@ def _convert_into_bucket(source: str | Path, target: str, to: Target, told: Mapp
         if path.exists():
             raise OutputError(f"{target} exists already; choose another target or remove it first")
         try_out(path.parent)
-    model = read_model(source, told)
+    model = read_model(source, factors)
     save_model(target, model)
     return model
 
@@ -105,7 +105,7 @@ def _check(config: ModelConfig, target: Path, to: Target) -> None:
 
 def _write_original(model: Autoencoder, path: Path) -> None:
     config = model.config
-    # What the tensors do not tell, for us and for whoever looks.
+    # What the tensors do not show, for us and for whoever looks.
     beside = {
         "scaling_factor": config.scaling_factor,
         "shift_factor": config.shift_factor,

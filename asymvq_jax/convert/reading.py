@@ -60,7 +60,7 @@ class Described:
 
 def read_model(
     source: str | Path,
-    told: Mapping[str, float] | None = None,
+    factors: Mapping[str, float] | None = None,
     *,
     dtype: str | None = None,
     known: Known = ignore,
@@ -69,7 +69,7 @@ def read_model(
 
     Args:
         source: as for `convert`; a JAX checkpoint may also be in a bucket (gs://).
-        told: `scaling_factor` and `shift_factor`, where the source does not say them.
+        factors: `scaling_factor` and `shift_factor`, where the source does not say them.
         dtype: in which it computes; by default as its config says.
         known: called with the configuration before the weights are read, for what can be done meanwhile.
 
@@ -77,21 +77,21 @@ def read_model(
         UserError: the source does not exist, is of no known kind, or is incomplete.
     """
     here = not in_bucket(source) and not is_embedded(source)
-    described = describe(source, told) if here else None
+    described = describe(source, factors) if here else None
     if is_embedded(source):
         log.info("%s: a small model inside the package, for trying things out; --checkpoint names another", source)
     changes: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     if described is None:
         model = load_model(locate(source) if here else source, known=known, **changes)
-        _check_told(source, told or {}, model.config)
+        _check_factors(source, factors or {}, model.config)
     else:
         known(dataclasses.replace(described.config, **changes))
         model = described.load()
     return model if dtype in (None, model.config.dtype) else in_dtype(model, str(dtype))
 
 
-def as_told(scaling_factor: float | None, shift_factor: float | None) -> dict[str, float]:
-    """The `told` of `read_model`: those of the two that the user gives.
+def given_factors(scaling_factor: float | None, shift_factor: float | None) -> dict[str, float]:
+    """The `factors` of `read_model`: those of the two that the user gives.
 
     Raises:
         ConvertError: a value that cannot be a scale.
@@ -106,7 +106,7 @@ def as_told(scaling_factor: float | None, shift_factor: float | None) -> dict[st
     return {name: value for name, value in given.items() if value is not None}
 
 
-def describe(source: str | Path, told: Mapping[str, float] | None = None) -> Described | None:
+def describe(source: str | Path, factors: Mapping[str, float] | None = None) -> Described | None:
     """Looks into a source on this machine, and checks that all is there that its model needs; reads no weights.
 
     Returns:
@@ -117,7 +117,7 @@ def describe(source: str | Path, told: Mapping[str, float] | None = None) -> Des
     """
     if is_embedded(source):
         return None
-    path, told = locate(source), told or {}
+    path, factors = locate(source), factors or {}
     if path.is_file():
         beside = path.parent / "config.json"
         if (
@@ -127,11 +127,11 @@ def describe(source: str | Path, told: Mapping[str, float] | None = None) -> Des
         ):
             log.info("%s: read with the config.json beside it", path)
             # A shard stands for all of them.
-            return _describe_folder(path.parent, told, None if "-of-" in path.name else open_weights(path))
-        return describe_weights(open_weights(path), told)
+            return _describe_folder(path.parent, factors, None if "-of-" in path.name else open_weights(path))
+        return describe_weights(open_weights(path), factors)
     for folder in (path, path / "vae", path / "vqvae"):
         if (folder / "config.json").is_file():
-            return _describe_folder(folder, told)
+            return _describe_folder(folder, factors)
     if (path / "model_index.json").is_file():
         kind = str(read_json(path / "model_index.json").get("_class_name"))
         raise ConvertError(
@@ -147,7 +147,7 @@ def describe(source: str | Path, told: Mapping[str, float] | None = None) -> Des
     return None
 
 
-def _describe_folder(folder: Path, told: Mapping[str, float], opened: Weights | None = None) -> Described:
+def _describe_folder(folder: Path, factors: Mapping[str, float], opened: Weights | None = None) -> Described:
     """A diffusers folder, or one file of it (`opened`)."""
     file = folder / "config.json"
     stored = read_json(file)
@@ -155,10 +155,10 @@ def _describe_folder(folder: Path, told: Mapping[str, float], opened: Weights | 
         config = diffusers_to_config(stored, file)
     except ConfigError as error:
         raise ConvertError(f"{file}: {error}") from None
-    if told:
+    if factors:
         if stored.get("scaling_factor") is None and not (config.latent_mean or config.batch_norm_epsilon):
-            config = _rescaled(config, **told)
-        _check_told(folder, told, config)
+            config = _rescaled(config, **factors)
+        _check_factors(folder, factors, config)
     opened_all = opened or open_folder(folder, WEIGHTS)
     found = find_autoencoder(opened_all, video=config.encoder_layers != "sd")
     if config.encoder_layers == "sd":
@@ -173,12 +173,12 @@ def _describe_folder(folder: Path, told: Mapping[str, float], opened: Weights | 
     return _described(config, found, folder, unexpected)
 
 
-def describe_weights(opened: Weights, told: Mapping[str, float]) -> Described:
+def describe_weights(opened: Weights, factors: Mapping[str, float]) -> Described:
     """The autoencoder of a file that has no configuration beside it, and may be that of a whole diffusion model.
 
     Args:
         opened: the file.
-        told: `scaling_factor` and `shift_factor`, as far as the user says them.
+        factors: `scaling_factor` and `shift_factor`, as far as the user says them.
 
     Raises:
         ConvertError: it holds no autoencoder, or one that is not supported, or a scale is needed and missing.
@@ -191,19 +191,19 @@ def describe_weights(opened: Weights, told: Mapping[str, float]) -> Described:
             len(found.rest),
             groups(found.rest),
         )
-    return describe_found(found, opened, told)
+    return describe_found(found, opened, factors)
 
 
-def describe_found(found: Found, opened: Weights, told: Mapping[str, float]) -> Described:
+def describe_found(found: Found, opened: Weights, factors: Mapping[str, float]) -> Described:
     """As `describe_weights`, of what `find_autoencoder` has found in it."""
     config = sizes(found, opened)
     if not config.batch_norm_epsilon:
-        scale = scale_of(opened, found.rest, config.latent_channels, bool(config.codebook_size), told)
+        scale = scale_of(opened, found.rest, config.latent_channels, bool(config.codebook_size), factors)
         config = _rescaled(config, scaling_factor=scale.scaling, shift_factor=scale.shift)
-    elif told:
+    elif factors:
         raise ConvertError(
             f"{opened.path}: its latents are normalised by statistics among its weights; leave out "
-            f"{' and '.join('--' + name.replace('_', '-') for name in told)}"
+            f"{' and '.join('--' + name.replace('_', '-') for name in factors)}"
         )
     log.info(
         "%s: an autoencoder under %s names%s",
@@ -220,7 +220,7 @@ def sizes(found: Found, opened: Weights, norm_groups: int | None = None) -> Mode
     Args:
         found: the autoencoder.
         opened: its file.
-        norm_groups: what no tensor tells; None: as the file's metadata say, or the default's.
+        norm_groups: what no tensor shows; None: as the file's metadata say, or the default's.
 
     Raises:
         ConvertError: tensors that every autoencoder has are missing, or their sizes are those of no model.
@@ -322,12 +322,14 @@ def _rescaled(config: ModelConfig, **scale: float) -> ModelConfig:
     return dataclasses.replace(config, **changes)
 
 
-def _check_told(source: str | Path, told: Mapping[str, float], config: ModelConfig) -> None:
+def _check_factors(source: str | Path, factors: Mapping[str, float], config: ModelConfig) -> None:
     """Raises ConvertError where a source has a configuration that says something else than the user."""
-    if wrong := [f"{n}={getattr(config, n)}, not {value}" for n, value in told.items() if getattr(config, n) != value]:
+    if wrong := [
+        f"{n}={getattr(config, n)}, not {value}" for n, value in factors.items() if getattr(config, n) != value
+    ]:
         raise ConvertError(
-            f"{' and '.join(told)}: these options are for original checkpoints only; {source} has a configuration with "
-            f"{' and '.join(wrong)}"
+            f"{' and '.join(factors)}: these options are for original checkpoints only; {source} has a configuration "
+            f"with {' and '.join(wrong)}"
         )
 
 

@@ -54,7 +54,7 @@ ARCHITECTURES = (
 CONTEXTS = {768: ONE, 1024: ONE, 2048: XL, 1280: XL}
 
 
-def scale_of(weights: Weights, rest: Table, channels: int, codebook: bool, told: Mapping[str, float]) -> Scale:
+def scale_of(weights: Weights, rest: Table, channels: int, codebook: bool, factors: Mapping[str, float]) -> Scale:
     """The scale of an autoencoder that has no configuration beside it.
 
     Args:
@@ -62,42 +62,42 @@ def scale_of(weights: Weights, rest: Table, channels: int, codebook: bool, told:
         rest: its tensors that do not belong to the autoencoder.
         channels: of the latent.
         codebook: whether it is a VQ model.
-        told: `scaling_factor` and `shift_factor`, as far as the user says them; they win.
+        factors: `scaling_factor` and `shift_factor`, as far as the user says them; they win.
 
     Raises:
         ConvertError: neither the file nor the user gives it, and no published model's scale is a safe guess.
     """
     found = _stored(weights, rest) or _by_family(weights, rest, channels)
-    if {"scaling_factor", "shift_factor"} <= told.keys():
-        return _told(weights.path, told, found)
+    if {"scaling_factor", "shift_factor"} <= factors.keys():
+        return _given(weights.path, factors, found)
     if found is not None:
-        return _told(weights.path, told, found) if told else _say(weights.path, found)
+        return _given(weights.path, factors, found) if factors else _say(weights.path, found)
     if codebook:
         # Latent Diffusion leaves the latents of its VQ models as they are.
         found = Scale(1.0, 0.0, "VQ models' latents are not scaled")
-        return _told(weights.path, told, found) if told else _say(weights.path, found)
+        return _given(weights.path, factors, found) if factors else _say(weights.path, found)
     if channels != ONE.channels:
         published = "; ".join(f"{f.name}: {f.scaling} and {f.shift}" for f in (THREE, FLUX) if f.channels == channels)
-        missing = [n for n in ("scaling_factor", "shift_factor") if n not in told]
+        missing = [n for n in ("scaling_factor", "shift_factor") if n not in factors]
         raise ConvertError(
             f"{weights.path}: the file does not say how a diffusion model scales its latents of {channels} "
             f"channels; give {' and '.join('--' + n.replace('_', '-') for n in missing)}"
             + (f" ({published})" if published else " (1 and 0 for no scaling)")
         )
-    if "scaling_factor" not in told and re.search(r"xl", weights.path.name, re.IGNORECASE):
+    if "scaling_factor" not in factors and re.search(r"xl", weights.path.name, re.IGNORECASE):
         raise ConvertError(
             f"{weights.path}: the file's name mentions Stable Diffusion XL, and the file does not say how latents are "
             f"scaled; give --scaling-factor {XL.scaling} if it is XL's, {ONE.scaling} if it is 1's or 2's"
         )
     default = Scale(ONE.scaling, ONE.shift, "")
-    if "scaling_factor" in told:
-        return _told(weights.path, told, default)
+    if "scaling_factor" in factors:
+        return _given(weights.path, factors, default)
     log.warning(
         "%s: the file does not say how latents are scaled: using %s's scaling factor, %s, as they have %d channels; "
         "for a Stable Diffusion XL autoencoder, which has as many, give --scaling-factor %s",
         weights.path, ONE.name, ONE.scaling, channels, XL.scaling,
     )  # fmt: skip
-    return _told(weights.path, told, default)
+    return _given(weights.path, factors, default)
 
 
 def _stored(weights: Weights, rest: Table) -> Scale | None:
@@ -162,9 +162,11 @@ def _say(path: Path, scale: Scale) -> Scale:
     return scale
 
 
-def _told(path: Path, told: Mapping[str, float], found: Scale | None) -> Scale:
+def _given(path: Path, factors: Mapping[str, float], found: Scale | None) -> Scale:
     default = found or Scale(ModelConfig().scaling_factor, 0.0, "")
-    scale = Scale(told.get("scaling_factor", default.scaling), told.get("shift_factor", default.shift), "as given")
+    scale = Scale(
+        factors.get("scaling_factor", default.scaling), factors.get("shift_factor", default.shift), "as given"
+    )
     if found and found.reason and found[:2] != scale[:2]:
         log.warning(
             "%s: using scaling factor %s and shift %s as given; the file has %s and %s (%s)",

@@ -248,7 +248,7 @@ class SkippedFiles:
         self._source, self._max_share = source, max_share
         self._examined, self._small = 0, 0
         self._unreadable: dict[int, str] = {}
-        self._told_small = 0.0
+        self._warned_small = 0.0
 
     def update(self, skipped: np.ndarray, small: np.ndarray) -> None:
         """Takes note of one batch.
@@ -281,8 +281,8 @@ class SkippedFiles:
     def _tell_small(self) -> None:
         """Says which share of the pictures is too small, once it is known and whenever it has doubled."""
         share = self._small / (self._small + self._examined)
-        if share > 2 * self._told_small:
-            self._told_small = share
+        if share > 2 * self._warned_small:
+            self._warned_small = share
             log.warning(
                 "%.1f%% of the pictures read are below data.min_side and are stepped over; "
                 "asymvq build-data --min-side makes a data set without them",

@@ -49,15 +49,17 @@ def join() -> None:
         ConfigError: the environment names other processes, but not all that it takes to find them, or a port that is
             not free.
     """
-    told = _told()
+    variables = _variables()
     explicit: dict[str, Any] = {}
     try:
-        if len(told) == 3:
+        if len(variables) == 3:
             # JAX itself reads the address only.
-            explicit = {"num_processes": int(told[COUNT]), "process_id": int(told[INDEX])}
+            explicit = {"num_processes": int(variables[COUNT]), "process_id": int(variables[INDEX])}
             explicit["cluster_detection_method"] = "deactivate"
-            _check_port(told[ADDRESS], first=explicit["process_id"] == 0)
-            log.info("waiting at %s for all %s processes, up to %d s", told[ADDRESS], told[COUNT], JOIN_TIMEOUT)
+            _check_port(variables[ADDRESS], first=explicit["process_id"] == 0)
+            log.info(
+                "waiting at %s for all %s processes, up to %d s", variables[ADDRESS], variables[COUNT], JOIN_TIMEOUT
+            )
         jax.distributed.initialize(
             initialization_timeout=JOIN_TIMEOUT,
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
@@ -65,9 +67,9 @@ def join() -> None:
             **explicit,
         )
     except (ValueError, OSError) as error:
-        if told:
+        if variables:
             raise ConfigError(
-                f"cannot find the other processes: {error} Set {ADDRESS}, {COUNT}, {INDEX}; got {told}"
+                f"cannot find the other processes: {error} Set {ADDRESS}, {COUNT}, {INDEX}; got {variables}"
             ) from None
         if "coordinator_address" not in str(error):
             raise
@@ -78,7 +80,7 @@ def join() -> None:
             ) from None
 
 
-def _told() -> dict[str, str]:
+def _variables() -> dict[str, str]:
     return {name: os.environ[name] for name in (ADDRESS, COUNT, INDEX) if name in os.environ}
 
 
@@ -112,8 +114,8 @@ def share() -> tuple[int, int]:
     """
     launcher = next((names for names in ((COUNT, INDEX, ""), *LAUNCHERS) if {*names[:2]} <= os.environ.keys()), None)
     if launcher is None:
-        if told := _told():
-            raise ConfigError(f"which share of the work is this process's? Set {COUNT} and {INDEX}; got {told}")
+        if variables := _variables():
+            raise ConfigError(f"which share of the work is this process's? Set {COUNT} and {INDEX}; got {variables}")
         # libtpu counts the hosts of a pod; elsewhere this is (0, 1).
         return jax.process_index(), jax.process_count()
     count, index = os.environ[launcher[0]], os.environ[launcher[1]]
@@ -148,10 +150,10 @@ def from_first(work: Callable[[], T]) -> T:
         data = json.dumps(answer).encode()
     size = int(multihost_utils.broadcast_one_to_all(np.array(len(data), np.int32)))
     sent = np.frombuffer(data.ljust(size), np.uint8)
-    told: dict[str, Any] = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent)).tobytes())
-    if "error" in told:
-        raise UserError(told["error"])
-    value: T = told["value"]
+    said: dict[str, Any] = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent)).tobytes())
+    if "error" in said:
+        raise UserError(said["error"])
+    value: T = said["value"]
     return value
 
 

@@ -21,9 +21,9 @@ def keep_compiled_programs() -> None:
     where it cannot be written, programs are compiled anew.
     """
     name = "jax_compilation_cache_dir"
-    told = getattr(jax.config, name)
+    chosen = getattr(jax.config, name)
     try:
-        place = told or str(Path.home() / ".cache" / "asymvq_jax" / "xla")
+        place = chosen or str(Path.home() / ".cache" / "asymvq_jax" / "xla")
         try_out(epath.Path(place))
     # Path.home() raises RuntimeError for a user who has none.
     except (OSError, RuntimeError) as error:

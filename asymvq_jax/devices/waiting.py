@@ -40,7 +40,7 @@ class _At(NamedTuple):
 class Watch:
     """Ends this process, with LOST_PEER, where a wait takes longer than a limit; a context manager.
 
-    An error that leaves it is told to the other processes, which end with it within seconds: they would wait.
+    The other processes are sent an error that leaves it, and end with it within seconds: they would wait.
 
     Args:
         limit: seconds.

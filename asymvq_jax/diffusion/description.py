@@ -69,7 +69,7 @@ class Description:
 
 
 def describe(
-    path: str | Path, task: Task, scheduler: Kind | None = None, told: Mapping[str, float] | None = None
+    path: str | Path, task: Task, scheduler: Kind | None = None, factors: Mapping[str, float] | None = None
 ) -> Description:
     """Reads the configuration of a diffusers pipeline folder, and checks that it can do the task.
 
@@ -77,7 +77,7 @@ def describe(
         path: the folder.
         task: the one to check for.
         scheduler: another sampler than the folder's own, on its noise schedule.
-        told: `scaling_factor` and `shift_factor`, where the folder does not say them.
+        factors: `scaling_factor` and `shift_factor`, where the folder does not say them.
 
     Raises:
         UserError: no pipeline, or a part that is missing or not supported; no weight has been read.
@@ -87,7 +87,7 @@ def describe(
         raise PipelineError(f"no pipeline at {path}: expected a diffusers pipeline folder (or an original checkpoint)")
     index = _check_family(path)
     try:
-        return _describe_folder(path, task, index, scheduler, told)
+        return _describe_folder(path, task, index, scheduler, factors)
     except UserError as error:
         if not str(index.get("_class_name")).startswith(XL):
             raise
@@ -99,7 +99,7 @@ def _describe_folder(
     task: Task,
     index: Mapping[str, Any],
     scheduler: Kind | None,
-    told: Mapping[str, float] | None,
+    factors: Mapping[str, float] | None,
 ) -> Description:
     missing = [part for part in (*COMMON_PARTS, *PARTS[task]) if not (path / part).exists()]
     if missing:
@@ -128,7 +128,7 @@ def _describe_folder(
         parts["tokenizer_2"] = read_tokenizer(path / XL_PARTS[1], parts["encoder_2"])
         parts["zeros"] = index.get("force_zeros_for_empty_prompt", True)
         weight_files((path / XL_PARTS[0]).parent, *CLIP_WEIGHTS)
-    vae = describe_autoencoder(path / "vae", told)
+    vae = describe_autoencoder(path / "vae", factors)
     if vae is None:
         raise PipelineError(f"{path / 'vae'} is not a diffusers autoencoder")
     # XL's pipelines take the file as it is.
@@ -244,7 +244,7 @@ def describe_checkpoint(
     *,
     scheduler: Kind | None = None,
     prediction_type: str | None = None,
-    told: Mapping[str, float] | None = None,
+    factors: Mapping[str, float] | None = None,
 ) -> Description:
     """As `describe`, but of an original Stable Diffusion 1 or 2 checkpoint, with all its parts in one file.
 
@@ -255,7 +255,7 @@ def describe_checkpoint(
         scheduler: the sampler; DDIM by default.
         prediction_type: "epsilon" or "v_prediction"; Stable Diffusion 1 has the first; needed for 2 where
             the file does not say it.
-        told: `scaling_factor` and `shift_factor`, where the file does not say them.
+        factors: `scaling_factor` and `shift_factor`, where the file does not say them.
 
     Raises:
         UserError: the file is not such a checkpoint, or does not fit the task, or an option is needed and missing.
@@ -267,7 +267,7 @@ def describe_checkpoint(
         raise PipelineError(f"no checkpoint at {path}: expected an original Stable Diffusion checkpoint (a file)")
     if tokenizer is None:
         raise PipelineError(f"{path} is an original checkpoint, which has no tokenizer: name one by --tokenizer")
-    original = find_parts(open_weights(path), told or {})
+    original = find_parts(open_weights(path), factors or {})
     config, prediction = original.unet, prediction_type or original.prediction
     if original.two and prediction is None:
         raise PipelineError(

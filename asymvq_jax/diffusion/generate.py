@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from asymvq_jax import inference
 from asymvq_jax.config import MeshConfig, ModelConfig
-from asymvq_jax.convert.convert import as_told, read_model
+from asymvq_jax.convert.convert import given_factors, read_model
 from asymvq_jax.devices import cluster, sharding
 from asymvq_jax.diffusion import lora, sampling
 from asymvq_jax.diffusion.jobs import MODELS_OWN, Inputs, Job, Original, list_jobs, read_inputs, with_region
@@ -104,11 +104,11 @@ def _keeping(options: Painting) -> inference.Keeping:
 def _describe(options: Generate) -> Description:
     path, task = options.pipeline, options.task
     # Options that edit does not have.
-    told = {name: getattr(options, name, None) for name in ("tokenizer", "prediction_type")}
-    scale = as_told(options.scaling_factor, options.shift_factor)
+    stated = {name: getattr(options, name, None) for name in ("tokenizer", "prediction_type")}
+    scale = given_factors(options.scaling_factor, options.shift_factor)
     if is_checkpoint(path):
-        return describe_checkpoint(path, task, scheduler=options.scheduler, told=scale, **told)
-    for name, value in told.items():
+        return describe_checkpoint(path, task, scheduler=options.scheduler, factors=scale, **stated)
+    for name, value in stated.items():
         if value is not None:
             option = name.replace("_", "-")
             raise GenerateError(
@@ -130,8 +130,8 @@ def _read_decoder(own: ModelConfig, options: Generate) -> Autoencoder | None:
                 f"--decode {options.decode} needs an asymmetric decoder: name its checkpoint by --checkpoint"
             )
         return None
-    told = as_told(options.scaling_factor, options.shift_factor)
-    decoder = read_model(options.checkpoint, told, dtype=options.dtype)
+    factors = given_factors(options.scaling_factor, options.shift_factor)
+    decoder = read_model(options.checkpoint, factors, dtype=options.dtype)
     if isinstance(options, Painting) and _keeping(options)[0] == "model":
         inference.check_condition(decoder.config, f"--checkpoint {options.checkpoint}")
     fields = ("latent_channels", "downsampling", "scaling_factor", "shift_factor", "latent_mean", "latent_std",

@@ -109,13 +109,13 @@ def read(text: str) -> Lora:
             f"{opened.path}: {len(rest)} of {len(opened.tensors)} tensors do not belong to LoRA layers of up, down and "
             f"alpha (LoHa, LoKr, DoRA and others are not supported): {_some(rest)}"
         )
-    told = _metadata(opened.metadata, opened.path)
+    noted = _metadata(opened.metadata, opened.path)
     changes = {}
     for layer, down in downs.items():
         rank, up = down.shape[0] if down.ndim else 0, ups[layer]
         if down.ndim < 2 or up.ndim < 2 or up.shape[1] != rank or up.size != up.shape[0] * rank:
             raise LoraError(f"{opened.path}: {layer}: up {up.shape} and down {down.shape} do not fit each other")
-        alpha = float(alphas[layer].read().item()) if layer in alphas else told.get(layer.split(".")[0], float(rank))
+        alpha = float(alphas[layer].read().item()) if layer in alphas else noted.get(layer.split(".")[0], float(rank))
         changes[layer] = Change(up, down, weight * alpha / rank)
     return Lora(opened.path, changes)
 
@@ -210,7 +210,7 @@ def _bare(shape: tuple[int, ...]) -> list[int]:
 
 
 def _family(lora: Lora, *, xl: bool) -> str:
-    """Of which model a LoRA is, as far as its layers tell."""
+    """Of which model a LoRA is, as far as its layers show."""
     for sign, family in OTHERS[1 if xl else 0 :]:
         if any(re.search(sign, layer) for layer in lora.changes):
             return f", as it is a LoRA of {family}"

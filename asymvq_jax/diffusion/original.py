@@ -59,12 +59,12 @@ class Original:
     text_tensors: Table = field(repr=False)
 
 
-def find_parts(opened: Weights, told: Mapping[str, float]) -> Original:
+def find_parts(opened: Weights, factors: Mapping[str, float]) -> Original:
     """Finds the UNet, the text encoder and the autoencoder of a checkpoint.
 
     Args:
         opened: the file.
-        told: `scaling_factor` and `shift_factor` of the latents, where the user says them.
+        factors: `scaling_factor` and `shift_factor` of the latents, where the user says them.
 
     Raises:
         UserError: a part is missing, or the checkpoint is another model's; the message says which.
@@ -95,7 +95,7 @@ def find_parts(opened: Weights, told: Mapping[str, float]) -> Original:
         path=path,
         unet=config,
         text=_text_sizes(text, path, two=two, open_clip=open_clip, projected=projected),
-        autoencoder=describe_found(found, opened, told),
+        autoencoder=describe_found(found, opened, factors),
         two=two,
         prediction=_prediction(opened),
         open_clip=open_clip,
@@ -115,7 +115,7 @@ def _part(opened: Weights, ends: Sequence[str], known: tuple[str, ...], kept: tu
 
 
 def _prediction(opened: Weights) -> str | None:
-    """What the UNet predicts, where a marker or the metadata tell."""
+    """What the UNet predicts, where a marker or the metadata say it."""
     stated = opened.metadata.get("modelspec.prediction_type", "").lower()
     if "v_pred" in opened.tensors or stated.startswith("v"):
         return "v_prediction"

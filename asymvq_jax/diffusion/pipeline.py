@@ -35,7 +35,7 @@ from asymvq_jax.errors import PipelineError
 from asymvq_jax.files.stored import Table, fitted, misfits
 from asymvq_jax.files.weights import open_folder, read_json
 from asymvq_jax.models.autoencoder import Autoencoder, in_dtype
-from asymvq_jax.models.parameters import merge, split
+from asymvq_jax.models.parameters import merge, seeded, split
 
 __all__ = [
     "Description",
@@ -124,7 +124,7 @@ def _same(tensors: Table) -> Table:
 def _names(described: Description) -> dict[str, list[tuple[Weight, ...]]]:
     """The weights of UNet and text encoder by their names in the files, and by those that LoRAs have for them."""
     original, encoder = described.original, described.encoder
-    network = nnx.eval_shape(lambda: UNet(described.unet, rngs=nnx.Rngs(0)))
+    network = nnx.eval_shape(lambda: UNet(described.unet, rngs=seeded(0)))
     ways = ("diffusers" if original is None else "ldm", "diffusers", "ldm")
     names = {"unet": list(zip(*(mapping.unet_weights(network, form) for form in ways), strict=True))}
     forms = ("ldm" if original is not None and original.open_clip else "diffusers", "diffusers")
@@ -136,7 +136,7 @@ def _names(described: Description) -> dict[str, list[tuple[Weight, ...]]]:
 
 
 def _text_model(config: TextConfig) -> TextEncoder:
-    return TextEncoder(config, rngs=nnx.Rngs(0))
+    return TextEncoder(config, rngs=seeded(0))
 
 
 def _original_text_encoder(original: Original, dtype: str, changed: Callable[[Table], Table]) -> TextEncoder:
@@ -178,7 +178,7 @@ def read_unet(folder: Path, dtype: str = "float32", changed: Callable[[Table], T
 
 def _unet(config: UNetConfig, tensors: Table, form: str, source: Path | str, dtype: str) -> UNet:
     return _build(
-        lambda: UNet(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)),
+        lambda: UNet(config, dtype=jnp.dtype(dtype), rngs=seeded(0)),
         lambda model: mapping.unet_weights(model, form),
         tensors,
         source,
@@ -204,7 +204,7 @@ def read_text_encoder(folder: Path, dtype: str = "float32", changed: Callable[[T
 
 def _text_encoder(config: TextConfig, tensors: Table, form: str, source: Path | str, dtype: str) -> TextEncoder:
     return _build(
-        lambda: TextEncoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)),
+        lambda: TextEncoder(config, dtype=jnp.dtype(dtype), rngs=seeded(0)),
         lambda model: mapping.text_weights(model, form),
         tensors,
         source,
@@ -220,7 +220,7 @@ def read_image_encoder(folder: Path, dtype: str = "float32") -> ImageEncoder:
     """
     config = clip.read_image_config(read_json(folder / "config.json"), str(folder / "config.json"))
     return _build(
-        lambda: ImageEncoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)),
+        lambda: ImageEncoder(config, dtype=jnp.dtype(dtype), rngs=seeded(0)),
         mapping.image_weights,
         _clip_tensors(folder, "vision_model."),
         folder,

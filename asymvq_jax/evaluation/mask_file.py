@@ -71,6 +71,6 @@ def add_mask_file(size: gradio.State) -> list[gradio.Component]:
         invert = gr.Checkbox(label="Black is to be generated (--invert-mask)")
     # Outside, so that a file that counts is seen also where the part is closed.
     said = gr.Markdown()
-    told: list[Any] = [file, channel, invert, size]
-    gr.on([part.change for part in told], note, told, said, show_progress="hidden")
+    inputs: list[Any] = [file, channel, invert, size]
+    gr.on([part.change for part in inputs], note, inputs, said, show_progress="hidden")
     return [file, channel, invert]

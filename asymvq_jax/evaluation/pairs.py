@@ -111,12 +111,12 @@ def read_pairs(paths: Sequence[tuple[epath.Path, epath.Path]], *, scaled: bool |
             raise EvaluationError(f"{' and '.join(sizes)}; they must be of one size")
         if warning := read.doubt and read.warning(mask_path.name):
             log.warning("%s", warning)
-        latent, told = None, scaled
+        latent, is_scaled = None, scaled
         files = (path.parent / f"{path.stem}{suffix}" for suffix in tensors.SUFFIXES)
         if (found := next((file for file in files if file.is_file()), None)) is not None:
             stored = read_latent(found)
-            latent, told = stored.values, stored.scaled if scaled is None else scaled
-        yield Pair(path.name, image, read.values.astype(np.float32), latent, told)
+            latent, is_scaled = stored.values, stored.scaled if scaled is None else scaled
+        yield Pair(path.name, image, read.values.astype(np.float32), latent, is_scaled)
 
 
 def read_latent(path: epath.Path) -> tensors.LatentFile:

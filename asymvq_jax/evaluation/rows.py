@@ -322,12 +322,12 @@ def evaluate_text(
     extractors = {row: Extractor(inception) for row in models}
     for path in tqdm(paths, unit="picture", desc="decoding"):
         stored = read_latent(path)
-        told = stored.scaled if scaled is None else scaled
+        is_scaled = stored.scaled if scaled is None else scaled
         for row, decoder in models.items():
             try:
                 size = _latent_size(stored.values, decoder.config)
                 latent = inference.read_latent(
-                    stored.values, decoder.config, size, scaled=told is not False, norm=decoder.normalization()
+                    stored.values, decoder.config, size, scaled=is_scaled is not False, norm=decoder.normalization()
                 )
             except inference.InputError as error:
                 raise EvaluationError(f"{path}: {error}") from None

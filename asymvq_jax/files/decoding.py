@@ -27,7 +27,7 @@ MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # Of a compressed text or profile, which is 1 MB; programs that write their whole workflow into a PNG need more.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**25
-# Of damaged metadata, which `metadata.read_metadata` tells about.
+# Of damaged metadata, which `metadata.read_metadata` reports.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 # These log what they raise.
 for _name in ("PIL", "tifffile"):

@@ -15,9 +15,10 @@ import cv2
 import numpy as np
 from etils import epath
 
-from asymvq_jax.errors import ImageError, MaskError
+from asymvq_jax.errors import ImageError, InputError, MaskError
 from asymvq_jax.files.decoding import Array, from_floats
 from asymvq_jax.files.pictures import Picture, decode_picture, read_file, read_size
+from asymvq_jax.files.tensors import NUMPY, read_numpy
 
 Channel = Literal["grey", "red", "green", "blue", "alpha"]
 CHANNELS: tuple[str, ...] = get_args(Channel)
@@ -26,8 +27,6 @@ CHANNELS: tuple[str, ...] = get_args(Channel)
 HAZE = 2.5 / 255
 # Two values up to this are black and white also where greys are kept.
 _LABELS = 32
-# How the file of an array begins.
-NUMPY = b"\x93NUMPY"
 # Width of the neighbourhood in which a bright value explains dark ones, px.
 _BLUR = 9
 # Channels that differ by less are grey: a JPEG's colours are not quite equal.
@@ -157,8 +156,8 @@ def read_mask_size(path: str | epath.Path) -> tuple[int, int]:
 
 def turned(mask: tuple[int, int], picture: tuple[int, int]) -> str:
     """What to add to a message about two sizes where one is the other turned by 90 degrees."""
-    told = "; one of them is turned: pictures are read as they are shown, by the orientation that EXIF gives them"
-    return told if mask == picture[::-1] and mask != picture else ""
+    hint = "; one of them is turned: pictures are read as they are shown, by the orientation that EXIF gives them"
+    return hint if mask == picture[::-1] and mask != picture else ""
 
 
 def _from_numpy(data: bytes, path: str | epath.Path) -> Picture:
@@ -168,9 +167,10 @@ def _from_numpy(data: bytes, path: str | epath.Path) -> Picture:
         MaskError: an array of another kind.
     """
     try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise MaskError(f"mask {path} is not a readable NumPy array: {error}") from None
+        array = read_numpy(io.BytesIO(data))
+    except InputError as error:
+        raise MaskError(f"mask {path} {error}") from None
+    assert not isinstance(array, dict)
     plane = array.squeeze()
     if plane.ndim != 2:
         raise MaskError(f"mask {path} is an array of shape {array.shape}: expected one plane, (h, w)")
@@ -308,7 +308,7 @@ def _levels(plane: Array, soft: bool, lossy: bool) -> tuple[Array, str]:
 
 def _labelled(scaled: Array) -> float:
     """The share of values that are almost black and not at the edge of something bright, as a blur's are."""
-    bright = cv2.dilate((scaled[..., 0] >= 0.5).astype(np.uint8), np.ones((_BLUR, _BLUR), np.uint8))
+    bright = cv2.dilate(generated(scaled[..., 0]).astype(np.uint8), np.ones((_BLUR, _BLUR), np.uint8))
     return float(np.mean((scaled[..., 0] > 0) & (scaled[..., 0] <= 1 / 8) & (bright == 0)))
 
 

@@ -1,4 +1,4 @@
-"""The safetensors format: the head tells all, each tensor is read by itself, and a file is written tensor by tensor."""
+"""The safetensors format: the head describes all, each tensor is read alone, and a file is written tensor by tensor."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 from etils import epath
@@ -20,6 +20,8 @@ from asymvq_jax.files.formats import HEAD, picture_format
 from asymvq_jax.files.kinds import kind_of
 from asymvq_jax.files.stored import StoredTensor
 
+# How a .npy file begins.
+NUMPY = b"\x93NUMPY"
 # In the order in which one is looked for beside a picture.
 SUFFIXES = (".npy", ".npz", ".safetensors", ".latent", ".pt", ".pth")
 # What ComfyUI writes since it stores latents without the scaling factor.
@@ -88,7 +90,7 @@ def _read(path: Path, name: str) -> LatentFile:
 
 def is_plain(data: bytes) -> bool:
     """Whether a file is of a kind that takes no more memory than its bytes, and no unpickling: .npy or safetensors."""
-    return data.startswith(b"\x93NUMPY") or (
+    return data.startswith(NUMPY) or (
         len(data) > 9 and data[8:9] == b"{" and int.from_bytes(data[:8], "little") < len(data)
     )
 
@@ -99,12 +101,10 @@ def _arrays(path: Path) -> tuple[str, Mapping[str, Array | StoredTensor]]:
         head = file.read(HEAD)
     if not head:
         raise InputError("is empty; save it again as .npy with numpy.save")
-    if head.startswith(b"\x93NUMPY"):
-        return ".npy", {"": np.asarray(_load_numpy(path))}
-    if head.startswith(b"PK") and _is_npz(path):
-        loaded = _load_numpy(path)
-        assert isinstance(loaded, dict)
-        return ".npz", loaded
+    npz = head.startswith(b"PK") and _is_npz(path)
+    if npz or head.startswith(NUMPY):
+        loaded = read_numpy(path)
+        return (".npz", loaded) if isinstance(loaded, dict) else (".npy", {"": loaded})
     if kind := picture_format(head):
         raise InputError(f"is a picture ({kind}), not a latent")
     if kind_of(path) == "safetensors":
@@ -120,16 +120,20 @@ def _is_npz(path: Path) -> bool:
         raise InputError(f"is a damaged archive: {error}; save it again as .npy with numpy.save") from None
 
 
-def _load_numpy(path: Path) -> object:
-    """An array, or a dictionary of them."""
+def read_numpy(file: Path | BinaryIO) -> Array | dict[str, Array]:
+    """The array of a .npy file, or those of an .npz by name.
+
+    Raises:
+        InputError: it is damaged, or holds Python objects; the message begins with a verb.
+    """
     try:
-        loaded = np.load(path, allow_pickle=False)
+        loaded = np.load(file, allow_pickle=False)
         return {name: loaded[name] for name in loaded.files} if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
     # What is raised for damaged files depends on the version and on the place.
     except Exception as error:
-        if "pickle" in str(error).lower():
-            raise InputError("holds Python objects, not an array of real numbers") from None
-        raise InputError(f"is damaged: {error}; save it again as .npy with numpy.save") from None
+        objects = "pickle" in str(error).lower()
+        why = "it holds Python objects; expected real numbers" if objects else f"{error}; save it again by numpy.save"
+        raise InputError(f"is not a readable NumPy array: {why}") from None
 
 
 def _one(arrays: Mapping[str, Array | StoredTensor]) -> Array:

@@ -39,7 +39,7 @@ class Weights:
 
 
 def open_weights(path: str | Path) -> Weights:
-    """Looks into a weights file, safetensors or PyTorch's; its first bytes tell which, and not its name.
+    """Looks into a weights file, safetensors or PyTorch's; its first bytes decide which, not its name.
 
     Names are without what wrappers of the model add to them.
 

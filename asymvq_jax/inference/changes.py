@@ -28,7 +28,7 @@ SCALES = 4
 QUANTILE, TYPICAL = 0.3, 0.8
 # The least noise, levels of 255: that of rounding.
 ROUNDING = 0.5
-# Beyond this noise, levels of 255, nothing can be told from it.
+# Beyond this noise, levels of 255, nothing can be found.
 MOST_NOISE = 24.0
 # Shares of the picture: a larger change is taken for another picture, a smaller one for chance.
 MOST, LEAST = 0.75, 2e-5

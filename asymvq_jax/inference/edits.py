@@ -56,7 +56,7 @@ class Change(NamedTuple):
             picture: what was edited.
 
         Raises:
-            InputError: what was changed cannot be told.
+            InputError: what was changed cannot be found.
         """
         if self.edited is None or self.mask is not None:
             assert self.mask is not None, "an edit has a mask or an edited picture"

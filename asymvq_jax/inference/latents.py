@@ -183,9 +183,9 @@ def understand(
     if config.latent_patch > 1:
         return _in_patches(inner, config, size, norm, own, layout, scaled)
     ways = {name: inner.transpose(1, 2, 0) if name == "channels-first" else inner for name in fitting}
-    told = scaled is not None
+    given = scaled is not None
     fits: dict[Layout, tuple[float, bool]] = {}
-    if own is not None and (len(fitting) > 1 or not told):
+    if own is not None and (len(fitting) > 1 or not given):
         kept = _kept(mask, shapes(config, size)["channels-last"][:2], config.downsampling)
         if kept.sum() >= ENOUGH:
             z = np.asarray(own())
@@ -193,7 +193,7 @@ def understand(
             fits = {name: _compare(way[kept], z[0][kept], seen) for name, way in ways.items()}
     best = max(fits, key=lambda name: fits[name][0]) if fits else fitting[0]
     correlation, as_seen = fits.get(best, (0.0, True))
-    reason, warning = "as given" if told else default, ""
+    reason, warning = "as given" if given else default, ""
     if len(fitting) > 1:
         both = f"the latent's shape {np.shape(array)} fits with the channels first and last"
         option = f"--latent-layout {' or '.join(LAYOUTS)}"
@@ -240,8 +240,8 @@ def _in_patches(
         z = np.asarray(own()).reshape(rows * columns, -1)
         likeness = {key: _fit(np.asarray(x).reshape(z.shape), z)[0] for key, x in found.items()}
     if not found or (len(found) > 1 and sorted(likeness.values())[-1] - sorted(likeness.values())[-2] < DISTINCT):
-        told = {None: "a", True: "a scaled", False: "an unscaled"}[scaled]
-        problem = "fits in several ways" if found else f"is not that of {told} latent of this model"
+        kind = {None: "a", True: "a scaled", False: "an unscaled"}[scaled]
+        problem = "fits in several ways" if found else f"is not that of {kind} latent of this model"
         raise InputError(f"the latent's shape {inner.shape} {problem}: give its layout and whether it is scaled")
     name, seen = max(found, key=lambda key: likeness[key])
     return Reading(found[name, seen], name, seen, "as given" if scaled is not None else "by its shape")
@@ -296,7 +296,7 @@ def understand_alone(
         The reading; its latent is (b, h, w, c).
 
     Raises:
-        InputError: the array is not of this model or size, or its layout or its scale cannot be told.
+        InputError: the array is not of this model or size, or its layout or its scale cannot be found.
     """
     array, packed = _laid_out(array, config, size, layout)
     layout, channels = "channels-last" if packed else layout, config.latent_channels

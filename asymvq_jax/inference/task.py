@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 
 from asymvq_jax.config import ModelConfig
-from asymvq_jax.convert.convert import as_told, read_model
+from asymvq_jax.convert.convert import given_factors, read_model
 from asymvq_jax.devices import sharding
 from asymvq_jax.errors import InputError
 from asymvq_jax.files.formats import HEAD, picture_format
@@ -132,7 +132,9 @@ def run(task: Task) -> str:
 
 
 def _read_model(task: Task, known: Callable[[ModelConfig], None]) -> Autoencoder:
-    model = read_model(task.checkpoint, as_told(task.scaling_factor, task.shift_factor), dtype=task.dtype, known=known)
+    model = read_model(
+        task.checkpoint, given_factors(task.scaling_factor, task.shift_factor), dtype=task.dtype, known=known
+    )
     if _keeping(task).keep == "model":
         check_condition(model.config, f"--checkpoint {task.checkpoint}")
     return model

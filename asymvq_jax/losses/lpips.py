@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from asymvq_jax.errors import UserError
 from asymvq_jax.files.weights import read_tensors
 from asymvq_jax.models.blocks import Conv
-from asymvq_jax.models.parameters import Params, merge, split
+from asymvq_jax.models.parameters import Params, merge, seeded, split
 
 Net = Literal["vgg16", "alexnet"]
 
@@ -110,7 +110,7 @@ def load_lpips(net: Net = "vgg16", weights: str = "", *, dtype: DTypeLike = jnp.
     Raises:
         UserError: the file is missing, unreadable, or holds another network.
     """
-    model = nnx.eval_shape(lambda: LPIPS(net, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: LPIPS(net, dtype=dtype, rngs=seeded(0)))
     graphdef, shapes = split(model)
     params = _embedded(net)
     if weights:

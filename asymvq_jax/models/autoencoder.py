@@ -14,7 +14,7 @@ from asymvq_jax.models.codebook import Codebook
 from asymvq_jax.models.decoder import Decoder, grow
 from asymvq_jax.models.encoder import Encoder
 from asymvq_jax.models.latent import Normalization, Statistics, normalization
-from asymvq_jax.models.parameters import Params, merge, split
+from asymvq_jax.models.parameters import Params, merge, seeded, split
 from asymvq_jax.models.posterior import Latent, Posterior
 
 
@@ -123,7 +123,7 @@ def structure(config: ModelConfig) -> tuple[nnx.GraphDef[Autoencoder], Params]:
 # Tracing all initialisers takes a large model about a second, and reading one asks several times.
 @functools.lru_cache(maxsize=8)
 def _structure(config: ModelConfig) -> tuple[nnx.GraphDef[Autoencoder], Params]:
-    return split(nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0))))
+    return split(nnx.eval_shape(lambda: Autoencoder(config, rngs=seeded(0))))
 
 
 def in_dtype(model: Autoencoder, dtype: str) -> Autoencoder:

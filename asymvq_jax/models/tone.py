@@ -45,7 +45,7 @@ class Means(NamedTuple):
     share_outside: jax.Array
 
     def edge(self) -> jax.Array:
-        """How much each cell tells about the edge, (b, h/4, w/4, 1): 1 where it is half inside and half outside."""
+        """How much each cell says about the edge, (b, h/4, w/4, 1): 1 where it is half inside and half outside."""
         return 4 * self.share_inside * self.share_outside
 
 
@@ -133,7 +133,7 @@ def beyond(shift: int) -> tuple[tuple[int, int], ...]:
 
 
 def together(fields: list[jax.Array], weights: list[jax.Array]) -> jax.Array:
-    """The mean of several grids' fields, (b, h, w, c), by what their cells tell, (b, 1, 1, 1); 0 without an edge."""
+    """The mean of several grids' fields, (b, h, w, c), by what their cells say, (b, 1, 1, 1); 0 without an edge."""
     total = sum((w * f for w, f in zip(weights, fields, strict=True)), jnp.zeros(()))
     return total / (sum(weights, jnp.zeros(())) + EPSILON)
 

@@ -32,7 +32,7 @@ from asymvq_jax.errors import InputError
 from asymvq_jax.files.outputs import write_bytes
 from asymvq_jax.losses.lpips import LPIPS
 from asymvq_jax.models.autoencoder import structure
-from asymvq_jax.models.parameters import Params, merge, split
+from asymvq_jax.models.parameters import Params, merge, seeded, split
 from asymvq_jax.plan.chips import Target
 from asymvq_jax.plan.counting import Collective, collectives
 from asymvq_jax.plan.parts import Part, step_parts
@@ -215,7 +215,7 @@ def plan_denoising(unet: UNetConfig, target: Target, shape: tuple[int, int, int]
     def maps(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
 
-    graphdef, shapes = split(nnx.eval_shape(lambda: UNet(unet, dtype=dtype, rngs=nnx.Rngs(0))))
+    graphdef, shapes = split(nnx.eval_shape(lambda: UNet(unet, dtype=dtype, rngs=seeded(0))))
     params = {
         n: jax.ShapeDtypeStruct(x.shape, dtype if n.endswith(".kernel") else x.dtype, sharding=whole)
         for n, x in shapes.items()
@@ -228,8 +228,8 @@ def plan_denoising(unet: UNetConfig, target: Target, shape: tuple[int, int, int]
         "fixed": maps(*shape, fixed) if fixed else None,
     }
     if unet.added:
-        told: Any = (maps(shape[0], 2, unet.pooled), maps(shape[0], 2, SIZES))
-        parts["added"] = Added(*told)
+        added: Any = (maps(shape[0], 2, unet.pooled), maps(shape[0], 2, SIZES))
+        parts["added"] = Added(*added)
     batch = Batch(**parts)
 
     def loop(params: Params, batch: Batch) -> jax.Array:
@@ -273,7 +273,7 @@ def _step_arguments(config: Config, mesh: Mesh) -> tuple[Any, Any, Any]:
     state = abstract_state(blueprint, mesh)
     perceptual: Any = {}
     if blueprint.lpips is not None:
-        perceptual = sharding.placed_shapes(split(nnx.eval_shape(lambda: LPIPS("vgg16", rngs=nnx.Rngs(0))))[1], mesh)
+        perceptual = sharding.placed_shapes(split(nnx.eval_shape(lambda: LPIPS("vgg16", rngs=seeded(0))))[1], mesh)
     shape = (config.data.batch_size, config.data.image_size, config.data.image_size)
     place = sharding.batch_sharding(mesh)
     channels = {"image": config.model.image_channels, "mask": 1}

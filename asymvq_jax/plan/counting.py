@@ -1,4 +1,4 @@
-"""What a program does, counted: collectives in a compiled HLO module's text."""
+"""What a program does, read from a compiled HLO module's text: its operations, and its collectives counted."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "al
 # What a chip sends to the other slices, which libtpu compiles to transfers by the hosts.
 BETWEEN_SLICES = "between slices"
 
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = .*? ([a-z][\w-]*)\(")
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _SEND = re.compile(r" = \(([^()]*(?:\([^()]*\)[^()]*)*)\) send\(.*_xla_megascale")
 _COLLECTIVE = re.compile(rf" = ([^=]*?) ({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
@@ -86,6 +88,20 @@ def instructions(hlo: str) -> Iterator[tuple[str, str]]:
             yield name, re.sub(r"/\*.*?\*/", "", line)
         elif match := _COMPUTATION.match(line):
             name = match[2]
+
+
+def operation(line: str) -> tuple[str, str] | None:
+    """The name of an instruction, and what it does: HLO's opcode, or the target of a custom call in lower case.
+
+    None: the line is not an instruction.
+    """
+    match, target = _INSTRUCTION.match(line), _TARGET.search(line)
+    return match and (match[1], target[1].lower() if target else match[2])
+
+
+def in_scope(line: str, name: str) -> bool:
+    """Whether what an instruction computes was traced inside a `jax.named_scope`."""
+    return re.search(rf'op_name="[^"]*\b{name}\b', line) is not None
 
 
 def _runs(hlo: str) -> Counter[str]:

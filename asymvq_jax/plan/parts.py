@@ -16,7 +16,7 @@ from asymvq_jax.devices.flops import matmul_flops, needed, scoped_flops
 from asymvq_jax.losses.lpips import LPIPS
 from asymvq_jax.models.autoencoder import structure
 from asymvq_jax.models.discriminator import Discriminator
-from asymvq_jax.models.parameters import merge, split
+from asymvq_jax.models.parameters import merge, seeded, split
 
 # The named scopes of the step, the innermost first, and what stands in each.
 _SCOPES = {
@@ -109,12 +109,12 @@ def _least(config: Config) -> dict[str, float]:
         _AGAIN: 0.0,
     }
     if loss.perceptual_weight:
-        lpips, weights = split(nnx.eval_shape(lambda: LPIPS("vgg16", rngs=nnx.Rngs(0))))
+        lpips, weights = split(nnx.eval_shape(lambda: LPIPS("vgg16", rngs=seeded(0))))
         features = flops(lpips, weights, lambda m, x: m.features(x), image)
         both = flops(lpips, weights, lambda m, x: m(x, x), image)
         result |= {"LPIPS of the original": features, "LPIPS of the reconstruction": 2 * (both - features)}
     if loss.gan_start >= 0:
-        judge, weights = split(nnx.eval_shape(lambda: Discriminator(loss, model, rngs=nnx.Rngs(0))))
+        judge, weights = split(nnx.eval_shape(lambda: Discriminator(loss, model, rngs=seeded(0))))
         logits = flops(judge, weights, lambda m, x: m(x), image)
         first = flops(judge, weights, lambda m, x: m.convs[0](x), image)
         # Both pictures forward; back to the reconstruction for the generator; both pictures' kernels for itself.

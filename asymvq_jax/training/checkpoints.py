@@ -217,13 +217,13 @@ class RunCheckpoints:
             failure = error
         # The others would wait for this one's part.
         mine = np.array([ended, failure is not None, isinstance(failure, CheckpointError)])
-        told = multihost_utils.process_allgather(mine).reshape(-1, 3)
-        self._unchecked = not told[:, 0].all()
+        gathered = multihost_utils.process_allgather(mine).reshape(-1, 3)
+        self._unchecked = not gathered[:, 0].all()
         if failure is not None:
             raise failure
-        if told[:, 1].any():
-            who = ", ".join(map(str, np.flatnonzero(told[:, 1])))
-            kind = CheckpointError if told[:, 2].any() else UnansweredError
+        if gathered[:, 1].any():
+            who = ", ".join(map(str, np.flatnonzero(gathered[:, 1])))
+            kind = CheckpointError if gathered[:, 2].any() else UnansweredError
             raise kind(self._not_written(f"that of process {who}, whose log says why"))
 
     def resume(self, abstract: TrainState, continues: Callable[[Resumed], None]) -> Resumed | None:

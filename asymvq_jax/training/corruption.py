@@ -21,7 +21,7 @@ def corrupt(image: jax.Array, mask: jax.Array, key: jax.Array, config: Harmonise
     Args:
         image: (b, h, w, 3) float32 in [-1, 1].
         mask: (b, h, w, 1) in [0, 1], 1 = generate. A sample whose mask is all ones stays: nothing is left there that
-            tells the right tone.
+            shows the right tone.
         key: decides everything, together with the sample's place in the batch.
         config: how often and how much.
 

@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar with ETA, metrics in TensorBoard and metrics.jsonl, picture grids."""
+"""What a run reports: a progress bar with ETA, metrics in TensorBoard and metrics.jsonl, picture grids."""
 
 from __future__ import annotations
 

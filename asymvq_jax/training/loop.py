@@ -44,7 +44,7 @@ from asymvq_jax.training.fitting import fit_condition
 from asymvq_jax.training.logs import RunLog
 from asymvq_jax.training.optimizer import autoencoder_schedule
 from asymvq_jax.training.profiling import Profile
-from asymvq_jax.training.signals import told_to_stop
+from asymvq_jax.training.signals import stop_requests
 from asymvq_jax.training.state import (
     TrainState,
     abstract_state,
@@ -85,16 +85,16 @@ def train(config: Config) -> ExitCode:
         with quiet_threads(), Watch(config.run.wait_limit, advice) as watch, ExitStack() as held:
             with watch.waiting("the start of all processes"):
                 held.enter_context(owned(config))
-            told = held.enter_context(told_to_stop())
+            asked = held.enter_context(stop_requests())
             run = held.enter_context(Run(config, mesh, watch))
             held.enter_context(jax.set_mesh(mesh))
-            return run.to_the_end(told)
+            return run.to_the_end(asked)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise ConfigError(
                 f"data.batch_size={config.data.batch_size} needs more memory than the devices have: "
                 f"{first_line(error).rstrip('.')}. Raise --optimizer.accumulate or --mesh.fsdp, set "
-                "--model.remat=true, or lower --data.batch_size; asymvq plan tells what each needs"
+                "--model.remat=true, or lower --data.batch_size; asymvq plan prints what each needs"
             ) from error
         if jax.process_count() == 1:
             raise
@@ -295,15 +295,15 @@ class Run:
             "".join(f"\n  {name} = {value!r}" for name, value in changed(c).items()),
         )
 
-    def to_the_end(self, told: Callable[[], ExitCode | None]) -> ExitCode:
-        """Runs the remaining steps, asking `told` before each whether to stop; returns the exit code (see `train`)."""
+    def to_the_end(self, asked: Callable[[], ExitCode | None]) -> ExitCode:
+        """Runs the remaining steps, unless `asked`, called before each, says to stop; returns `train`'s exit code."""
         c = self.config.run
         step = self.step
         self.clock.begin()
         pending: list[Metrics] = []
         while step < c.steps:
             with self.watch.waiting(f"the processes at step {step}"):
-                code = told()
+                code = asked()
             if code is not None:
                 self._report(step, pending)
                 self._check_good(step, {})
@@ -477,7 +477,7 @@ def _plain_decode(model: Autoencoder, image: jax.Array) -> jax.Array:
 
 
 def _device_memory() -> dict[str, float]:
-    """Bytes in use and their peak on this process's first device, where it tells."""
+    """Bytes in use and their peak on this process's first device, where it reports them."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return {f"device_{name}": float(stats[name]) for name in ("bytes_in_use", "peak_bytes_in_use") if name in stats}
 

@@ -20,23 +20,23 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def told_to_stop() -> Iterator[Callable[[], ExitCode | None]]:
+def stop_requests() -> Iterator[Callable[[], ExitCode | None]]:
     """Yields a function, to be called before each step, that says on all processes alike whether the run is to stop.
 
     It returns the exit code of the run that is to stop: SAVED after SIGTERM, INTERRUPTED after Ctrl-C. Before its first
     call, and the second time, Ctrl-C ends the process at once.
     """
-    told: list[ExitCode] = []
+    asked: list[ExitCode] = []
     begun = threading.Event()
     several = jax.process_count() > 1
 
     def terminate(*_: object) -> None:
-        told.append(ExitCode.SAVED)
+        asked.append(ExitCode.SAVED)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if not begun.is_set() or ExitCode.INTERRUPTED in told:
+        if not begun.is_set() or ExitCode.INTERRUPTED in asked:
             signal.default_int_handler(number, frame)
-        told.append(ExitCode.INTERRUPTED)
+        asked.append(ExitCode.INTERRUPTED)
         log.info("interrupted: the run ends after this step and saves it; once more ends it at once")
         if several:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -48,11 +48,11 @@ def told_to_stop() -> Iterator[Callable[[], ExitCode | None]]:
     def ask() -> ExitCode | None:
         begun.set()
         if not several:
-            return told[0] if told else None
+            return asked[0] if asked else None
         # jax.distributed catches SIGTERM itself and agrees with all processes on a call to come.
         if not multihost_utils.reached_preemption_sync_point(next(calls)):
             return None
-        return ExitCode.INTERRUPTED if told else ExitCode.SAVED
+        return ExitCode.INTERRUPTED if asked else ExitCode.SAVED
 
     handlers: dict[int, Callable[[int, FrameType | None], None]]
     handlers = {signal.SIGINT: interrupt} if several else {signal.SIGINT: interrupt, signal.SIGTERM: terminate}

@@ -23,7 +23,7 @@ from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.discriminator import BatchStat, Discriminator
 from asymvq_jax.models.growth import grow_decoder
 from asymvq_jax.models.initialization import wavelet
-from asymvq_jax.models.parameters import Params, split
+from asymvq_jax.models.parameters import Params, seeded, split
 from asymvq_jax.training.optimizer import autoencoder_optimizer, discriminator_optimizer
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def make_blueprint(config: Config) -> Blueprint:
     lpips = None
     if config.loss.perceptual_weight:
         dtype = jnp.dtype(config.model.dtype)
-        lpips, _ = split(nnx.eval_shape(lambda: LPIPS("vgg16", dtype=dtype, rngs=nnx.Rngs(0))))
+        lpips, _ = split(nnx.eval_shape(lambda: LPIPS("vgg16", dtype=dtype, rngs=seeded(0))))
     trained = {name: value for name, value in params.items() if is_trained(config, name)}
     return Blueprint(
         config,
@@ -88,7 +88,7 @@ def _discriminator_structure(
 ) -> tuple[nnx.GraphDef[Discriminator], Params, Params]:
     """The graph definition, and the shapes of the parameters and of the batch statistics."""
     graphdef, params, stats = split(
-        nnx.eval_shape(lambda: Discriminator(loss, model, rngs=nnx.Rngs(0))), nnx.Param, BatchStat
+        nnx.eval_shape(lambda: Discriminator(loss, model, rngs=seeded(0))), nnx.Param, BatchStat
     )
     return graphdef, params, stats
 
@@ -104,10 +104,10 @@ class Drawn(NamedTuple):
 def draw(config: Config) -> Drawn:
     """The networks' first parameters, from the config's seed alone."""
     key = jax.random.key(config.run.seed)
-    _, params = split(Autoencoder(config.model, rngs=nnx.Rngs(jax.random.fold_in(key, 0))))
+    _, params = split(Autoencoder(config.model, rngs=seeded(jax.random.fold_in(key, 0))))
     if config.run.initialization == "wavelet":
         params = wavelet(params, config.model, config.run.initial_log_variance)
-    rngs = nnx.Rngs(jax.random.fold_in(key, 1))
+    rngs = seeded(jax.random.fold_in(key, 1))
     _, discriminator, stats = split(Discriminator(config.loss, config.model, rngs=rngs), nnx.Param, BatchStat)
     return Drawn(params, discriminator, stats)
 

@@ -18,7 +18,7 @@ from asymvq_jax.commands.convert import main
 from asymvq_jax.config import ModelConfig
 from asymvq_jax.convert.convert import config_to_diffusers, convert
 from asymvq_jax.convert.mapping import dump_tensors
-from asymvq_jax.convert.reading import as_told, describe
+from asymvq_jax.convert.reading import describe, given_factors
 from asymvq_jax.errors import ConvertError, OutputError, TensorFileError, UserError
 from asymvq_jax.models.autoencoder import structure
 from asymvq_jax.models.parameters import merge
@@ -161,8 +161,8 @@ def test_the_scale_is_what_the_file_tells(beside, metadata, scale, original, tmp
     assert (config.scaling_factor, config.shift_factor) == scale
     # What the user says wins, with a line on what it wins over.
     caplog.clear()
-    told = {"scaling_factor": 0.75, "shift_factor": 0.0}
-    assert describe(tmp_path / "x.safetensors", told).config.scaling_factor == 0.75
+    factors = {"scaling_factor": 0.75, "shift_factor": 0.0}
+    assert describe(tmp_path / "x.safetensors", factors).config.scaling_factor == 0.75
     if "double_blocks" not in str(beside):
         assert f"as given; the file has {scale[0]}" in caplog.text
 
@@ -195,10 +195,10 @@ def test_sixteen_channels_have_the_scale_of_their_model_or_ask(sign, scale, tmp_
 
 
 def test_a_scale_that_is_none():
-    assert as_told(None, 0.5) == {"shift_factor": 0.5}
-    for told in ((0.0, None), (float("nan"), None), (float("inf"), None), (1.0, float("inf"))):
+    assert given_factors(None, 0.5) == {"shift_factor": 0.5}
+    for factors in ((0.0, None), (float("nan"), None), (float("inf"), None), (1.0, float("inf"))):
         with pytest.raises(ConvertError, match=r"factor .*: expected a .*number"):
-            as_told(*told)
+            given_factors(*factors)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from asymvq_jax.config import LossConfig, ModelConfig
 from asymvq_jax.devices import sharding
-from asymvq_jax.models.parameters import fingerprint, jitted
+from asymvq_jax.models.autoencoder import Autoencoder
+from asymvq_jax.models.discriminator import Discriminator
+from asymvq_jax.models.parameters import fingerprint, jitted, seeded, split
 
 
 def test_the_fingerprint_is_the_same_on_the_host_and_on_devices():
@@ -52,3 +55,20 @@ def test_programs_take_the_parameters_that_they_read_and_return_none():
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 4 * (2 * 64) + 64
     np.testing.assert_array_equal(compiled(model, x), program(model, x, double=True))
     np.testing.assert_allclose(program(model, x, double=True), 2 * model[1](x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [3, jax.random.fold_in(jax.random.key(1), 2)], ids=["number", "key"])
+def test_seeded_gives_the_keys_of_nnx(seed):
+    config = ModelConfig(
+        encoder_channels=(4, 4), decoder_channels=(4, 4), encoder_blocks=1, decoder_blocks=1, norm_groups=2,
+        codebook_size=8,
+    )  # fmt: skip
+    loss = LossConfig(discriminator_features=2, discriminator_layers=1)
+
+    def parameters(rngs):
+        _, model = split(Autoencoder(config, rngs=rngs))
+        _, discriminator = split(Discriminator(loss, config, rngs=rngs))
+        return model, discriminator
+
+    expected = jax.jit(lambda: parameters(nnx.Rngs(seed)))()
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(lambda: parameters(seeded(seed)))(), expected)

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from asymvq_jax.commands import plan as command
 from asymvq_jax.commands import plan_denoising as plan_denoising_command
@@ -43,7 +42,6 @@ from asymvq_jax.plan.parts import step_parts
 
 SMALL = ModelConfig(encoder_channels=(32, 32), decoder_channels=(32, 64), encoder_blocks=1, decoder_blocks=1)
 BATCH = 8
-MESH = {"data": 2, "fsdp": 4, "tensor": 1}
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -165,100 +163,6 @@ def test_the_arguments_are_what_the_compiler_says(plans):
     for name, share in (("data", 1), ("fsdp", 2)):
         pictures = share * 32 * 32 * 4
         assert pictures < plans[name].memory.other < pictures + 2048
-
-
-def _compiled_text(function, *arguments) -> str:
-    """The module of a function of (8, 8) arrays on the mesh, each argument a PartitionSpec."""
-    mesh = _mesh()
-    shapes = [jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=NamedSharding(mesh, spec)) for spec in arguments[:-1]]
-    return jax.jit(function, out_shardings=NamedSharding(mesh, arguments[-1])).lower(*shapes).compile().as_text()
-
-
-def _mesh():
-    return jax.make_mesh(tuple(MESH.values()), tuple(MESH), axis_types=(AxisType.Auto,) * 3)
-
-
-P = PartitionSpec
-BOTH = ("data", "fsdp")
-
-
-@pytest.mark.parametrize(
-    ("function", "specs", "expected"),
-    [
-        (lambda x: x * 2, (P("fsdp"), P()), ("all-gather", ("fsdp",), 256)),
-        (lambda x: x * 2, (P("data"), P()), ("all-gather", ("data",), 256)),
-        (lambda x, y: x @ y, (P(None, "data"), P("data"), P()), ("all-reduce", ("data",), 256)),
-        (lambda x, y: x @ y, (P(None, BOTH), P(BOTH), P()), ("all-reduce", BOTH, 256)),
-        (lambda x: x * 2, (P("fsdp"), P(None, "fsdp")), ("all-to-all", ("fsdp",), 64)),
-    ],
-)  # fmt: skip
-def test_collectives_of_compiled_functions(function, specs, expected):
-    found = collectives(_compiled_text(function, *specs), MESH)
-    assert [(c.kind, c.axes, c.bytes) for c in found] == [expected]
-
-
-def test_collectives_in_a_loop_count_as_often_as_it_runs():
-    def function(x, y):
-        return jax.lax.scan(lambda total, _: (jnp.sin(total @ y), None), x, None, length=5)[0]
-
-    found = collectives(_compiled_text(function, P(None, "data"), P("data"), P(None, "data")), MESH)
-    assert sum(c.count for c in found if c.axes == ("data",)) == 5
-
-
-MODULE = """HloModule m
-%body (p: f32[4]) -> f32[4] {{
-  %x = {line}
-}}
-%condition (p: f32[4]) -> pred[] {{
-  %n = s32[]{{:T(128)}} constant(3)
-}}
-ENTRY %main (p: f32[4]) -> f32[4] {{
-  %w = f32[4]{{0}} {caller}, body=%body, condition=%condition
-}}
-"""
-
-
-@pytest.mark.parametrize(
-    ("line", "axes", "size"),
-    [
-        ("f32[4]{0:T(128)S(1)} all-reduce(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add", "fsdp", 16),
-        ("bf16[4]{0} all-reduce(%p), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add", "data", 8),
-        ("(f32[4]{0}, /*index=1*/u32[2]{0}) all-reduce(%p, %q), replica_groups={}, to_apply=%add", "data fsdp", 24),
-        ("f32[4]{0} all-reduce(%p), replica_groups=[1,8]<=[8], to_apply=%add", "data fsdp", 16),
-        ("pred[4]{0} all-gather(%p), replica_groups=mesh['a'=2,'b'=4] {'a'}, dimensions={0}", "data", 4),
-        ("f32[4]{0} all-gather(%p), replica_groups=mesh['a'=8] {'a':(2)4}, dimensions={0}", "fsdp", 16),
-        ("f32[4]{0} all-gather(%p), replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", "fsdp", 16),
-        ("f32[4]{0} all-gather(%p), replica_groups=mesh['a'=2], device_ids=(4,0) {'a'}, dimensions={0}", "data", 16),
-        ("(f32[1]{0}, f32[4]{0}) all-gather-start(%p), replica_groups=[2,4]<=[8], dimensions={0}", "fsdp", 16),
-        ("f32[1]{0} reduce-scatter(%p), replica_groups=[2,4]<=[8], to_apply=%add", "fsdp", 16),
-        ("(f32[4], f32[4], u32[], u32[]) collective-permute-start(%p), source_target_pairs={{0,4},{4,0}}", "data", 16),
-        ("f32[4]{0} collective-permute(%p), source_target_pairs={{0,1},{1,2}}", "fsdp", 16),
-    ],
-)
-def test_groups_and_sizes(line, axes, size):
-    (found,) = collectives(MODULE.format(line=line, caller="call(%p)"), MESH)
-    assert (found.axes, found.bytes) == (tuple(axes.split()), size)
-
-
-def test_a_tpus_reduce_scatter_is_a_fusion_of_an_all_reduce():
-    line = "f32[8]{0} all-reduce(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add"
-    module = MODULE.replace("%body", "%all-reduce-scatter.1")
-    (found,) = collectives(module.format(line=line, caller="call(%p)"), MESH)
-    assert (found.kind, found.axes, found.bytes) == ("reduce-scatter", ("fsdp",), 32)
-
-
-@pytest.mark.parametrize(
-    ("caller", "count"),
-    [
-        ('while(%p), backend_config={"known_trip_count":{"n":"6"}}', 6),
-        ("while(%p)", 3),
-        ("async-done(%p)", 0),
-    ],
-)
-def test_how_often_a_computation_runs(caller, count):
-    line = "f32[4]{0} all-reduce(%p), replica_groups={}, to_apply=%add"
-    found = collectives(MODULE.format(line=line, caller=caller), MESH)
-    assert sum(c.count for c in found) == count
 
 
 @pytest.mark.parametrize(

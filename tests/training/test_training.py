@@ -32,7 +32,7 @@ from asymvq_jax.models.checkpoints import load_model, load_parameters, save_mode
 from asymvq_jax.training import loop
 from asymvq_jax.training.clock import KINDS
 from asymvq_jax.training.loop import Run, train
-from asymvq_jax.training.signals import told_to_stop
+from asymvq_jax.training.signals import stop_requests
 
 MODEL = ModelConfig(
     encoder_channels=(8, 8), decoder_channels=(8, 8), encoder_blocks=1, decoder_blocks=1, norm_groups=4,
@@ -332,7 +332,7 @@ def test_ctrl_c_finishes_the_step_saves_and_ends_with_130(first, monkeypatch, ca
 
 def test_ctrl_c_ends_at_once_before_the_first_step_and_the_second_time():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with told_to_stop() as told:
+    with stop_requests() as told:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
         assert told() is None
@@ -340,7 +340,7 @@ def test_ctrl_c_ends_at_once_before_the_first_step_and_the_second_time():
         assert told() == ExitCode.INTERRUPTED
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    with told_to_stop() as told:
+    with stop_requests() as told:
         os.kill(os.getpid(), signal.SIGTERM)
         assert told() == ExitCode.SAVED == 75
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before

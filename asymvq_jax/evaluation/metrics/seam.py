@@ -20,7 +20,7 @@ from asymvq_jax.inference.edges import cells, ring_means, rings
 # The rings are the pixels within so many px of the contour; the cells' side, px.
 RING = 4
 CELL = 16
-# Rings with fewer pixels in a cell tell nothing.
+# Rings with fewer pixels in a cell show nothing.
 LEAST = 8
 # A piece is smooth where the truth's lightness (0 to 100) varies less than this in its rings.
 SMOOTH = 5.0
