@@ -42,8 +42,8 @@ and with Stable Diffusion's autoencoder and your pictures:
   asymvq inpaint --image in.png --mask mask.png --checkpoint runs/x2 --out out.png
 
 --version prints the versions and the devices. After a command, --traceback (or ASYMVQ_TRACEBACK=1) adds the stack of
-calls to an error message. Exit codes: 0 done; 1 failed; 2 wrong input; 75 told to stop and saved; 76 another process of
-the run has ended; 130 interrupted by Ctrl-C.
+calls to an error message. Exit codes: 0 done; 1 failed; 2 wrong input; 75 asked to stop and saved; 76 another process
+of the run has ended; 130 interrupted by Ctrl-C.
 """
 # The commands, and the modules of asymvq_jax.commands that have their `main`.
 COMMANDS = {

@@ -13,7 +13,7 @@ class ExitCode(enum.IntEnum):
     FAILED = 1
     # Options, files or settings that cannot work; one line says what to do.
     WRONG_INPUT = 2
-    # "Temporary failure, try again" in sysexits.h: told to stop, saved, and resumes when started again.
+    # "Temporary failure, try again" in sysexits.h: asked to stop, saved, and resumes when started again.
     SAVED = 75
     # "Remote error": another process of the run, or what it writes to, has ended or does not answer; the run resumes
     # when all of them are started again.

@@ -168,19 +168,19 @@ def table(results: Sequence[Result], images: int, flops: float | None = None) ->
         flops: of one run of ours, for its FLOP/s; PyTorch's way may take more of them.
     """
     theirs = [r.median for r in results if r.seconds and not r.name.startswith("ours")]
-    rows = [["", "median", "fastest to slowest", "images/s", "TFLOP/s", "speed to the best peer's", "start", "memory"]]
+    rows = [["", "speed to PyTorch's best", "median", "fastest to slowest", "images/s", "TFLOP/s", "start", "memory"]]
     for r in results:
         if r.failure is not None:
-            rows.append([r.name, f"failed: {r.failure}", "", "", "", "", "", ""])
+            rows.append([r.name, "", f"failed: {r.failure}", "", "", "", "", ""])
             continue
         rows.append(
             [
                 r.name,
+                f"{min(theirs) / r.median:.2f}" if theirs else "",
                 f"{r.median:.4g} s",
                 f"{min(r.seconds):.4g} to {max(r.seconds):.4g} s",
                 f"{images / r.median:.4g}",
                 f"{flops / r.median / 1e12:.3g}" if flops and r.name.startswith("ours") else "",
-                f"{min(theirs) / r.median:.2f}" if theirs else "",
                 f"{r.start:.1f} s",
                 f"{r.memory / 2**30:.2f} GiB",
             ]

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 SAVED_EVERY, DEADLINE, STEP_DEADLINE = 5, 300, 5
 # Steps within which SIGTERM ends a run: all processes have to agree on one.
 STEPS_TO_STOP = 50
-# What metrics.jsonl tells of the clock, which differs from run to run.
+# What metrics.jsonl says of the clock, which differs from run to run.
 TIMES = {"images_per_second", "input_wait_share", "goodput", "seconds"}
 TIMES_OF = ("step_seconds/", "spent/")
 # Collectives listen on the host's own name otherwise, which need not lead back to it.
@@ -150,7 +150,7 @@ def _disturb(folder: Path, count: int) -> str:
         processes[i].send_signal(number)
     codes = _wait(processes)
     if number == signal.SIGTERM and (stopped := _last_saved(folder)) > at + STEPS_TO_STOP:
-        raise RuntimeError(f"told to stop at step {at}, the run ended at step {stopped} with {codes}")
+        raise RuntimeError(f"asked to stop at step {at}, the run ended at step {stopped} with {codes}")
     return f"{number.name} to {'all' if len(victims) == count else f'process {victims[0]}'}"
 
 

@@ -19,8 +19,8 @@ class Convert:
     # The form of what is written.
     to: Literal["jax", "diffusers", "ldm"] = "jax"
     # How a diffusion model scales the model's latents, (latent - shift) * scaling, where the source does not say it.
-    # Files say it by metadata, their scale_factor, or the diffusion model in them; where none does, a line says what is
-    # taken, or the command asks.
+    # Files say it in their metadata, their scale_factor, or the diffusion model in them; where none does, a line says
+    # what is taken, or the command asks.
     scaling_factor: float | None = None
     # The shift of the same.
     shift_factor: float | None = None

@@ -15,7 +15,7 @@ class Train:
     On several hosts, start it on each: TPU pods, Slurm and Open MPI are recognised; elsewhere set
     JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID (from 0) for each process.
 
-    Exit codes: 0 done, 1 diverged, 2 wrong input, 75 told to stop and saved, 76 another process has ended (134 where
+    Exit codes: 0 done, 1 diverged, 2 wrong input, 75 asked to stop and saved, 76 another process has ended (134 where
     JAX notices that first, and aborts with a message of its own), 130 interrupted and saved.
     """
 

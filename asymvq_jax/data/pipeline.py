@@ -270,7 +270,7 @@ class SkippedFiles:
         files = min(self._examined, len(self._source))
         if files < min(self.MIN_EXAMINED, len(self._source)):
             return
-        self._tell_small()
+        self._warn_small()
         if len(self._unreadable) > self._max_share * files:
             such_as = "; ".join(f"{self._source.name(i)}: {why}" for i, why in sorted(self._unreadable.items())[:3])
             raise DataError(
@@ -278,7 +278,7 @@ class SkippedFiles:
                 f"data.max_corrupt_share={self._max_share}; such as {such_as}"
             )
 
-    def _tell_small(self) -> None:
+    def _warn_small(self) -> None:
         """Says which share of the pictures is too small, once it is known and whenever it has doubled."""
         share = self._small / (self._small + self._examined)
         if share > 2 * self._warned_small:

@@ -40,7 +40,8 @@ class _At(NamedTuple):
 class Watch:
     """Ends this process, with LOST_PEER, where a wait takes longer than a limit; a context manager.
 
-    The other processes are sent an error that leaves it, and end with it within seconds: they would wait.
+    An error raised inside is sent to the other processes, which end within seconds; without it they would wait for the
+    limit.
 
     Args:
         limit: seconds.

@@ -131,8 +131,9 @@ def read_numpy(file: Path | BinaryIO) -> Array | dict[str, Array]:
         return {name: loaded[name] for name in loaded.files} if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
     # What is raised for damaged files depends on the version and on the place.
     except Exception as error:
-        objects = "pickle" in str(error).lower()
-        why = "it holds Python objects; expected real numbers" if objects else f"{error}; save it again by numpy.save"
+        why = f"{error}; save it again as .npy with numpy.save"
+        if "pickle" in str(error).lower():
+            why = "it holds Python objects; expected real numbers"
         raise InputError(f"is not a readable NumPy array: {why}") from None
 
 

@@ -83,7 +83,7 @@ def find_changes(original: Array, edited: Array) -> Changes:
     if noise > MOST_NOISE:
         raise InputError(
             f"the edited picture differs from the original by {noise:.0f} levels of 255 nearly everywhere, so that no "
-            "part can be told from the rest: give the mask of what was edited"
+            "part can be distinguished from the rest: give the mask of what was edited"
         )
     mask = _tidied(found)
     share = float(mask.mean())

@@ -56,10 +56,10 @@ class _Keys:
 
 
 def seeded(seed: int | jax.Array) -> nnx.Rngs:
-    """The keys that `nnx.Rngs(seed)` gives parameters, to build a module inside a trace.
+    """Keys as `nnx.Rngs(seed)` gives them for parameters, made faster inside a trace; has `params()` only.
 
-    `nnx.Rngs` counts in an array and asks it for its sharding at every key. Inside a trace, JAX answers that with an
-    error message whose making takes four times as long as all initialisers (flax 0.12, jax 0.10).
+    `nnx.Rngs` keeps its count in an array and reads that array's sharding for every key. Inside a trace JAX raises an
+    error there, and composing its message takes four times as long as all initialisers (flax 0.12, jax 0.10).
     """
     return cast(nnx.Rngs, _Keys(seed))
 

@@ -85,10 +85,10 @@ def train(config: Config) -> ExitCode:
         with quiet_threads(), Watch(config.run.wait_limit, advice) as watch, ExitStack() as held:
             with watch.waiting("the start of all processes"):
                 held.enter_context(owned(config))
-            asked = held.enter_context(stop_requests())
+            ask = held.enter_context(stop_requests())
             run = held.enter_context(Run(config, mesh, watch))
             held.enter_context(jax.set_mesh(mesh))
-            return run.to_the_end(asked)
+            return run.to_the_end(ask)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise ConfigError(
@@ -295,20 +295,23 @@ class Run:
             "".join(f"\n  {name} = {value!r}" for name, value in changed(c).items()),
         )
 
-    def to_the_end(self, asked: Callable[[], ExitCode | None]) -> ExitCode:
-        """Runs the remaining steps, unless `asked`, called before each, says to stop; returns `train`'s exit code."""
+    def to_the_end(self, ask: Callable[[], ExitCode | None]) -> ExitCode:
+        """Runs the remaining steps.
+
+        `ask` is called before each; where it returns an exit code, the run saves, stops and returns that code.
+        """
         c = self.config.run
         step = self.step
         self.clock.begin()
         pending: list[Metrics] = []
         while step < c.steps:
             with self.watch.waiting(f"the processes at step {step}"):
-                code = asked()
+                code = ask()
             if code is not None:
                 self._report(step, pending)
                 self._check_good(step, {})
                 self._save(None)
-                log.info("told to stop: saved step %d; start again to resume", step)
+                log.info("asked to stop: saved step %d; start again to resume", step)
                 return code
             with self.clock.spending("input"):
                 batch = self._next_batch()

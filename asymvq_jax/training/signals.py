@@ -26,17 +26,17 @@ def stop_requests() -> Iterator[Callable[[], ExitCode | None]]:
     It returns the exit code of the run that is to stop: SAVED after SIGTERM, INTERRUPTED after Ctrl-C. Before its first
     call, and the second time, Ctrl-C ends the process at once.
     """
-    asked: list[ExitCode] = []
+    requests: list[ExitCode] = []
     begun = threading.Event()
     several = jax.process_count() > 1
 
     def terminate(*_: object) -> None:
-        asked.append(ExitCode.SAVED)
+        requests.append(ExitCode.SAVED)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if not begun.is_set() or ExitCode.INTERRUPTED in asked:
+        if not begun.is_set() or ExitCode.INTERRUPTED in requests:
             signal.default_int_handler(number, frame)
-        asked.append(ExitCode.INTERRUPTED)
+        requests.append(ExitCode.INTERRUPTED)
         log.info("interrupted: the run ends after this step and saves it; once more ends it at once")
         if several:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -48,11 +48,11 @@ def stop_requests() -> Iterator[Callable[[], ExitCode | None]]:
     def ask() -> ExitCode | None:
         begun.set()
         if not several:
-            return asked[0] if asked else None
+            return requests[0] if requests else None
         # jax.distributed catches SIGTERM itself and agrees with all processes on a call to come.
         if not multihost_utils.reached_preemption_sync_point(next(calls)):
             return None
-        return ExitCode.INTERRUPTED if asked else ExitCode.SAVED
+        return ExitCode.INTERRUPTED if requests else ExitCode.SAVED
 
     handlers: dict[int, Callable[[int, FrameType | None], None]]
     handlers = {signal.SIGINT: interrupt} if several else {signal.SIGINT: interrupt, signal.SIGTERM: terminate}

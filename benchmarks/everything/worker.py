@@ -247,7 +247,7 @@ def measure_input(task: Task) -> None:
         config = step_config(case, task.dtype, files, **more)
         laps = run / "metrics.jsonl"
 
-        def asked() -> None:
+        def ask() -> None:
             lines = len(laps.read_text().splitlines()) if laps.exists() else 0
             if lines > LAPS or (lines > 1 and task.left < 5):
                 _stop()
@@ -258,7 +258,7 @@ def measure_input(task: Task) -> None:
         mesh = sharding.make_mesh(config.mesh)
         try:
             with Run(config, mesh) as training, jax.set_mesh(mesh):
-                training.to_the_end(asked)
+                training.to_the_end(ask)
         except _Enough:
             # The first lap has the compilation in it.
             rows = [json.loads(line) for line in laps.read_text().splitlines()][1:]

@@ -35,7 +35,7 @@ CONFIG = ModelConfig(
     condition_mask=True,
     mask_reduction="area-any",
 )
-TOLD = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+FACTORS = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
 
 
 class Block(nn.Module):
@@ -139,9 +139,9 @@ def test_its_file_is_read_and_written(model, tmp_path, caplog):
     unused = {"decoder.up_layers.0.deconv.weight": torch.zeros(4, 2, 4, 4), "loss.logvar": torch.zeros(())}
     torch.save({"state_dict": tensors | unused, "epoch": 3}, tmp_path / "asuka_decoder.ckpt")
     with caplog.at_level(logging.INFO):
-        ours = read_model(tmp_path / "asuka_decoder.ckpt", TOLD)
+        ours = read_model(tmp_path / "asuka_decoder.ckpt", FACTORS)
     assert ours.config == CONFIG
-    convert(tmp_path / "asuka_decoder.ckpt", tmp_path / "ours", **TOLD)
+    convert(tmp_path / "asuka_decoder.ckpt", tmp_path / "ours", **FACTORS)
     for number, file in enumerate(("again.safetensors", "again.ckpt")):
         convert(tmp_path / "ours", tmp_path / file, "ldm")
         again = read_model(tmp_path / file)
@@ -155,7 +155,7 @@ def test_its_file_is_read_and_written(model, tmp_path, caplog):
     alone = {name: x for name, x in tensors.items() if name.startswith("decoder.")}
     torch.save({"state_dict": alone}, tmp_path / "alone.ckpt")
     with pytest.raises(ConvertError, match="only its decoder is there"):
-        read_model(tmp_path / "alone.ckpt", TOLD)
+        read_model(tmp_path / "alone.ckpt", FACTORS)
 
 
 def test_nothing_of_a_mask_is_lost(inputs):

@@ -21,7 +21,7 @@ from asymvq_jax.diffusion.clip import read_image_config, read_text_config
 from asymvq_jax.diffusion.pipeline import read_image_encoder, read_text_encoder, read_unet
 from asymvq_jax.diffusion.unet import UNet, UNetConfig, read_config
 from asymvq_jax.errors import CLIPError, PipelineError, TensorFileError, UNetError
-from asymvq_jax.models.parameters import split
+from asymvq_jax.models.parameters import seeded, split
 
 TOLERANCE = 1e-4
 # Stable Diffusion's structure at a tenth of the width: 1 has 1x1 convolutions and as many heads in every level, 2 has
@@ -211,5 +211,5 @@ def test_published_sizes():
     for config, context in ((one, 768), (two, 1024)):
         with torch.device("meta"):
             theirs = sum(p.numel() for p in UNet2DConditionModel(cross_attention_dim=context).parameters())
-        shapes = split(nnx.eval_shape(lambda c=config: UNet(c, rngs=nnx.Rngs(0))))[1]
+        shapes = split(nnx.eval_shape(lambda c=config: UNet(c, rngs=seeded(0))))[1]
         assert sum(int(np.prod(x.shape)) for x in shapes.values()) == theirs

@@ -34,7 +34,7 @@ from asymvq_jax.inference.blend import composite
 from asymvq_jax.losses.lpips import load_lpips
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.checkpoints import save_model
-from asymvq_jax.models.parameters import merge, split
+from asymvq_jax.models.parameters import merge, seeded, split
 
 CONFIG = ModelConfig(encoder_channels=(32, 32, 32), decoder_channels=(32, 32, 32), encoder_blocks=1, decoder_blocks=1)
 
@@ -117,7 +117,7 @@ def models():
     model = Autoencoder(CONFIG, rngs=nnx.Rngs(0))
     _, params = split(model)
     plain_config = dataclasses.replace(CONFIG, condition=False)
-    graphdef, shapes = split(nnx.eval_shape(lambda: Autoencoder(plain_config, rngs=nnx.Rngs(0))))
+    graphdef, shapes = split(nnx.eval_shape(lambda: Autoencoder(plain_config, rngs=seeded(0))))
     return model, merge(graphdef, {name: params[name] for name in shapes})
 
 

@@ -31,7 +31,7 @@ from asymvq_jax.evaluation.seam import (
 from asymvq_jax.files import images
 from asymvq_jax.inference.blend import BLENDS, composite
 from asymvq_jax.models.autoencoder import Autoencoder
-from asymvq_jax.models.parameters import merge, split
+from asymvq_jax.models.parameters import merge, seeded, split
 
 CONFIG = ModelConfig(encoder_channels=(32, 32), decoder_channels=(32, 32), encoder_blocks=1, decoder_blocks=1)
 
@@ -163,7 +163,7 @@ def models():
     model = Autoencoder(CONFIG, rngs=nnx.Rngs(0))
     graphdef, params = split(model)
     plain = dataclasses.replace(CONFIG, condition=False)
-    plain_graph, shapes = split(nnx.eval_shape(lambda: Autoencoder(plain, rngs=nnx.Rngs(0))))
+    plain_graph, shapes = split(nnx.eval_shape(lambda: Autoencoder(plain, rngs=seeded(0))))
     other = split(Autoencoder(CONFIG, rngs=nnx.Rngs(1)))[1]
     harmonised = {name: other[name] if name.startswith("decoder.") else params[name] for name in params}
     return Models(model, merge(plain_graph, {name: params[name] for name in shapes}), merge(graphdef, harmonised))

@@ -124,6 +124,8 @@ def test_other_files_end_in_one_line(tmp_path, kind, capsys):
         np.save(path, {"objects": np.array([Z, None], object), "complex": Z * 1j, "text": Z.astype(str)}[kind])
     with pytest.raises(InputError, match=rf"^latent {re.escape(str(path))} (?!.*pickle)") as error:
         read_latent_file(path)
+    assert kind != "objects" or "it holds Python objects; expected real numbers" in str(error.value)
+    assert kind != "cut" or "is not a readable NumPy array" in str(error.value)
     assert kind != "two" or "holds 2 arrays" in str(error.value)
     assert kind != "two" or str(error.value).endswith("expected one; save the latent alone")
     assert "\n" not in str(error.value)

@@ -149,13 +149,13 @@ def test_an_edited_latent_is_understood(family):
     model, image = family.ours, _image()
     z, seen = np.asarray(asymvq_jax.encode(model, image)), _as_seen(family, image)
     with_noise = seen + np.random.default_rng(1).normal(0, 0.01, seen.shape).astype(np.float32)
-    told = {"own": lambda: z, "norm": model.normalization()}
+    known = {"own": lambda: z, "norm": model.normalization()}
     for array, scaled in ((with_noise, True), (np.moveaxis(with_noise, -1, 1), True), (z, False)):
-        reading = understand(array, model.config, image.shape[1:3], **told)
+        reading = understand(array, model.config, image.shape[1:3], **known)
         assert reading.scaled == scaled
         np.testing.assert_allclose(reading.latent, z, atol=0.2)
     with pytest.raises(InputError, match="the latent"):
-        understand(seen[..., :-1], model.config, image.shape[1:3], **told)
+        understand(seen[..., :-1], model.config, image.shape[1:3], **known)
     if family.name == "flux2":
         with pytest.raises(InputError, match="statistics among the model's weights: give the model"):
             normalization(model.config)
@@ -166,9 +166,9 @@ def test_an_edited_latent_is_understood(family):
 
 
 def test_what_has_no_other_form_is_refused(family, tmp_path):
-    config, told = family.ours.config, {"scaling_factor": 0.5}
+    config, factors = family.ours.config, {"scaling_factor": 0.5}
     with pytest.raises(ConvertError, match=r"a configuration with scaling_factor=1\.0, not 0\.5"):
-        describe(family.folder / "theirs", told)
+        describe(family.folder / "theirs", factors)
     with pytest.raises(
         ConvertError, match=r"AsymmetricAutoencoderKL cannot hold .*model\.(encoder_layers|latent_patch)"
     ):

@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from asymvq_jax.config import Config, ConfigError, LossConfig, ModelConfig, RunConfig
 from asymvq_jax.models.autoencoder import Autoencoder, structure
 from asymvq_jax.models.initialization import wavelet
-from asymvq_jax.models.parameters import merge, split
+from asymvq_jax.models.parameters import merge, seeded, split
 from asymvq_jax.training.state import draw, init_state, make_blueprint
 
 SMALL = ModelConfig(
@@ -24,7 +23,7 @@ SMALL = ModelConfig(
 
 
 def _model(config=SMALL):
-    params = jax.jit(lambda: split(Autoencoder(config, rngs=nnx.Rngs(0)))[1])()
+    params = jax.jit(lambda: split(Autoencoder(config, rngs=seeded(0)))[1])()
     return merge(structure(config)[0], wavelet(params, config, -6.0))
 
 

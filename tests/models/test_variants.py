@@ -259,7 +259,7 @@ def test_an_original_checkpoint_is_told_how_its_latent_is_scaled(tmp_path, capsy
     model = _random(_asymmetric(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, quant_conv=False))
     source, original, back = (str(tmp_path / name) for name in ("jax", "original.safetensors", "back"))
     save_model(source, model)
-    told = ["--scaling-factor=0.3611", "--shift-factor=0.1159"]
+    factors = ["--scaling-factor=0.3611", "--shift-factor=0.1159"]
     for arguments, message in (
         (["--to=diffusers"], "AsymmetricAutoencoderKL cannot hold model.shift_factor=0.1159; --to ldm"),
         (
@@ -271,7 +271,7 @@ def test_an_original_checkpoint_is_told_how_its_latent_is_scaled(tmp_path, capsy
         assert main([source, original, *arguments]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "original.safetensors").exists()
-    assert main([source, original, "--to=ldm", *told]) == 0
+    assert main([source, original, "--to=ldm", *factors]) == 0
     assert main([original, back]) == 0
     _same(load_model(back), model)
     # Other programs' files have no such metadata.
@@ -279,11 +279,11 @@ def test_an_original_checkpoint_is_told_how_its_latent_is_scaled(tmp_path, capsy
     again = str(tmp_path / "again")
     for arguments, message in (
         ([], "scales its latents of 16 channels; give --scaling-factor and --shift-factor (Stable Diffusion 3: 1.5305"),
-        (told[:1], "scales its latents of 16 channels; give --shift-factor"),
+        (factors[:1], "scales its latents of 16 channels; give --shift-factor"),
     ):
         assert main([original, again, *arguments]) == 2
         assert message in capsys.readouterr().err
-    assert main([original, again, *told]) == 0
+    assert main([original, again, *factors]) == 0
     _same(load_model(again), model)
 
 

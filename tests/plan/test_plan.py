@@ -23,7 +23,7 @@ from asymvq_jax.diffusion.unet import read_config as read_unet_config
 from asymvq_jax.errors import ConfigError, InputError
 from asymvq_jax.losses.lpips import LPIPS
 from asymvq_jax.models.autoencoder import structure
-from asymvq_jax.models.parameters import merge, split
+from asymvq_jax.models.parameters import merge, seeded, split
 from asymvq_jax.plan import advice, chips
 from asymvq_jax.plan import compile as compiling
 from asymvq_jax.plan.chips import CHIPS, GIB, Target, by_sides, largest_fit, open_topology, roofline
@@ -148,7 +148,7 @@ def test_the_parts_are_the_compilers():
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     encode = jax.jit(lambda p, x: merge(graphdef, p).encode(x).mode()).lower(params, image)
     assert encode.compile().cost_analysis()["flops"] == pytest.approx(parts["encoder"], rel=0.1)
-    lpips, weights = split(nnx.eval_shape(lambda: LPIPS("vgg16", rngs=nnx.Rngs(0))))
+    lpips, weights = split(nnx.eval_shape(lambda: LPIPS("vgg16", rngs=seeded(0))))
 
     def distance(image, weights):
         model = merge(lpips, weights)
@@ -476,7 +476,7 @@ def test_generation(tmp_path, capsys):
     target = open_topology("local")
     few, many = (plan_denoising(config, target, (8, 8, 16), steps, 7) for steps in (2, 6))
     assert many.flops == pytest.approx(3 * few.flops)
-    graphdef, shapes = split(nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0))))
+    graphdef, shapes = split(nnx.eval_shape(lambda: UNet(config, rngs=seeded(0))))
     arguments = jnp.zeros((2, 8, 16, 9)), jnp.zeros((2,)), jnp.zeros((2, 7, 24))
     once = matmul_flops(jax.make_jaxpr(lambda p, *a: merge(graphdef, p)(*a))(shapes, *arguments))
     assert few.flops == pytest.approx(2 * once)

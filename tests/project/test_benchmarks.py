@@ -56,10 +56,10 @@ def test_the_table_compares_with_the_best_peer():
         contest.Result("broken", failure="out of memory"),
     ]
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in contest.table(results, 8, 1e12).splitlines()]
-    assert rows[2][:6] == ["ours", "1 s", "0.5 to 9 s", "8", "1", "2.00"]
-    assert rows[3][4] == ""
-    assert [row[5] for row in rows[3:5]] == ["0.50", "1.00"]
-    assert rows[5][1] == "failed: out of memory"
+    assert rows[2][:6] == ["ours", "2.00", "1 s", "0.5 to 9 s", "8", "1"]
+    assert rows[3][5] == ""
+    assert [row[1] for row in rows[3:5]] == ["0.50", "1.00"]
+    assert rows[5][2] == "failed: out of memory"
     assert {len(row) for row in rows} == {len(rows[0])}
 
 

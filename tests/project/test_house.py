@@ -144,6 +144,12 @@ def test_benchmarks_do_not_need_the_tests():
     ]
 
 
+def test_modules_inside_traces_have_fast_keys():
+    """See `seeded`."""
+    slow = re.compile(r"eval_shape\(\s*lambda[^:\n]*:[^\n]*nnx\.Rngs\(")
+    assert not [path for path in files("asymvq_jax", "benchmarks", "tests") if slow.search(path.read_text())]
+
+
 def test_programs_return_no_parameters():
     """As those of nnx.jit do unless told otherwise: see `jitted`."""
     found = [

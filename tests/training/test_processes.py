@@ -153,7 +153,7 @@ def test_runs_that_were_stopped_killed_or_out_of_space_resume_to_identical_param
     run.wait_for("devices (data")
     run.processes[1].send_signal(signal.SIGTERM)
     assert run.codes() == [ExitCode.SAVED] * 2, run.texts()
-    saved = {re.search(r"told to stop: saved step (\d+)", text)[1] for text in run.texts()}
+    saved = {re.search(r"asked to stop: saved step (\d+)", text)[1] for text in run.texts()}
     assert saved == _steps(folder, "broken")
     assert saved <= set("12345")
 
@@ -222,7 +222,7 @@ def test_four_processes_save_once_and_at_the_same_step(folder):
     run.wait_for("devices (data", processes=4)
     run.processes[2].send_signal(signal.SIGTERM)
     assert run.codes() == [ExitCode.SAVED] * 4, run.texts()
-    saved = [re.findall(r"told to stop: saved step (\d+)", text) for text in run.texts()]
+    saved = [re.findall(r"asked to stop: saved step (\d+)", text) for text in run.texts()]
     assert saved == [saved[0]] * 4
     assert len(saved[0]) == 1
     assert _steps(folder, "four") == set(saved[0])

@@ -19,7 +19,7 @@ from asymvq_jax.convert.mapping import from_torch, model_from_tensors, weights
 from asymvq_jax.devices import sharding
 from asymvq_jax.errors import ConfigError
 from asymvq_jax.losses.lpips import load_lpips
-from asymvq_jax.models.parameters import split
+from asymvq_jax.models.parameters import seeded, split
 from asymvq_jax.training import state as states
 from asymvq_jax.training import step
 from asymvq_jax.training.optimizer import (
@@ -457,7 +457,7 @@ def test_pretrained_parameters_take_a_share_of_the_rate():
 
 
 def test_starting_parameters_take_the_decoder_only_where_the_sizes_agree():
-    _, params = split(nnx.eval_shape(lambda: states.Autoencoder(TINY, rngs=nnx.Rngs(0))))
+    _, params = split(nnx.eval_shape(lambda: states.Autoencoder(TINY, rngs=seeded(0))))
     same = starting_parameters(_config(), dataclasses.replace(TINY, condition=False), params)
     assert "decoder.conv_in.kernel" in same
     wider = _config(model=dataclasses.replace(TINY, decoder_blocks=3))

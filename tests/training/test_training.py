@@ -326,23 +326,23 @@ def test_ctrl_c_finishes_the_step_saves_and_ends_with_130(first, monkeypatch, ca
 
     monkeypatch.setattr(Run, "_next_batch", interrupted)
     assert train(_config(first, directory=str(first / "interrupted"))) == ExitCode.INTERRUPTED == 130
-    assert "told to stop: saved step 2" in caplog.text
+    assert "asked to stop: saved step 2" in caplog.text
     assert (first / "interrupted" / "checkpoints" / "2").is_dir()
 
 
 def test_ctrl_c_ends_at_once_before_the_first_step_and_the_second_time():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with stop_requests() as told:
+    with stop_requests() as ask:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-        assert told() is None
+        assert ask() is None
         os.kill(os.getpid(), signal.SIGINT)
-        assert told() == ExitCode.INTERRUPTED
+        assert ask() == ExitCode.INTERRUPTED
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    with stop_requests() as told:
+    with stop_requests() as ask:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert told() == ExitCode.SAVED == 75
+        assert ask() == ExitCode.SAVED == 75
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
@@ -392,7 +392,7 @@ def test_killed_runs_resume_to_identical_parameters(first):
     )
     process.send_signal(signal.SIGTERM)
     assert process.wait() == ExitCode.SAVED
-    assert "told to stop: saved step" in log.read_text()
+    assert "asked to stop: saved step" in log.read_text()
 
     assert train(_long(first, "killed")) == 0
     _, expected = load_parameters(first / "whole")
