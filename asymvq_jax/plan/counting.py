@@ -101,7 +101,7 @@ def operation(line: str) -> tuple[str, str] | None:
 
 def in_scope(line: str, name: str) -> bool:
     """Whether what an instruction computes was traced inside a `jax.named_scope`."""
-    return re.search(rf'op_name="[^"]*\b{name}\b', line) is not None
+    return re.search(rf'op_name="[^"]*\b{re.escape(name)}\b', line) is not None
 
 
 def _runs(hlo: str) -> Counter[str]:

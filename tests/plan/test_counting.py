@@ -12,13 +12,9 @@ MESH = {"data": 2, "fsdp": 4, "tensor": 1}
 
 def _compiled_text(function, *arguments) -> str:
     """The module of a function of (8, 8) arrays on the mesh, each argument a PartitionSpec."""
-    mesh = _mesh()
+    mesh = jax.make_mesh(tuple(MESH.values()), tuple(MESH), axis_types=(AxisType.Auto,) * 3)
     shapes = [jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=NamedSharding(mesh, spec)) for spec in arguments[:-1]]
     return jax.jit(function, out_shardings=NamedSharding(mesh, arguments[-1])).lower(*shapes).compile().as_text()
-
-
-def _mesh():
-    return jax.make_mesh(tuple(MESH.values()), tuple(MESH), axis_types=(AxisType.Auto,) * 3)
 
 
 P = PartitionSpec
