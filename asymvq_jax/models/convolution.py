@@ -36,6 +36,23 @@ MIN_INPUTS = 128
 # Bytes of one chunk of the matrix, if one row of the output does not need more.
 CHUNK_BYTES = 5 * 2**20
 
+# The convolution itself is faster from such chunks than XLA's where the matrix is larger still. Measured as above, on a
+# day when large matrix products reached 0.14 to 0.16 TFLOP/s, minimum of 4, 3x3 kernels:
+#
+#     1 x 256^2 x 256 -> 256                   576 MiB       784       562
+#     1 x 256^2 x 512 -> 256                  1152 MiB      1661      1280
+#     1 x 256^2 x 256 -> 128                   576 MiB       415       346
+#     1 x 128^2 x 512 -> 512                   288 MiB       684       539
+#     1 x 128^2 x 512 -> 256                   288 MiB       382       340
+#     1 x 128^2 x 1024 -> 512                  576 MiB      1437      1145
+#     below:
+#     1 x 128^2 x 256 -> 256                   144 MiB       141       134
+#     1 x 64^2 x 1024 -> 512                   144 MiB       267       295
+#     2 x 64^2 x 640 -> 320                    180 MiB       266       299
+#     1 x 256^2 x 128 -> 128                   288 MiB       163       205
+MIN_FORWARD_BYTES = 256 * 2**20
+MIN_FORWARD_INPUTS = 256
+
 # XLA's convolution on the CPU is slow where the kernel has more numbers than that matrix, which is where the output has
 # no more pixels than channels: there it is one product of the two. Measured as above, minimum of 7, 3x3 kernels:
 #
@@ -66,12 +83,11 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding) 
     Returns:
         (b, h', w', outputs).
     """
-    pixels = _pixels(x.shape, kernel.shape, stride, padding)
-    elements = math.prod(kernel.shape[:3])
     if _devices() == 1:
-        if 4 * pixels * elements >= MIN_MATRIX_BYTES and x.shape[-1] >= MIN_INPUTS:
+        if _matrix_bytes(x, kernel, stride, padding) >= MIN_MATRIX_BYTES and x.shape[-1] >= MIN_INPUTS:
             return _with_chunked_gradient(x, kernel, stride, padding)
-        if pixels <= kernel.shape[3] and elements > x.shape[-1] and x.dtype == jnp.float32:
+        *pixels, outputs = _output_shape(x.shape, kernel.shape, stride, padding)
+        if math.prod(pixels) <= outputs and math.prod(kernel.shape[:2]) > 1 and x.dtype == jnp.float32:
             return _as_product(x, kernel, stride, padding)
     return _convolve(x, kernel, stride=stride, padding=padding)
 
@@ -87,12 +103,18 @@ def _devices() -> int:
     return math.prod(jax.sharding.get_abstract_mesh().shape.values())
 
 
-def _pixels(x: tuple[int, ...], kernel: tuple[int, ...], stride: int, padding: Padding) -> int:
-    """Of the output, over the batch."""
+def _output_shape(
+    x: tuple[int, ...], kernel: tuple[int, ...], stride: int, padding: Padding
+) -> tuple[int, int, int, int]:
     height, width = (
         (side + sum(zeros) - size) // stride + 1 for side, size, zeros in zip(x[1:3], kernel[:2], padding, strict=True)
     )
-    return x[0] * height * width
+    return x[0], height, width, kernel[3]
+
+
+def _matrix_bytes(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> int:
+    """Of all that lies under the kernel at each pixel of the output, in float32."""
+    return 4 * math.prod(_output_shape(x.shape, kernel.shape, stride, padding)[:3]) * math.prod(kernel.shape[:3])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -145,13 +167,18 @@ def _compilers(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _with_chunked_gradient(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
-    return _convolve(x, kernel, stride=stride, padding=padding)
+    compilers = partial(_convolve, stride=stride, padding=padding)
+    large = _matrix_bytes(x, kernel, stride, padding) >= MIN_FORWARD_BYTES and x.shape[-1] >= MIN_FORWARD_INPUTS
+    if not large or x.dtype != jnp.float32:
+        return compilers(x, kernel)
+    chunked = partial(_in_chunks, stride=stride, padding=padding)
+    return jnp.asarray(jax.lax.platform_dependent(x, kernel, cpu=chunked, default=compilers))
 
 
 def _forward(
     x: jax.Array, kernel: jax.Array, stride: int, padding: Padding
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _convolve(x, kernel, stride=stride, padding=padding), (x, kernel)
+    return _with_chunked_gradient(x, kernel, stride, padding), (x, kernel)
 
 
 def _backward(
@@ -173,6 +200,19 @@ _with_chunked_gradient.defvjp(_forward, _backward)
 _as_product.defvjp(_forward, _compilers)
 
 
+def _in_chunks(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding) -> jax.Array:
+    """`_convolve`, as one product of matrices for each chunk of rows of one picture."""
+    *kernel_size, _, outputs = kernel.shape
+    shape = _output_shape(x.shape, kernel.shape, stride, padding)
+    chunks = _Chunks(x, shape, (kernel_size[0], kernel_size[1]), stride, padding)
+
+    def multiply(_: None, index: jax.Array) -> tuple[None, jax.Array]:
+        return None, chunks.under(index) @ kernel.reshape(-1, outputs)
+
+    _, y = jax.lax.scan(multiply, None, jnp.arange(chunks.count))
+    return y.reshape(shape)
+
+
 def _kernel_gradient(
     x: jax.Array, cotangent: jax.Array, *, kernel_size: tuple[int, int], stride: int, padding: Padding
 ) -> jax.Array:
@@ -188,23 +228,51 @@ def _kernel_gradient(
     Returns:
         (rows, columns, inputs, outputs), summed in float32.
     """
-    batch, height, width, outputs = cotangent.shape
-    inputs, (down, across) = x.shape[-1], kernel_size
-    elements = down * across * inputs
-    rows = max(
-        r for r in range(1, height + 1) if height % r == 0 and (r == 1 or 4 * r * width * elements <= CHUNK_BYTES)
-    )
-    chunks = height // rows
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    reach = (stride * (rows - 1) + 1, stride * (width - 1) + 1)
+    inputs, outputs = x.shape[-1], cotangent.shape[-1]
+    chunks = _Chunks(x, cotangent.shape, kernel_size, stride, padding)
 
     def add(total: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
-        picture, first = index // chunks, index % chunks * rows
-        size = (1, reach[0] + down - 1, x.shape[2], inputs)
-        under = jax.lax.dynamic_slice(x, (picture, first * stride, 0, 0), size)[0].astype(jnp.float32)
-        matrix = _under(under, kernel_size, reach, stride).reshape(rows * width, elements)
-        above = jax.lax.dynamic_slice(cotangent, (picture, first, 0, 0), (1, rows, width, outputs))
-        return total + above.reshape(rows * width, outputs).astype(jnp.float32).T @ matrix, None
+        above = chunks.rows_of(cotangent, index).astype(jnp.float32)
+        return total + above.T @ chunks.under(index).astype(jnp.float32), None
 
-    total, _ = jax.lax.scan(add, jnp.zeros((outputs, elements), jnp.float32), jnp.arange(batch * chunks))
-    return total.T.reshape(down, across, inputs, outputs).astype(x.dtype)
+    zeros = jnp.zeros((outputs, math.prod(kernel_size) * inputs), jnp.float32)
+    total, _ = jax.lax.scan(add, zeros, jnp.arange(chunks.count))
+    return total.T.reshape(*kernel_size, inputs, outputs).astype(x.dtype)
+
+
+class _Chunks:
+    """What lies under a kernel at each pixel of the output, by chunks of whole rows of one picture."""
+
+    def __init__(
+        self, x: jax.Array, output: tuple[int, ...], kernel_size: tuple[int, int], stride: int, padding: Padding
+    ) -> None:
+        _, height, self._width, _ = output
+        self._padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+        self._kernel_size, self._stride = kernel_size, stride
+        self._elements = math.prod(kernel_size) * x.shape[-1]
+        row_bytes = 4 * self._width * self._elements
+        self._rows = max(
+            r for r in range(1, height + 1) if height % r == 0 and (r == 1 or r * row_bytes <= CHUNK_BYTES)
+        )
+        self._of_one = height // self._rows
+        self.count = output[0] * self._of_one
+
+    def under(self, index: jax.Array) -> jax.Array:
+        """(rows * w', elements of the kernel times inputs), of one chunk."""
+        picture, first = self._place(index)
+        reach = (self._stride * (self._rows - 1) + 1, self._stride * (self._width - 1) + 1)
+        _, _, width, inputs = self._padded.shape
+        size = (1, reach[0] + self._kernel_size[0] - 1, width, inputs)
+        rows = jax.lax.dynamic_slice(self._padded, (picture, first * self._stride, 0, 0), size)[0]
+        matrix = _under(rows, self._kernel_size, reach, self._stride)
+        return matrix.reshape(self._rows * self._width, self._elements)
+
+    def rows_of(self, y: jax.Array, index: jax.Array) -> jax.Array:
+        """The same pixels of a map with the output's sides: (rows * w', channels)."""
+        picture, first = self._place(index)
+        rows = jax.lax.dynamic_slice(y, (picture, first, 0, 0), (1, self._rows, self._width, y.shape[-1]))
+        return rows.reshape(self._rows * self._width, y.shape[-1])
+
+    def _place(self, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The picture and the first row of the output."""
+        return index // self._of_one, index % self._of_one * self._rows
