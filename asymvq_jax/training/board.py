@@ -17,16 +17,17 @@ from etils import epath
 from asymvq_jax.errors import UnansweredError, first_line
 from asymvq_jax.files.addresses import bucket_errors, in_bucket
 
-# tensorboardX imports torch where it is installed, for graphs that nobody draws here: half of the time that a start
-# takes to import everything. A module that is None counts as one that is not installed.
-_hidden = sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+# tensorboardX imports these where they are installed, for graphs and buckets that it does not write here: more than
+# half of the time that a start takes to import everything. A module that is None counts as one that is not installed.
+_hidden = {"torch", "boto3", "google.cloud.storage"} - sys.modules.keys()
+sys.modules.update(dict.fromkeys(_hidden))  # type: ignore[arg-type]
 try:
     from tensorboardX import summary
     from tensorboardX.crc32c import crc32c
     from tensorboardX.proto import event_pb2
 finally:
-    if _hidden is None:
-        del sys.modules["torch"]
+    for _name in _hidden:
+        del sys.modules[_name]
 
 log = logging.getLogger(__name__)
 

@@ -47,9 +47,11 @@ def test_a_full_disk_is_told_once_and_nothing_is_printed_at_exit(tmp_path):
         from etils import epath
         from asymvq_jax.training.board import Board
 
-        # tensorboardX would import it, which takes as long as all else that a run imports; it is there when asked for.
-        assert "torch" not in sys.modules
-        assert find_spec("torch")
+        # tensorboardX would import them, which takes as long as all else that a run imports; they are there when asked
+        # for.
+        for name in ("torch", "boto3", "google.cloud.storage"):
+            assert name not in sys.modules
+            assert find_spec(name)
         logging.basicConfig(format="%(message)s")
         # As a quota does.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
