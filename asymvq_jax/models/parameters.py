@@ -87,10 +87,9 @@ def fingerprint(tree: Any) -> int:
     Checkpoints keep it, because TensorStore's checksums cover its indices and not the numbers (Nov 2026).
     """
     leaves = jax.tree.leaves(tree)
-    # On one CPU device the numbers are the host's, and XLA would compile for longer than NumPy takes.
-    if {device.platform for x in leaves for device in x.devices()} == {"cpu"} and all(
-        len(x.devices()) == 1 for x in leaves
-    ):
+    # What CPU devices hold whole is the host's, and XLA would compile for longer than NumPy takes.
+    on_cpu = {device.platform for x in leaves for device in x.devices()} == {"cpu"}
+    if on_cpu and all(x.is_fully_replicated for x in leaves):
         sums = [_host_sum(np.asarray(x)) for x in leaves]
     else:
         sums = [int(x) for x in jax.device_get(_device_sums(leaves))]

@@ -57,6 +57,9 @@ log = logging.getLogger(__name__)
 
 # Where steps go that cannot be read, when a run goes back to an earlier one.
 DAMAGED = "damaged"
+# Of an array that several devices hold, each writes a slice if it has so many bytes; else one of them writes it whole.
+# Orbax slices every bias, and a save holds the run up for thousands of slices.
+MIN_SLICE_BYTES = 16 * 2**10
 
 
 def make_run_directory(config: Config) -> epath.Path:
@@ -164,6 +167,9 @@ class RunCheckpoints:
                 create_directories_asynchronously=False,
             ),
         )
+        handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=MIN_SLICE_BYTES)
+        # Of the whole process: StandardSave takes no handlers of its own.
+        ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
         with self._opening():
             self._manager = _Manager(self._root, options=options)
         self._unchecked = False

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from asymvq_jax.devices import sharding
 from asymvq_jax.models.parameters import fingerprint, jitted, seeded
@@ -22,8 +23,11 @@ def test_the_fingerprint_is_the_same_on_the_host_and_on_devices():
         "empty": jnp.zeros((0, 8), jnp.float32),
     }
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    spread = jax.device_put(tree, sharding.replicated(mesh))
-    assert fingerprint(tree) == fingerprint(spread)
+    last = {
+        name: PartitionSpec(*[None] * (x.ndim - 1), "data") if x.ndim else PartitionSpec() for name, x in tree.items()
+    }
+    spread = jax.device_put(tree, {name: NamedSharding(mesh, spec) for name, spec in last.items()})
+    assert fingerprint(tree) == fingerprint(spread) == fingerprint(jax.device_put(tree, sharding.replicated(mesh)))
     one = {"x": jnp.asarray([1.5, -2.0], jnp.float32)}
     bits = np.asarray(one["x"]).view(np.uint32).astype(object)
     assert fingerprint(one) == (bits[0] + 3 * bits[1]) % 2**32
