@@ -13,7 +13,7 @@ import numpy as np
 from asymvq_jax.commands.entry import command
 from asymvq_jax.config import Config, load_config
 from asymvq_jax.devices import sharding
-from asymvq_jax.devices.compilation import keep_compiled_programs
+from asymvq_jax.devices.compilation import compiled, keep_compiled_programs
 from asymvq_jax.devices.flops import matmul_flops
 from asymvq_jax.files import images
 from asymvq_jax.losses.lpips import load_lpips
@@ -74,13 +74,14 @@ def training(config: Config, arrays: dict[str, np.ndarray], initial: Params | No
     state = create_state(blueprint, mesh, initial)
     _, perceptual = split(load_lpips("vgg16"))
     perceptual, batch = jax.device_put((perceptual, _batch(arrays)), sharding.replicated(mesh))
-    step = compiled_step(blueprint, state, mesh)
     first: list[np.ndarray] = []
+    with jax.set_mesh(mesh):
+        step = compiled(compiled_step(blueprint, state, mesh).trace(state, perceptual, batch, adversarial=True))
 
     def run() -> Callable[[], np.ndarray]:
         nonlocal state
         with jax.set_mesh(mesh):
-            state, metrics = jax.block_until_ready(step(state, perceptual, batch, adversarial=True))
+            state, metrics = jax.block_until_ready(step(state, perceptual, batch))
         first.append(np.asarray(metrics["nll"])[None])
         return lambda: first[0]
 

@@ -35,6 +35,7 @@ def _seen(config: Config) -> Config:
 def shared() -> Iterator[None]:
     """Inside, runs whose programs are the same take them from the first of these runs, as `train` takes its own."""
     make_step, steps = loop.compiled_step, {}
+    compile_anew, programs = loop.compiled, {}
     one_blueprint = functools.cache(loop.make_blueprint)
 
     def one_step(blueprint, state, mesh):
@@ -44,9 +45,16 @@ def shared() -> Iterator[None]:
             steps[key] = make_step(blueprint, state, mesh)
         return steps[key]
 
+    def one_program(traced):
+        # Tracing again gives the first trace, as long as the step is the same.
+        if traced.jaxpr not in programs:
+            programs[traced.jaxpr] = compile_anew(traced)
+        return programs[traced.jaxpr]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_blueprint", lambda config: one_blueprint(_seen(config)))
         patch.setattr(loop, "compiled_step", one_step)
+        patch.setattr(loop, "compiled", one_program)
         for name in ("compiled_evaluation", "jitted"):
             patch.setattr(loop, name, functools.cache(getattr(loop, name)))
         yield

@@ -1,7 +1,8 @@
-"""Compiled programs that outlive a process: the cache on disk."""
+"""Compiling, and compiled programs that outlive a process: the cache on disk."""
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from pathlib import Path
 
@@ -31,3 +32,15 @@ def keep_compiled_programs() -> None:
         jax.config.update(name, None)
         return
     jax.config.update(name, place)
+
+
+def compiled(program: jax.stages.Traced | jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles a program, and returns to the system the memory that compiling leaves free in the C library's heap.
+
+    That is over 1 GiB after a training step of base, which else stays with the process and adds to its peak.
+    """
+    done = (program.lower() if isinstance(program, jax.stages.Traced) else program).compile()
+    # Of glibc alone.
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+    return done

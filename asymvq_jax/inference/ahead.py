@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from asymvq_jax.config import ModelConfig
+from asymvq_jax.devices.compilation import compiled
 from asymvq_jax.inference.whole import Program, decode, decode_program, encode, encode_program
 from asymvq_jax.models.autoencoder import structure
 from asymvq_jax.models.parameters import merge
@@ -57,13 +58,13 @@ def _awaited(
     pool: ThreadPoolExecutor, program: Any, model: Any, *shapes: jax.ShapeDtypeStruct | None, **static: int
 ) -> Program:
     """Begins to compile a program for arrays of `shapes`; the result calls it."""
-    compiled: Future[Program] = pool.submit(lambda: program.lower(model, *shapes, **static).compile())
+    begun: Future[Program] = pool.submit(lambda: compiled(program.lower(model, *shapes, **static)))
 
     def call(model: Any, *arrays: Any, **given: int) -> jax.Array:
         if list(map(_form, arrays)) != list(map(_form, shapes)) or given != {n: x for n, x in static.items() if x}:
             result: jax.Array = program(model, *arrays, **given)
             return result
-        return compiled.result()(model, *arrays)
+        return begun.result()(model, *arrays)
 
     return call
 

@@ -20,6 +20,7 @@ from asymvq_jax.data import pipeline
 from asymvq_jax.data.identity import digest_arrays
 from asymvq_jax.devices import cluster, sharding
 from asymvq_jax.devices.chips import peak_flops
+from asymvq_jax.devices.compilation import compiled
 from asymvq_jax.devices.flops import matmul_flops
 from asymvq_jax.devices.waiting import Watch
 from asymvq_jax.errors import (
@@ -46,6 +47,7 @@ from asymvq_jax.training.optimizer import autoencoder_schedule
 from asymvq_jax.training.profiling import Profile
 from asymvq_jax.training.signals import stop_requests
 from asymvq_jax.training.state import (
+    Blueprint,
     TrainState,
     abstract_state,
     create_state,
@@ -153,11 +155,12 @@ class Run:
         # What earlier starts did after that checkpoint is done again.
         self.clock.spent["lost"] += max(0.0, self.log.last_seconds - self._seconds_saved)
         self._profile = Profile(config.run.profile_steps, directory / "tensorboard")
-        self._step = compiled_step(self.blueprint, self.state, mesh)
         self._evaluate = compiled_evaluation(self.blueprint, mesh, PICTURES)
         # Of a step, without recomputation, as a share of what all devices can do in a second; where that is known.
         self._work: float | None = None
         self._compiled: set[str] = set()
+        # Of the step, by whether the discriminator takes part.
+        self._programs: dict[bool, jax.stages.Compiled] = {}
         self._plain_decode = jitted(_plain_decode, out_shardings=sharding.replicated(mesh))
         self._describe(len(inputs.train))
 
@@ -319,15 +322,15 @@ class Run:
             self._profile.at(step, self.state)
             with self._first_call(f"step {adversarial}") as first:
                 if first:
-                    self._count_work(batch, adversarial)
-                # A program's first call compiles it, which takes as long as it takes.
+                    self._programs[adversarial] = self._compile(batch, adversarial)
+                # The first call waits for the others to compile, which takes as long as it takes.
                 limited = nullcontext() if first else self.watch.waiting(f"step {step + 1}")
                 with (
                     limited,
                     jax.transfer_guard("disallow"),
                     jax.profiler.StepTraceAnnotation("train", step_num=step + 1),
                 ):
-                    self.state, metrics = self._step(self.state, self.perceptual, batch, adversarial=adversarial)
+                    self.state, metrics = self._programs[adversarial](self.state, self.perceptual, batch)
             step += 1
             self._times.add(metrics)
             pending.append(metrics)
@@ -352,16 +355,21 @@ class Run:
         with self.clock.spending("compile") if first else nullcontext():
             yield first
 
-    def _count_work(self, batch: Batch, adversarial: bool) -> None:
-        if (peak := peak_flops(jax.devices()[0].device_kind)) is None:
-            return
-        step = self._step
-        if self.config.model.remat:
-            model = dataclasses.replace(self.config.model, remat=False)
-            plain = make_blueprint(dataclasses.replace(self.config, model=model))
-            step = compiled_step(plain, self.state, self.mesh)
-        traced = step.trace(self.state, self.perceptual, batch, adversarial=adversarial)
-        self._work = matmul_flops(traced.jaxpr) / (peak * self.mesh.size)
+    def _compile(self, batch: Batch, adversarial: bool) -> jax.stages.Compiled:
+        """The step's program; also counts its work."""
+
+        def trace(blueprint: Blueprint) -> jax.stages.Traced:
+            step = compiled_step(blueprint, self.state, self.mesh)
+            return step.trace(self.state, self.perceptual, batch, adversarial=adversarial)
+
+        traced = trace(self.blueprint)
+        if (peak := peak_flops(jax.devices()[0].device_kind)) is not None:
+            counted = traced
+            if self.config.model.remat:
+                model = dataclasses.replace(self.config.model, remat=False)
+                counted = trace(make_blueprint(dataclasses.replace(self.config, model=model)))
+            self._work = matmul_flops(counted.jaxpr) / (peak * self.mesh.size)
+        return compiled(traced)
 
     def _check_good(self, step: int, held_out: dict[str, float]) -> None:
         """Stops the run before it saves a step that has diverged: one whose figures or whose state are not finite."""
