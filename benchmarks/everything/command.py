@@ -24,6 +24,8 @@ from benchmarks.everything.cases import OURS, SUBJECTS, Case, Group, Settings, g
 
 # A group is not begun with less left: its process would not come to measure anything.
 LEAST_SECONDS = 12.0
+# In minutes, a CPU can answer for base alone.
+ACCELERATOR_CONFIGS, CPU_CONFIGS = ("x2", "base", "x1_5"), ("base", "x1_5", "x2")
 DEVICE = Group((Case("device", OURS, "", 0, 0),), 60)
 
 
@@ -39,8 +41,8 @@ class Everything:
     out: str
     # Time for this call.
     minutes: float = 9.0
-    # Configurations, the most important first.
-    configs: tuple[str, ...] = ("x2", "base", "x1_5")
+    # Configurations, the most important first; by default x2, base and x1_5, on a CPU base, x1_5 and x2.
+    configs: tuple[str, ...] | None = None
     # Sides of the pictures, px; training takes the smallest, text-to-image the largest.
     sizes: tuple[int, ...] = (256, 512)
     # Pictures at once; training takes the most.
@@ -57,15 +59,18 @@ def work(options: Everything) -> None:
     folder = Path(options.out).absolute()
     check_writable(str(folder / "benchmarks.md"), (".md",))
     for name, value in (("sizes", options.sizes), ("batches", options.batches), ("configs", options.configs)):
-        if not value or (name != "configs" and min(map(int, value)) < 1):
+        if value is not None and (not value or (name != "configs" and min(map(int, value)) < 1)):
             raise UserError(f"--{name}: expected one or more values, each at least 1")
-    for name in options.configs:
+    for name in options.configs or ():
         load_config(name)
     if unknown := set(options.subjects) - set(SUBJECTS):
         raise UserError(f"--subjects: {', '.join(sorted(unknown))}: expected some of {', '.join(SUBJECTS)}")
     found = all(importlib.util.find_spec(name) is not None for name in ("torch", "diffusers"))
-    settings = Settings(options.configs, options.sizes, options.batches, options.subjects, options.dtype, found)
+    given = options.configs or ACCELERATOR_CONFIGS
+    settings = Settings(given, options.sizes, options.batches, options.subjects, options.dtype, found)
     device = _device(folder, settings, end)
+    if device["platform"] == "cpu" and options.configs is None:
+        settings = dataclasses.replace(settings, configs=CPU_CONFIGS)
     print(f"{device['name']}: {device['peak'] / 1e12:.4g} TFLOP/s in products of {device['dtype']}", flush=True)
     if not found:
         print("PyTorch and diffusers are not installed: only ours is measured", flush=True)

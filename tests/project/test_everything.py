@@ -106,6 +106,24 @@ def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert benchmark.main([*arguments, "--subjects=decoding"]) == 2
 
 
+@pytest.mark.parametrize(("platform", "first"), [("cpu", "base"), ("gpu", "x2")])
+def test_a_cpu_begins_with_the_smallest_configuration(platform, first, tmp_path, monkeypatch):
+    tried = []
+
+    def run_group(group, folder, settings, *_):
+        if group is command.DEVICE:
+            cases.write_json(folder / "device.json", DEVICE | {"platform": platform})
+        tried.append(group.name)
+        return "1 s"
+
+    monkeypatch.setattr(command, "run_group", run_group)
+    assert benchmark.main(["everything", f"--out={tmp_path}"]) == 0
+    assert tried[1] == f"decode {first}, ours"
+    assert {name.split(",")[0] for name in tried if name.startswith("decode")} == {
+        f"decode {config}" for config in ("x2", "base", "x1_5")
+    }
+
+
 def test_ours_is_measured_without_pytorch(tmp_path, monkeypatch, capsys):
     """By processes that cannot import it."""
     (tmp_path / "small.py").write_text(CONFIG)
