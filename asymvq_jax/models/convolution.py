@@ -39,6 +39,7 @@ CHUNK_BYTES = 5 * 2**20
 # The convolution itself is faster from such chunks than XLA's where the matrix is larger still. Measured as above, on a
 # day when large matrix products reached 0.14 to 0.16 TFLOP/s, minimum of 4, 3x3 kernels:
 #
+#     batch x side^2 x inputs -> outputs        matrix       XLA    chunks
 #     1 x 256^2 x 256 -> 256                   576 MiB       784       562
 #     1 x 256^2 x 512 -> 256                  1152 MiB      1661      1280
 #     1 x 256^2 x 256 -> 128                   576 MiB       415       346
