@@ -21,6 +21,7 @@ import numpy as np
 
 from asymvq_jax.config import Config, Dtype, ModelConfig, load_config
 from asymvq_jax.devices import sharding
+from asymvq_jax.devices.waiting import Watch
 from asymvq_jax.diffusion.unet import UNetConfig
 from asymvq_jax.models.checkpoints import save_model
 from asymvq_jax.training.loop import Run
@@ -68,6 +69,8 @@ def main(text: str) -> None:
     if subject == "device":
         measure_device(task)
     elif subject == "input":
+        # Its step was compiled for the time of a training step.
+        jax.config.update("jax_compilation_cache_dir", str(task.folder / "cache"))
         measure_input(task)
     else:
         with tempfile.TemporaryDirectory() as scratch:
@@ -232,7 +235,6 @@ class _Enough(Exception):
 def measure_input(task: Task) -> None:
     """A real training run on files like ImageNet's: how long its steps waited for them."""
     (case,) = task.cases
-    jax.config.update("jax_compilation_cache_dir", str(task.folder / "cache"))
     with tempfile.TemporaryDirectory() as scratch:
         files, encoder, run = (Path(scratch) / name for name in ("files", "encoder", "run"))
         write_files(files)
@@ -257,7 +259,11 @@ def measure_input(task: Task) -> None:
 
         mesh = sharding.make_mesh(config.mesh)
         try:
-            with Run(config, mesh) as training, jax.set_mesh(mesh):
+            with (
+                Watch(config.run.wait_limit, "start the benchmark again") as watch,
+                Run(config, mesh, watch) as training,
+                jax.set_mesh(mesh),
+            ):
                 training.to_the_end(ask)
         except _Enough:
             # The first lap has the compilation in it.

@@ -14,7 +14,8 @@ from asymvq_jax.config import Config, DataConfig, LossConfig, ModelConfig, RunCo
 
 def get_config():
     sizes = dict(encoder_channels=(32, 32), decoder_channels=(32, 32), encoder_blocks=1, decoder_blocks=1)
-    return Config(run=RunConfig(init_from="x"), model=ModelConfig(**sizes), data=DataConfig(source="photos"))
+    loss = LossConfig(perceptual_weight=0.0, discriminator_features=4, discriminator_layers=1)
+    return Config(run=RunConfig(init_from="x"), model=ModelConfig(**sizes), data=DataConfig(source="photos"), loss=loss)
 """
 BLOCKED = """
 import sys
@@ -142,6 +143,19 @@ def test_ours_is_measured_without_pytorch(tmp_path, monkeypatch, capsys):
     assert known.flops > 0
     text = (tmp_path / "out" / "benchmarks.md").read_text()
     assert "only ours was measured" in text
+
+
+def test_the_wait_for_input_is_that_of_a_real_run(tmp_path, monkeypatch, standard_promotion):
+    (tmp_path / "small.py").write_text(CONFIG)
+    monkeypatch.setattr(worker, "LAP", 1)
+    monkeypatch.setattr(worker, "LAPS", 2)
+    case = Case("input", OURS, str(tmp_path / "small.py"), 32, 8)
+    end = worker.time.monotonic() + 600
+    worker.measure_input(worker.Task((case,), tmp_path, "float32", {"platform": "cpu", "cores": 2}, end))
+    known = read(case, tmp_path)
+    assert known.done
+    assert 0 <= known.waiting < 1
+    assert known.images_per_second > 0
 
 
 def test_what_cannot_be_done_in_time_is_not_begun(tmp_path):
