@@ -57,8 +57,8 @@ log = logging.getLogger(__name__)
 
 # Where steps go that cannot be read, when a run goes back to an earlier one.
 DAMAGED = "damaged"
-# Of an array that several devices hold, each writes a slice if it has so many bytes; else one of them writes it whole.
-# Orbax slices every bias, and a save holds the run up for thousands of slices.
+# An array that several devices hold is written in slices, one by each, if these have at least so many bytes; otherwise
+# one device writes it whole. By default Orbax slices every bias, and the run waits for thousands of slices.
 MIN_SLICE_BYTES = 16 * 2**10
 
 

@@ -23,16 +23,17 @@ from processes import ROOT, write_config
 from asymvq_jax.commands import train as command
 from asymvq_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 from asymvq_jax.convert.convert import convert
-from asymvq_jax.devices import cluster
+from asymvq_jax.devices import cluster, sharding
 from asymvq_jax.errors import CheckpointError, ConfigError, ExitCode, NonFiniteError, OutputError
 from asymvq_jax.files import images
 from asymvq_jax.files.locks import only_owner
 from asymvq_jax.models.autoencoder import Autoencoder
 from asymvq_jax.models.checkpoints import load_model, load_parameters, save_model
-from asymvq_jax.training import loop
+from asymvq_jax.training import checkpoints, loop
 from asymvq_jax.training.clock import KINDS
 from asymvq_jax.training.loop import Run, train
 from asymvq_jax.training.signals import stop_requests
+from asymvq_jax.training.state import create_state, make_blueprint
 
 MODEL = ModelConfig(
     encoder_channels=(8, 8), decoder_channels=(8, 8), encoder_blocks=1, decoder_blocks=1, norm_groups=4,
@@ -95,6 +96,28 @@ def test_a_run_leaves_metrics_pictures_and_the_last_and_best_checkpoints(finishe
     best = min(held_out, key=lambda r: r["held_out/nll"])["step"]
     kept = {p.name for p in (finished / "checkpoints").iterdir() if p.name.isdigit()}
     assert kept == {str(best), "6"}
+
+
+@pytest.mark.parametrize("least", [checkpoints.MIN_SLICE_BYTES, 256])
+def test_a_save_slices_no_array_into_less_than_the_least(first, least, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "MIN_SLICE_BYTES", least)
+    slices, slice_in_dim = [], jax.lax.slice_in_dim
+
+    def counted(*arguments, **options):
+        slices.append(slice_in_dim(*arguments, **options))
+        return slices[-1]
+
+    config = _config(first, directory=str(tmp_path / "run"))
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        state = create_state(make_blueprint(config), mesh)
+        saved = checkpoints.RunCheckpoints(config)
+        monkeypatch.setattr(jax.lax, "slice_in_dim", counted)
+        saved.save(state, {"iterator": {}, "seconds": 0.0, "inputs": {}})
+        saved.close(together=True)
+    assert all(x.nbytes >= least for x in slices)
+    # Orbax takes its slices by this function.
+    assert slices or least > 256
 
 
 def test_the_averaged_parameters_are_what_inference_reads(finished):
