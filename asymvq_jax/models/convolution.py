@@ -203,9 +203,9 @@ _as_product.defvjp(_forward, _compilers)
 
 def _in_chunks(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding) -> jax.Array:
     """`_convolve`, as one product of matrices for each chunk of rows of one picture."""
-    *kernel_size, _, outputs = kernel.shape
+    rows, columns, _, outputs = kernel.shape
     shape = _output_shape(x.shape, kernel.shape, stride, padding)
-    chunks = _Chunks(x, shape, (kernel_size[0], kernel_size[1]), stride, padding)
+    chunks = _Chunks(x, shape, (rows, columns), stride, padding)
 
     def multiply(_: None, index: jax.Array) -> tuple[None, jax.Array]:
         return None, chunks.under(index) @ kernel.reshape(-1, outputs)

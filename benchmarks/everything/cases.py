@@ -23,8 +23,9 @@ STEPS = 20
 class Settings:
     """What to measure on."""
 
-    # Published configurations or files, the dearest question first.
-    configs: tuple[str, ...]
+    # Published configurations or files, the dearest question first. None: all of them, x2 first; on a CPU, which in
+    # minutes can answer for base alone, base first.
+    configs: tuple[str, ...] | None
     # Sides of pictures, px, and pictures at once.
     sizes: tuple[int, ...]
     batches: tuple[int, ...]
@@ -113,14 +114,16 @@ def write_json(file: Path, values: Any) -> None:
 
 def groups(settings: Settings, platform: str) -> list[Group]:
     """All that is to be measured on a platform ("cpu", "gpu" or "tpu"), in order of worth."""
-    found = [group for group in _all(settings) if group.cases[0].subject in settings.subjects]
+    by_default = ("base", "x1_5", "x2") if platform == "cpu" else ("x2", "base", "x1_5")
+    every = _all(settings, settings.configs or by_default)
+    found = [group for group in every if group.cases[0].subject in settings.subjects]
     # PyTorch beside a TPU would be measured on its host's processor.
     compared = settings.torch and platform != "tpu"
     return [group for group in found if compared or group.cases[0].contender == OURS]
 
 
-def _all(settings: Settings) -> Iterator[Group]:
-    first, *others = settings.configs
+def _all(settings: Settings, configs: tuple[str, ...]) -> Iterator[Group]:
+    first, *others = configs
     side, batch = min(settings.sizes), max(settings.batches)
 
     def decode(config: str, contender: str, limit: float) -> Group:

@@ -24,8 +24,6 @@ from benchmarks.everything.cases import OURS, SUBJECTS, Case, Group, Settings, g
 
 # A group is not begun with less left: its process would not come to measure anything.
 LEAST_SECONDS = 12.0
-# In minutes, a CPU can answer for base alone.
-ACCELERATOR_CONFIGS, CPU_CONFIGS = ("x2", "base", "x1_5"), ("base", "x1_5", "x2")
 DEVICE = Group((Case("device", OURS, "", 0, 0),), 60)
 
 
@@ -66,11 +64,8 @@ def work(options: Everything) -> None:
     if unknown := set(options.subjects) - set(SUBJECTS):
         raise UserError(f"--subjects: {', '.join(sorted(unknown))}: expected some of {', '.join(SUBJECTS)}")
     found = all(importlib.util.find_spec(name) is not None for name in ("torch", "diffusers"))
-    given = options.configs or ACCELERATOR_CONFIGS
-    settings = Settings(given, options.sizes, options.batches, options.subjects, options.dtype, found)
+    settings = Settings(options.configs, options.sizes, options.batches, options.subjects, options.dtype, found)
     device = _device(folder, settings, end)
-    if device["platform"] == "cpu" and options.configs is None:
-        settings = dataclasses.replace(settings, configs=CPU_CONFIGS)
     print(f"{device['name']}: {device['peak'] / 1e12:.4g} TFLOP/s in products of {device['dtype']}", flush=True)
     if not found:
         print("PyTorch and diffusers are not installed: only ours is measured", flush=True)

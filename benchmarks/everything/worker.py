@@ -69,7 +69,7 @@ def main(text: str) -> None:
     if subject == "device":
         measure_device(task)
     elif subject == "input":
-        # Its step was compiled for the time of a training step.
+        # The process that timed the training step keeps its program there.
         jax.config.update("jax_compilation_cache_dir", str(task.folder / "cache"))
         measure_input(task)
     else:
